@@ -1,0 +1,1 @@
+"""Anomaly detection with generative models behind the scikit-learn API."""
