@@ -1,0 +1,29 @@
+"""Compare detectors on labelled tables under fixed protocols; see `run_benchmark`."""
+
+from .detectors import DEEP_PEERS, PEERS, Detector, KNNDistance, parse_detector, parse_detectors, score_rows
+from .evaluation import Evaluation, anomaly_metrics, evaluate
+from .protocols import PROTOCOLS, Split, SplitError, clean, clean_unsupervised, published
+from .runner import BenchmarkInterrupted, DataError, load_results, run_benchmark
+
+__all__ = [
+    "DEEP_PEERS",
+    "PEERS",
+    "PROTOCOLS",
+    "BenchmarkInterrupted",
+    "DataError",
+    "Detector",
+    "Evaluation",
+    "KNNDistance",
+    "Split",
+    "SplitError",
+    "anomaly_metrics",
+    "clean",
+    "clean_unsupervised",
+    "evaluate",
+    "load_results",
+    "parse_detector",
+    "parse_detectors",
+    "published",
+    "run_benchmark",
+    "score_rows",
+]

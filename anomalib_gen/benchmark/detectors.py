@@ -1,0 +1,345 @@
+"""Detectors of a benchmark, named by import path and literal arguments.
+
+``anomalib_gen.FlowDetector(transform="maf")`` names a class and its keyword arguments; it is read as text,
+never evaluated. A name for tables and figures may stand in front: ``my flow=anomalib_gen.FlowDetector()``.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator
+from sklearn.neighbors import NearestNeighbors
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+__all__ = [
+    "DEEP_PEERS",
+    "PEERS",
+    "Detector",
+    "KNNDistance",
+    "parse_detector",
+    "parse_detectors",
+    "score_rows",
+]
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A detector to be built: a display name, an import path and literal keyword arguments.
+
+    Attributes
+    ----------
+    name : str
+        Name in tables and figures; it has no influence on what is computed.
+    path : str
+        Import path of the estimator's class.
+    arguments : tuple of (str, object)
+        Keyword arguments, sorted by name.
+    """
+
+    name: str
+    path: str
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def specification(self) -> str:
+        """The detector as one canonical line: equal lines build equal detectors."""
+        return f"{self.path}({', '.join(f'{key}={value!r}' for key, value in self.arguments)})"
+
+    def resolve(self) -> type[Any]:
+        """Import the class.
+
+        Returns
+        -------
+        type
+            A class with a ``fit`` method.
+
+        Raises
+        ------
+        ImportError
+            If the path leads to nothing importable.
+        TypeError
+            If it leads to something other than a class with a ``fit`` method.
+        """
+        module, _, attribute = self.path.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ImportError(
+                f"The detector {self.path} cannot be imported ({error}). "
+                "Check the path, and that its package is installed."
+            ) from error
+        # Only classes that can be fitted are ever called, so that os.system("...") names no detector.
+        if not (isinstance(found, type) and callable(getattr(found, "fit", None))):
+            raise TypeError(f"The detector {self.path} must be a class with a fit method, found {found!r}.")
+        return found
+
+    def build(self, *, seed: int, n_features: int) -> Any:
+        """Construct the estimator for one cell of a benchmark.
+
+        ``random_state`` is set to the seed where the class has that parameter and none was given, and so is
+        ``n_features`` where the class demands it.
+
+        Parameters
+        ----------
+        seed : int
+            Seed of the cell.
+        n_features : int
+            Number of columns of the table.
+
+        Returns
+        -------
+        object
+            The unfitted estimator.
+        """
+        cls = self.resolve()
+        arguments = dict(self.arguments)
+        parameters = inspect.signature(cls).parameters
+        if "random_state" in parameters:
+            arguments.setdefault("random_state", seed)
+        if "n_features" in parameters and parameters["n_features"].default is inspect.Parameter.empty:
+            arguments.setdefault("n_features", n_features)
+        return cls(**arguments)
+
+
+def parse_detector(text: str) -> Detector:
+    """Read a detector from text such as ``sklearn.neighbors.LocalOutlierFactor(novelty=True)``.
+
+    Parameters
+    ----------
+    text : str
+        ``[display name=]import.path.Class[(keyword=literal, ...)]``. Arguments are Python literals: numbers,
+        strings, booleans, None, and lists, tuples, dictionaries or sets of them.
+
+    Returns
+    -------
+    Detector
+        The detector; nothing is imported yet.
+
+    Raises
+    ------
+    ValueError
+        If the text is anything but an import path with literal keyword arguments.
+
+    Examples
+    --------
+    >>> from anomalib_gen.benchmark import parse_detector
+    >>> parse_detector("mixture=sklearn.mixture.GaussianMixture(n_components=8)").specification
+    'sklearn.mixture.GaussianMixture(n_components=8)'
+    """
+    # "name=path(key=1)" has a name, "path(key=1)" has none: there the first "=" stands inside the
+    # parentheses.
+    head, equals, tail = text.partition("=")
+    named = bool(equals) and head.count("(") == head.count(")")
+    name, call = (head.strip(), tail.strip()) if named else ("", text.strip())
+    if named and not name:
+        raise _bad(text, "the display name before '=' is empty")
+    try:
+        node: ast.expr = ast.parse(call, mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise _bad(text, f"it cannot be read ({error})") from None
+    keywords: list[ast.keyword] = []
+    if isinstance(node, ast.Call):
+        if node.args:
+            raise _bad(text, "its arguments must be given by keyword")
+        keywords = node.keywords
+        node = node.func
+    path = _dotted(node)
+    if path is None or "." not in path:
+        raise _bad(text, "it names no class by its import path")
+    arguments: dict[str, Any] = {}
+    for keyword in keywords:
+        if keyword.arg is None:
+            raise _bad(text, "'**' is not understood")
+        try:
+            arguments[keyword.arg] = ast.literal_eval(keyword.value)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            found = ast.unparse(keyword.value)
+            raise _bad(text, f"the argument {keyword.arg}={found} is not a literal") from None
+    detector = Detector(name, path, tuple(sorted(arguments.items())))
+    if not name:
+        short = detector.specification.removeprefix(path.rpartition(".")[0] + ".").removesuffix("()")
+        detector = Detector(short, path, detector.arguments)
+    return detector
+
+
+def parse_detectors(detectors: Iterable[str | Detector]) -> list[Detector]:
+    """Read several detectors; ``peers`` and ``deep-peers`` stand for the named sets.
+
+    Parameters
+    ----------
+    detectors : iterable of str or Detector
+        Texts for `parse_detector`, names of sets, or detectors already read.
+
+    Returns
+    -------
+    list of Detector
+        In the order given, with different names.
+
+    Raises
+    ------
+    ValueError
+        If a text cannot be read, or two different detectors bear the same name.
+    """
+    found: dict[str, Detector] = {}
+    for item in detectors:
+        members = _SETS.get(item, ()) if isinstance(item, str) else (item,)
+        for detector in members or (parse_detector(item),):  # type: ignore[arg-type]
+            known = found.setdefault(detector.name, detector)
+            if known != detector:
+                raise ValueError(
+                    f"Two detectors are called {detector.name!r}: {known.specification} and "
+                    f"{detector.specification}. Put a display name in front of one, as in 'other name=...'."
+                )
+    return list(found.values())
+
+
+class KNNDistance(BaseEstimator):
+    """Minus the mean Euclidean distance to the nearest training rows.
+
+    The plainest strong baseline on tables, written here because common libraries take the largest distance
+    instead.
+
+    Parameters
+    ----------
+    n_neighbors : int, default=5
+        Number of nearest training rows.
+    """
+
+    def __init__(self, *, n_neighbors: int = 5) -> None:
+        self.n_neighbors = n_neighbors
+
+    def fit(self, X: ArrayLike, y: Any = None) -> KNNDistance:
+        """Store the training rows.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_rows, n_features)
+            Training rows.
+        y : object
+            Ignored.
+
+        Returns
+        -------
+        KNNDistance
+            The estimator itself.
+        """
+        X = validate_data(self, X)
+        self.neighbors_ = NearestNeighbors(n_neighbors=self.n_neighbors).fit(X)
+        return self
+
+    def score_samples(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Score rows, lower = more abnormal.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_rows, n_features)
+            Rows to score.
+
+        Returns
+        -------
+        ndarray of shape (n_rows,)
+            Minus the mean distance.
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, reset=False)
+        return -self.neighbors_.kneighbors(X)[0].mean(axis=1)
+
+
+def score_rows(estimator: Any, X: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Score rows with any supported detector so that lower = more abnormal.
+
+    Parameters
+    ----------
+    estimator : object
+        A fitted detector: of scikit-learn's kind (``score_samples``, else ``decision_function``, higher =
+        normal) or of pyod's (``decision_function``, higher = abnormal).
+    X : ndarray of shape (n_rows, n_features)
+        Rows to score.
+
+    Returns
+    -------
+    ndarray of shape (n_rows,)
+        Scores, lower = more abnormal.
+    """
+    if _is_pyod(estimator):
+        scores = -np.asarray(estimator.decision_function(X), dtype=np.float64)
+    elif hasattr(estimator, "score_samples"):
+        scores = np.asarray(estimator.score_samples(X), dtype=np.float64)
+    elif hasattr(estimator, "decision_function"):
+        scores = np.asarray(estimator.decision_function(X), dtype=np.float64)
+    else:
+        hint = ""
+        if type(estimator).__name__ == "LocalOutlierFactor":
+            hint = " LocalOutlierFactor scores new rows with novelty=True only."
+        raise TypeError(
+            f"{type(estimator).__name__} has neither score_samples nor decision_function, so it cannot score "
+            f"new rows.{hint}"
+        )
+    if scores.shape != (len(X),):
+        raise ValueError(
+            f"{type(estimator).__name__} returned scores of shape {scores.shape} for {len(X)} rows; "
+            "one score a row is needed."
+        )
+    return scores
+
+
+def _named(name: str, path: str, **arguments: Any) -> Detector:
+    return Detector(name, path, tuple(sorted(arguments.items())))
+
+
+PEERS: tuple[Detector, ...] = (
+    _named("sklearn.IsolationForest", "sklearn.ensemble.IsolationForest"),
+    _named("sklearn.LOF", "sklearn.neighbors.LocalOutlierFactor", novelty=True),
+    _named("sklearn.OneClassSVM", "sklearn.svm.OneClassSVM"),
+    _named("sklearn.GaussianMixture(8)", "sklearn.mixture.GaussianMixture", n_components=8, reg_covar=1e-3),
+    _named("kNN(1)", "anomalib_gen.benchmark.KNNDistance", n_neighbors=1),
+    _named("kNN(5)", "anomalib_gen.benchmark.KNNDistance", n_neighbors=5),
+    _named("pyod.ECOD", "pyod.models.ecod.ECOD"),
+    _named("pyod.COPOD", "pyod.models.copod.COPOD"),
+    _named("pyod.HBOS", "pyod.models.hbos.HBOS"),
+    _named("pyod.CBLOF", "pyod.models.cblof.CBLOF"),
+    _named("pyod.PCA", "pyod.models.pca.PCA"),
+)
+"""Shallow detectors of scikit-learn and pyod at their defaults, a mixture of Gaussians and nearest "
+"neighbours."""
+
+DEEP_PEERS: tuple[Detector, ...] = (
+    _named("pyod.VAE", "pyod.models.vae.VAE"),
+    _named("pyod.AutoEncoder", "pyod.models.auto_encoder.AutoEncoder"),
+    _named("pyod.DeepSVDD", "pyod.models.deep_svdd.DeepSVDD"),
+)
+"""Deep detectors of pyod at their defaults; slow without a GPU."""
+
+_SETS = {"peers": PEERS, "deep-peers": DEEP_PEERS}
+
+
+def _bad(text: str, reason: str) -> ValueError:
+    return ValueError(
+        f"The detector {text!r} is not understood: {reason}. Write an import path with literal keyword "
+        f"arguments, "
+        'for example sklearn.neighbors.LocalOutlierFactor(novelty=True) or "my '
+        'flow=anomalib_gen.FlowDetector()".'
+    )
+
+
+def _dotted(node: ast.expr) -> str | None:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        base = _dotted(node.value)
+        return None if base is None else f"{base}.{node.attr}"
+    return None
+
+
+def _is_pyod(estimator: Any) -> bool:
+    base = sys.modules.get("pyod.models.base")
+    return base is not None and isinstance(estimator, base.BaseDetector)
