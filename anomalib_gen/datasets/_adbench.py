@@ -100,8 +100,8 @@ def load_adbench(
             raise
     elif entry.sha256 is not None and (found := _sha256(path)) != entry.sha256:
         warnings.warn(
-            f"{path} differs from the manifest (sha256 {found}, recorded {entry.sha256}). It is loaded, as it lies "
-            "in a folder of yours, but results on it may not compare with results on the published file.",
+            f"{path} differs from the manifest (sha256 {found}, recorded {entry.sha256}). It is loaded, as "
+            "it lies in a folder of yours, but results on it may not compare with published ones.",
             UserWarning,
             stacklevel=2,
         )

@@ -16,7 +16,7 @@ from typing import Any
 
 from anomalib_gen.datasets._manifest import DatasetEntry
 
-_CHUNK_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 12  # small, because a broken connection loses the chunk that it breaks
 _MAX_WAIT_SECONDS = 10.0
 _WAIT_SECONDS = 1.0  # before the first retry; doubled for each further one
 

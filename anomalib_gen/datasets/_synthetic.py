@@ -94,7 +94,7 @@ class IndependentDensity:
     def log_prob(self, X: ArrayLike) -> NDArray[np.float64]:
         """Return the log-density (n,) of the rows of X (n, d)."""
         rows = _check_rows(X, self.joint.means.shape[1])
-        # The marginals of a mixture are the mixtures of its components' marginals: sum (n, k, d) over k first.
+        # The marginals of a mixture are mixtures of its components' marginals: (n, k, d), summed over k.
         variance = np.diagonal(self.joint.covariances, axis1=1, axis2=2)
         squares = (rows[:, None] - self.joint.means) ** 2
         log_normal = -0.5 * (squares / variance + np.log(2 * np.pi * variance))
