@@ -1,0 +1,658 @@
+"""Turn the cells of a benchmark into tables, figures and one page.
+
+How detectors are compared
+--------------------------
+- On each data set only the seeds that every compared detector finished count; a data set without such a seed
+  is left out. All means, ranks and tests are over the data sets that remain, each with equal weight. A
+  failure is therefore never a number, and it costs nobody an unequal comparison; the tables say how many data
+  sets were left out and why.
+- A detector that finished nothing is not compared, and is named.
+- Ranks are by AUROC on each data set (1 is best, equal values share the mean rank). Two detectors tie on a
+  data set if their AUROCs differ by at most `TIE`.
+- Intervals are percentile bootstrap intervals over data sets: what another draw of data sets could have
+  given. They say nothing about the noise of seeds, and with few data sets they say little.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import friedmanchisquare
+
+from ._extra import require_benchmark_extra
+from .runner import load_results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
+
+__all__ = ["TIE", "Panel", "Summary", "print_summary", "summarise", "to_html", "to_markdown", "write_report"]
+
+TIE = 0.001
+"""Largest difference in AUROC that still counts as a tie on a data set."""
+
+_RESAMPLES = 10_000
+_INK = "#010203"  # drawn in this colour, then replaced by the page's own text colour
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A benchmark in numbers.
+
+    Attributes
+    ----------
+    suite : str
+        The protocol.
+    table : pandas.DataFrame
+        One row a compared detector, best mean AUROC first.
+    pairs : pandas.DataFrame
+        ``pairs.loc[a, b]`` is (wins, ties, losses) of a against b.
+    auroc, average_precision : pandas.DataFrame
+        One row a data set, one column a detector; means over seeds. Missing where a detector finished no
+        seed.
+    compared : list of str
+        Data sets on which all compared detectors finished at least one common seed.
+    left_out : dict of str to str
+        The other data sets, and why.
+    without_result : list of str
+        Detectors that finished no cell.
+    failures : pandas.DataFrame
+        One row a detector and reason: cells, where, error and one traceback.
+    n_cells : int
+        Cells with a record, failures included.
+    seeds : list of int
+        Seeds that occur.
+    """
+
+    suite: str
+    table: pd.DataFrame
+    pairs: pd.DataFrame
+    auroc: pd.DataFrame
+    average_precision: pd.DataFrame
+    compared: list[str]
+    left_out: dict[str, str]
+    without_result: list[str]
+    failures: pd.DataFrame
+    n_cells: int
+    seeds: list[int]
+
+    @property
+    def basis(self) -> str:
+        """What the means are over, as a sentence."""
+        total = len(self.compared) + len(self.left_out)
+        text = (
+            f"Means are over the {len(self.compared)} of {total} data sets on which all {len(self.table)} "
+            f"compared "
+            "detectors finished, and on each over the seeds that all of them finished."
+        )
+        if self.left_out:
+            text += f" Left out: {', '.join(self.left_out)}."
+        if self.without_result:
+            text += f" Not compared, because no cell finished: {', '.join(self.without_result)}."
+        return text
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure for the page.
+
+    Attributes
+    ----------
+    title, caption : str
+        Words around the figure.
+    svg : str
+        The figure.
+    """
+
+    title: str
+    caption: str
+    svg: str
+
+
+def summarise(results: pd.DataFrame) -> Summary:
+    """Compare the detectors of a table of results.
+
+    Parameters
+    ----------
+    results : pandas.DataFrame
+        What `run_benchmark` or `load_results` returned; one suite.
+
+    Returns
+    -------
+    Summary
+        The comparison.
+
+    Raises
+    ------
+    ValueError
+        If there is no result, or results of several suites.
+    """
+    suites = results["suite"].unique().tolist()
+    if len(suites) != 1:
+        raise ValueError(
+            f"results must hold cells of exactly one suite, found {suites or 'no cell at all'}. "
+            "Figures of different suites do not compare; summarise each alone."
+        )
+    ok = results[results["status"] == "ok"]
+    names = [name for name in results["detector"].unique() if (ok["detector"] == name).any()]
+    without = [name for name in results["detector"].unique() if name not in names]
+
+    compared: list[str] = []
+    left_out: dict[str, str] = {}
+    parts = []
+    for dataset, cells in results.groupby("dataset", sort=False):
+        done = ok[ok["dataset"] == dataset]
+        seeds = done.groupby("seed")["detector"].nunique()
+        common = seeds.index[seeds == len(names)]
+        if len(common):
+            compared.append(str(dataset))
+            parts.append(done[done["seed"].isin(common)])
+        else:
+            left_out[str(dataset)] = _why_left_out(cells, names)
+            parts.append(done)
+    counted = pd.concat(parts) if parts else ok
+    order = list(dict.fromkeys(results["dataset"]))
+
+    def means(column: str) -> pd.DataFrame:
+        wide = counted.pivot_table(index="dataset", columns="detector", values=column, aggfunc="mean")
+        return wide.reindex(index=order, columns=names)
+
+    auroc, precision = means("auroc"), means("average_precision")
+    used = counted[counted["dataset"].isin(compared)]
+    table = _table(results, used, auroc.loc[compared], precision.loc[compared])
+    best_first = list(table.index)
+    return Summary(
+        suite=suites[0],
+        table=table,
+        pairs=_pairs(auroc.loc[compared, best_first]),
+        auroc=auroc[best_first],
+        average_precision=precision[best_first],
+        compared=compared,
+        left_out=left_out,
+        without_result=without,
+        failures=_failures(results),
+        n_cells=len(results),
+        seeds=sorted(int(seed) for seed in results["seed"].unique()),
+    )
+
+
+def _why_left_out(cells: pd.DataFrame, names: list[str]) -> str:
+    reasons = []
+    for name in names:
+        own = cells[cells["detector"] == name]
+        failed = own[own["status"] != "ok"]
+        if len(failed) == len(own):
+            reasons.append(f"{name}: {failed['failure'].iloc[0] if len(failed) else 'not run'}")
+    return "; ".join(reasons) or "no seed that all detectors finished"
+
+
+def _table(
+    results: pd.DataFrame, counted: pd.DataFrame, auroc: pd.DataFrame, precision: pd.DataFrame
+) -> pd.DataFrame:
+    ranks = auroc.rank(axis=1, ascending=False)
+    pairs = _pairs(auroc)
+    rows = {}
+    for name in auroc.columns:
+        wins, ties, losses = np.sum([pairs[other][name] for other in auroc.columns], axis=0)
+        own = counted[counted["detector"] == name]
+        rows[name] = {
+            "mean_auroc": auroc[name].mean(),
+            "median_auroc": auroc[name].median(),
+            "mean_ap": precision[name].mean(),
+            "median_ap": precision[name].median(),
+            "mean_rank": ranks[name].mean(),
+            "wins": int(wins),
+            "ties": int(ties) - len(auroc),  # with itself
+            "losses": int(losses),
+            "fit_seconds": own["fit_seconds"].median(),
+            "score_seconds": own["score_seconds"].median(),
+            "failed_cells": int(((results["detector"] == name) & (results["status"] != "ok")).sum()),
+        }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    for short, values in (("auroc", auroc), ("ap", precision)):
+        low, high = _bootstrap(values.to_numpy())
+        table[f"{short}_low"], table[f"{short}_high"] = low, high
+    table.index.name = "detector"
+    return table.sort_values("mean_auroc", ascending=False, kind="stable") if len(table) else table
+
+
+def _bootstrap(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Percentile interval of the mean over data sets, for each detector over the same resampled data sets."""
+    n_datasets, n_detectors = values.shape
+    if n_datasets < 2:
+        missing = np.full(n_detectors, np.nan)
+        return missing, missing
+    rows = np.random.default_rng(0).integers(n_datasets, size=(_RESAMPLES, n_datasets))
+    means = np.stack([values[:, j][rows].mean(axis=1) for j in range(n_detectors)], axis=1)
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    return low, high
+
+
+def _pairs(auroc: pd.DataFrame) -> pd.DataFrame:
+    pairs = {}
+    for b in auroc.columns:
+        column = []
+        for a in auroc.columns:
+            # Rounded, because 0.951 - 0.950 is a hair more than 0.001 in binary.
+            difference = (auroc[a] - auroc[b]).round(12)
+            wins, losses = int((difference > TIE).sum()), int((difference < -TIE).sum())
+            column.append((wins, len(difference) - wins - losses, losses))
+        pairs[b] = column
+    return pd.DataFrame(pairs, index=auroc.columns, dtype=object)
+
+
+def _failures(results: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    failed = results[results["status"] != "ok"]
+    for (detector, kind, error), cells in failed.groupby(["detector", "failure", "error"], sort=False):
+        where = "; ".join(
+            f"{dataset} (seed {', '.join(map(str, sorted(part['seed'])))})"
+            for dataset, part in cells.groupby("dataset", sort=False)
+        )
+        trace = next((text for text in cells["traceback"] if text), "")
+        rows.append((detector, kind, len(cells), where, error, trace))
+    return pd.DataFrame(rows, columns=["detector", "kind", "cells", "where", "error", "traceback"])
+
+
+# ------------------------------------------------------------------------------------------ terminal, text
+
+
+def print_summary(summary: Summary, *, console: Console | None = None) -> None:
+    """Print the comparison as a table.
+
+    Parameters
+    ----------
+    summary : Summary
+        From `summarise`.
+    console : rich.console.Console, optional
+        Where to print. Default: standard output.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = console or Console()
+    columns: dict[str, Callable[[pd.Series], str]] = {
+        "AUROC": lambda row: _number(row["mean_auroc"]),
+        "95 % interval": lambda row: _interval(row["auroc_low"], row["auroc_high"]),
+        "AP": lambda row: _number(row["mean_ap"]),
+        "Rank": lambda row: _number(row["mean_rank"], 2),
+        "Win/tie/loss": lambda row: f"{row['wins']:.0f}/{row['ties']:.0f}/{row['losses']:.0f}",
+        "Fit s": lambda row: _seconds(row["fit_seconds"]),
+        "Score s": lambda row: _seconds(row["score_seconds"]),
+        "Failed": lambda row: f"{row['failed_cells']:.0f}" if row["failed_cells"] else "",
+    }
+
+    def build() -> Table:
+        table = Table(title=f"Suite {summary.suite}", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("Detector", no_wrap=True)
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        for name, row in summary.table.iterrows():
+            table.add_row(escape(str(name)), *(show(row) for show in columns.values()))
+        return table
+
+    # On a narrow terminal whole columns go rather than letters of all; the report has them.
+    roomy = console.options.update(width=1000)
+    for column in ("95 % interval", "Score s", "Failed", "Win/tie/loss"):
+        if console.measure(build(), options=roomy).maximum <= console.width:
+            break
+        del columns[column]
+    console.print(build())
+    console.print(escape(summary.basis), highlight=False)
+    for _, failure in summary.failures.head(10).iterrows():
+        cells = f"{failure['cells']} cell{'s' if failure['cells'] > 1 else ''}"
+        text = f"failed: {failure['detector']}, {cells}, {failure['kind']}: {_shorten(failure['error'], 200)}"
+        console.print(f"[red]{escape(text)}[/red]", highlight=False)
+    if len(summary.failures) > 10:
+        more = len(summary.failures) - 10
+        console.print(f"[red]... and {more} more kinds of failure, see the report[/red]")
+
+
+def to_markdown(summary: Summary) -> str:
+    """Write the comparison in Markdown.
+
+    Parameters
+    ----------
+    summary : Summary
+        From `summarise`.
+
+    Returns
+    -------
+    str
+        Tables of the comparison, of the pairs, of the data sets and of the failures.
+    """
+    lines = [f"# Benchmark, suite {summary.suite}", "", _markdown_text(summary.basis), ""]
+    head = [
+        "Detector",
+        "AUROC mean [95 %]",
+        "median",
+        "AP mean [95 %]",
+        "median",
+        "Rank",
+        "Win/tie/loss",
+        "Fit s",
+        "Score s",
+        "Failed cells",
+    ]
+    body = [
+        [
+            name,
+            f"{_number(row['mean_auroc'])} [{_interval(row['auroc_low'], row['auroc_high'])}]",
+            _number(row["median_auroc"]),
+            f"{_number(row['mean_ap'])} [{_interval(row['ap_low'], row['ap_high'])}]",
+            _number(row["median_ap"]),
+            _number(row["mean_rank"], 2),
+            f"{row['wins']:.0f}/{row['ties']:.0f}/{row['losses']:.0f}",
+            _seconds(row["fit_seconds"]),
+            _seconds(row["score_seconds"]),
+            f"{row['failed_cells']:.0f}",
+        ]
+        for name, row in summary.table.iterrows()
+    ]
+    lines += [
+        *_markdown_table(head, body),
+        "",
+        f"Win/tie/loss: over pairs of detector and data set; a difference of at most {TIE} AUROC is a tie.",
+        "Fit and score seconds are medians over cells. AP: average precision, anomalies positive.",
+        "",
+        "## Wins/ties/losses of the row against the column",
+        "",
+    ]
+    names = list(summary.pairs.index)
+    body = [[a, *("" if a == b else _wtl(summary.pairs.loc[a, b]) for b in names)] for a in names]
+    lines += [*_markdown_table(["", *names], body), ""]
+    for title, values in (("AUROC", summary.auroc), ("Average precision", summary.average_precision)):
+        lines += [f"## {title} by data set (mean over seeds)", ""]
+        body = [
+            [f"{dataset}{'' if dataset in summary.compared else ' (left out)'}", *map(_number, row)]
+            for dataset, row in zip(values.index, values.to_numpy(), strict=True)
+        ]
+        lines += [*_markdown_table(["Data set", *values.columns], body), ""]
+    lines += ["## Failures", ""]
+    if len(summary.failures):
+        head = ["Detector", "Kind", "Cells", "Where", "Error"]
+        body = [
+            [row["detector"], row["kind"], str(row["cells"]), row["where"], _shorten(row["error"], 300)]
+            for _, row in summary.failures.iterrows()
+        ]
+        lines += _markdown_table(head, body)
+    else:
+        lines += ["None."]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(head: Sequence[Any], body: Sequence[Sequence[Any]]) -> list[str]:
+    rows = [head, ["---"] * len(head), *body]
+    return ["| " + " | ".join(_markdown_text(str(cell)) for cell in row) + " |" for row in rows]
+
+
+def _markdown_text(text: str) -> str:
+    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return "–" if pd.isna(value) else f"{value:.{digits}f}"
+
+
+def _interval(low: float, high: float) -> str:
+    return "–" if pd.isna(low) else f"{low:.3f}–{high:.3f}"
+
+
+def _seconds(value: float) -> str:
+    if pd.isna(value):
+        return "–"
+    return "<0.01" if value < 0.01 else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def _wtl(pair: tuple[int, int, int]) -> str:
+    return "/".join(map(str, pair))
+
+
+def _shorten(text: str, length: int) -> str:
+    text = re.sub(r"\s+", " ", text)
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+# -------------------------------------------------------------------------------------------------- figures
+
+
+def new_figure(width: float, height: float) -> tuple[Figure, Any]:
+    """Make a figure whose lines and words take the text colour of the page it is put into."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    axes.tick_params(colors=_INK, labelsize=9)
+    for part in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        part.set_color(_INK)
+        part.set_fontsize(9)
+    for side, spine in axes.spines.items():
+        spine.set_color(_INK)
+        spine.set_visible(side in ("left", "bottom"))
+    return figure, axes
+
+
+def to_svg(figure: Figure, *, label: str) -> str:
+    """Render a figure as SVG for inlining: no external reference, real text, the page's text colour."""
+    import matplotlib as mpl
+
+    stream = io.StringIO()
+    nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(stream, format="svg", metadata=nothing)
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{_attribute(label)}" ', 1)
+
+
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+
+
+def _interval_figure(table: pd.DataFrame) -> str:
+    rows = table.iloc[::-1]
+    figure, axes = new_figure(7.2, 0.7 + 0.27 * len(rows))
+    y = np.arange(len(rows))
+    if rows["auroc_low"].notna().all():
+        axes.hlines(y, rows["auroc_low"], rows["auroc_high"], color="#3b82f6", linewidth=5, alpha=0.45)
+    axes.plot(rows["mean_auroc"], y, "o", color="#2563eb", markersize=6)
+    axes.set_yticks(y, rows.index)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel("mean AUROC over data sets")
+    axes.grid(axis="x", color=_INK, alpha=0.15, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    return to_svg(figure, label="Mean AUROC with 95 percent interval for each detector")
+
+
+def critical_difference(auroc: pd.DataFrame) -> tuple[str, str]:
+    """Draw the critical-difference diagram of a complete table of AUROCs.
+
+    Parameters
+    ----------
+    auroc : pandas.DataFrame
+        One row a data set, one column a detector, nothing missing.
+
+    Returns
+    -------
+    svg : str
+        The diagram, or an empty string.
+    caption : str
+        How to read it, or why it is left out.
+    """
+    n_datasets, n_detectors = auroc.shape
+    if n_detectors < 3 or n_datasets < 5:
+        return "", (
+            "Left out: a test over ranks needs at least 3 detectors and 5 data sets, here are "
+            f"{n_detectors} and {n_datasets}."
+        )
+    import scikit_posthocs as sp
+
+    if np.ptp(auroc.to_numpy(), axis=1).max() == 0:
+        return "", "Left out: all detectors are equal on every data set."
+    p_value = float(friedmanchisquare(*auroc.to_numpy().T).pvalue)
+    ranks = auroc.rank(axis=1, ascending=False).mean()
+    p_pairs = sp.posthoc_nemenyi_friedman(auroc.to_numpy())
+    p_pairs.index = p_pairs.columns = auroc.columns
+    figure, axes = new_figure(8.4, 1.1 + 0.16 * n_detectors)
+    sp.critical_difference_diagram(
+        ranks,
+        p_pairs,
+        ax=axes,
+        label_fmt_left="{label} ({rank:.2f}) ",
+        label_fmt_right=" ({rank:.2f}) {label}",
+        label_props={"fontsize": 9},
+        elbow_props={"color": _INK, "linewidth": 0.8},
+        marker_props={"color": "#2563eb", "s": 22},
+        crossbar_props={"color": "#2563eb", "linewidth": 3},
+        text_h_margin=0.1,
+    )
+    axes.spines["top"].set_visible(True)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(axis="x", labelsize=9)
+    caption = (
+        f"Mean ranks by AUROC over {n_datasets} data sets, best on the side of rank 1. The Friedman test "
+        f"gives "
+        f"p = {p_value:.2g}. Detectors joined by a bar do not differ at the 5 % level (Nemenyi test)."
+    )
+    if p_value >= 0.05:
+        caption += " The Friedman test itself finds no difference, so the pairs should not be read."
+    return to_svg(figure, label="Critical-difference diagram of mean ranks"), caption
+
+
+# ------------------------------------------------------------------------------------------------- the page
+
+
+def to_html(
+    results: pd.DataFrame,
+    *,
+    title: str = "Benchmark of anomaly detectors",
+    introduction: str = "",
+    panels: Sequence[Panel] = (),
+) -> str:
+    """Write the comparison as one page that needs no other file and no network.
+
+    Parameters
+    ----------
+    results : pandas.DataFrame
+        What `run_benchmark` or `load_results` returned; one suite.
+    title : str
+        Heading of the page.
+    introduction : str
+        A paragraph below the heading.
+    panels : sequence of Panel
+        Further figures, in the order given.
+
+    Returns
+    -------
+    str
+        The page.
+    """
+    require_benchmark_extra()
+    import jinja2
+    from markupsafe import Markup, escape
+
+    summary = summarise(results)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("anomalib_gen.benchmark"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        "number": _number,
+        "seconds": _seconds,
+        "wtl": _wtl,
+        "breakable": lambda name: Markup(str(escape(name)).replace(".", ".<wbr>").replace("(", "<wbr>(")),
+        "around_half": _around_half,
+    }
+    environment.globals["interval"] = _interval
+    figure = _interval_figure(summary.table) if summary.compared else ""
+    diagram, diagram_caption = critical_difference(summary.auroc.loc[summary.compared])
+    return environment.get_template("report.html").render(
+        title=title,
+        introduction=introduction,
+        panels=panels,
+        summary=summary,
+        rows=list(summary.table.iterrows()),
+        tie=TIE,
+        resamples=_RESAMPLES,
+        figure=figure,
+        diagram=diagram,
+        diagram_caption=diagram_caption,
+        heat=[
+            ("AUROC", summary.auroc, _around_half),
+            ("Average precision", summary.average_precision, _from_zero),
+        ],
+        failures=[row for _, row in summary.failures.iterrows()],
+        specifications=dict(zip(results["detector"], results["specification"], strict=True)),
+        sizes=_sizes(results),
+        versions=_versions_used(results),
+    )
+
+
+def _around_half(value: float) -> str:
+    """Blue above chance, orange below, as a tint that any text colour can be read on."""
+    if pd.isna(value):
+        return "transparent"
+    strength = min(1.0, abs(value - 0.5) * 2) ** 1.5 * 0.6
+    return f"rgb({'37 99 235' if value >= 0.5 else '234 88 12'} / {strength:.3f})"
+
+
+def _from_zero(value: float) -> str:
+    return "transparent" if pd.isna(value) else f"rgb(37 99 235 / {0.6 * value:.3f})"
+
+
+def _sizes(results: pd.DataFrame) -> list[Any]:
+    ok = results[results["status"] == "ok"]
+    columns = ["n_train", "n_test", "n_features", "n_anomalies"]
+    first = ok.groupby("dataset", sort=False)[columns].first()
+    return first.reset_index().to_dict("records")
+
+
+def _versions_used(results: pd.DataFrame) -> dict[str, list[str]]:
+    used: dict[str, set[str]] = {}
+    for text in results["versions"].unique():
+        for package, version in json.loads(text).items():
+            used.setdefault(package, set()).add(version)
+    return {package: sorted(versions) for package, versions in used.items()}
+
+
+def write_report(output: str | os.PathLike[str], *, console: Console | None = None) -> Path:
+    """Print the comparison of an output folder and write ``report.md`` and ``report.html`` into it.
+
+    Parameters
+    ----------
+    output : str or path-like
+        Folder of `run_benchmark`.
+    console : rich.console.Console, optional
+        Where to print. Default: standard output.
+
+    Returns
+    -------
+    Path
+        The page.
+    """
+    results = load_results(output)
+    summary = summarise(results)
+    print_summary(summary, console=console)
+    (Path(output) / "report.md").write_text(to_markdown(summary), encoding="utf-8")
+    page = Path(output) / "report.html"
+    page.write_text(to_html(results), encoding="utf-8")
+    return page
