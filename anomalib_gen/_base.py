@@ -1,0 +1,437 @@
+"""The scikit-learn border: what every detector shares.
+
+A detector is a generative model plus one number per row. Below this file everything is torch; above it, numpy and
+data frames. Scores are computed in float64 (float32 on MPS), block by block, so that a row's score depends neither
+on the rows beside it nor on how many there are.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import ABCMeta, abstractmethod
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.base import BaseEstimator, OutlierMixin, _fit_context
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from torch import nn
+
+from anomalib_gen import _runtime
+from anomalib_gen._component import Component, resolve_component
+from anomalib_gen._scaling import ArrayRows, Standardizer, rows_per_block
+from anomalib_gen._training import TrainingOptions, train
+
+MAX_THRESHOLD_ROWS = 200_000
+"""Training rows scored for `offset_`; beyond this a random subset is taken, whose quantile is as good."""
+
+
+class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
+    """Base class of all detectors.
+
+    A subclass declares its parameters and gives `_make_model`, `_default_objective`, `_default_anomaly` and
+    `_training_options`; it names the strings its `objective` and `anomaly` accept in `_objectives` and
+    `_anomalies`.
+    """
+
+    _objectives: ClassVar[Any]
+    _anomalies: ClassVar[Any]
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "anomaly": [str, Component, None],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "weight_decay": [Interval(Real, 0, None, closed="left")],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "max_iter": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
+        "validation_fraction": [Interval(Real, 0, 1, closed="left")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+        "max_grad_norm": [Interval(Real, 0, None, closed="neither")],
+        "ema_decay": [Interval(Real, 0, 1, closed="left")],
+        "contamination": [Interval(Real, 0, 0.5, closed="right")],
+        "warm_start": ["boolean"],
+        "random_state": ["random_state"],
+        "device": [str, torch.device],
+        "verbose": ["verbose"],
+    }
+
+    anomaly: Any
+    contamination: float
+    device: Any
+    random_state: Any
+    validation_fraction: float
+    warm_start: bool
+
+    # What a family provides -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _make_model(self, event_shape: tuple[int, ...], Z: npt.NDArray[np.float64]) -> nn.Module:
+        """Build the model on the CPU in float32; `Z` holds up to a few thousand standardised rows to start from."""
+
+    @abstractmethod
+    def _default_objective(self) -> Component:
+        """Return the objective that ``objective=None`` stands for."""
+
+    @abstractmethod
+    def _default_anomaly(self) -> Component:
+        """Return the anomaly that ``anomaly=None`` stands for."""
+
+    @abstractmethod
+    def _training_options(self, n_rows: int, *, one_pass: bool) -> TrainingOptions:
+        """Return how to train on `n_rows` rows; once over them if `one_pass`."""
+
+    # Fitting ----------------------------------------------------------------------------------------------
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Fit the model to rows that are mostly normal.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+            At least two rows. Memory-mapped arrays are read in blocks.
+        y : ignored
+            For scikit-learn's conventions.
+        sample_weight : array-like of shape (n_samples,), optional
+            Non-negative weight of each row in the loss and in the scaling; a weight of zero leaves a row out.
+
+        Returns
+        -------
+        self
+        """
+        continued = self.warm_start and hasattr(self, "model_")
+        return self._fit(X, sample_weight, continued=continued, one_pass=False)
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Continue training with one pass over new rows, in the scaling of the first call.
+
+        The threshold `offset_` is set anew from these rows. The first call on an unfitted detector fixes the
+        scaling and builds the model; a first call to `fit` trains it to the end instead, and is the better start.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+        y : ignored
+        sample_weight : array-like of shape (n_samples,), optional
+
+        Returns
+        -------
+        self
+        """
+        return self._fit(X, sample_weight, continued=hasattr(self, "model_"), one_pass=True)
+
+    def _fit(self, X: Any, sample_weight: Any, *, continued: bool, one_pass: bool) -> Self:
+        X = self._validate(X, reset=not continued, min_rows=2)
+        device = _runtime.resolve_device(self.device)
+        objective = resolve_component(
+            getattr(self, "objective", None),
+            known=self._objectives,
+            argument="objective",
+            default=self._default_objective,
+        )
+        anomaly = resolve_component(
+            self.anomaly, known=self._anomalies, argument="anomaly", default=self._default_anomaly
+        )
+        random = check_random_state(self.random_state)
+        seeds = [int(seed) for seed in random.randint(np.iinfo(np.int32).max, size=4)]
+
+        index, weights = np.arange(len(X)), None
+        if sample_weight is not None:
+            weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+            index = np.flatnonzero(weights)
+            if len(index) < 2:
+                raise ValueError(
+                    f"sample_weight leaves {len(index)} rows with a positive weight; at least 2 are needed."
+                )
+            weights = weights[index] * (len(index) / weights.sum())
+        train_index, held_out_index = self._split(len(index), np.random.RandomState(seeds[0]))
+
+        if continued:
+            scaler, model = self._scaler, copy.deepcopy(self.model_).float()
+        else:
+            scaler = Standardizer.fit(X, None if len(index) == len(X) else index, weights)
+            start = train_index[: max(2, 4 * rows_per_block(int(np.prod(X.shape[1:]))))]
+            with _runtime.forked_rng(seeds[1]):
+                model = self._make_model(X.shape[1:], scaler.transform(X[index[np.sort(start)]]))
+        model = model.to(device)
+        rows = ArrayRows(X, index[train_index], scaler, device)
+        held_out = ArrayRows(X, index[held_out_index], scaler, device) if len(held_out_index) else None
+        self._dry_run(model, objective, anomaly, rows, device)
+
+        def pick(positions: npt.NDArray[np.integer]) -> torch.Tensor | None:
+            return None if weights is None else torch.from_numpy(weights[positions])
+
+        with _runtime.forked_rng(seeds[2], device):
+            result = train(
+                model,
+                objective,
+                rows,
+                options=self._training_options(len(rows), one_pass=one_pass),
+                seed=seeds[2],
+                device=device,
+                weights=pick(train_index),
+                validation=held_out,
+                validation_weights=pick(held_out_index),
+                label=type(self).__name__,
+            )
+        model = model.to(_runtime.scoring_dtype(device))
+        if hasattr(anomaly, "prepare"):
+            # Held-out rows are what scoring will meet; training rows look a little too normal.
+            reference = rows if held_out is None else held_out
+            block = _runtime.scoring_block_rows(int(np.prod(X.shape[1:])), device)
+            with torch.inference_mode():
+                dtype = _runtime.scoring_dtype(device)
+                anomaly.prepare(
+                    model,
+                    (x.to(dtype) for x in reference.blocks(block)),
+                    _runtime.make_generator(seeds[3], device),
+                )
+
+        history = continued and hasattr(self, "n_iter_")
+        self.loss_curve_ = (self.loss_curve_ if history else []) + result.loss_curve
+        self.validation_curve_ = (self.validation_curve_ if history else []) + result.validation_curve
+        self.n_iter_ = (self.n_iter_ if history else 0) + result.n_iter
+        self.event_shape_ = X.shape[1:]
+        self.model_, self.anomaly_ = model, anomaly
+        self._scaler, self._scoring_seed = scaler, seeds[3]
+        self.offset_ = self._threshold(X, index, np.random.RandomState(seeds[0]))
+        return self
+
+    def _split(
+        self, n: int, random: np.random.RandomState
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Positions to train on and positions held out; none are held out where too few rows would be left."""
+        order = random.permutation(n)
+        n_held_out = round(self.validation_fraction * n)
+        if n_held_out < MIN_HELD_OUT or n - n_held_out < 2:
+            n_held_out = 0
+        return order[n_held_out:], order[:n_held_out]
+
+    def _dry_run(
+        self, model: nn.Module, objective: Any, anomaly: Any, rows: ArrayRows, device: torch.device
+    ) -> None:
+        """Try objective and anomaly on two rows, so that a pair that cannot work fails before training."""
+        x = rows.take(torch.arange(2))
+        generator = _runtime.make_generator(0, device)
+        for argument, part in (("objective", objective), ("anomaly", anomaly)):
+            try:
+                with torch.no_grad():
+                    if argument == "anomaly" and hasattr(part, "prepare"):
+                        part = copy.deepcopy(part)
+                        part.prepare(model, [x], generator)
+                    values = part(model, x, generator)
+            except AttributeError as error:
+                raise TypeError(
+                    f"{argument}={part!r} does not work with {type(model).__name__}: {error}. "
+                    "Choose one that uses what this model provides."
+                ) from error
+            if values.shape != (2,):
+                raise TypeError(
+                    f"{argument}={part!r} returned a tensor of shape {tuple(values.shape)} for 2 rows; "
+                    "one number per row is needed."
+                )
+
+    def _threshold(
+        self, X: npt.NDArray[Any], index: npt.NDArray[np.integer], random: np.random.RandomState
+    ) -> float:
+        if len(index) > MAX_THRESHOLD_ROWS:
+            index = np.sort(random.choice(index, MAX_THRESHOLD_ROWS, replace=False))
+        elif len(index) == len(X):
+            return float(np.quantile(self._score(X), self.contamination))
+        scores = np.concatenate(
+            [self._score(X[index[i : i + 2**16]]) for i in range(0, len(index), 2**16)]
+        )
+        return float(np.quantile(scores, self.contamination))
+
+    # Scoring ----------------------------------------------------------------------------------------------
+
+    def score_samples(self, X: Any) -> npt.NDArray[np.float64]:
+        """Score rows; lower is more abnormal.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            Minus the anomaly of each row. For a likelihood: the log-density in nats, in the units of X.
+        """
+        check_is_fitted(self)
+        return self._score(self._validate(X, reset=False))
+
+    def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
+        """Return ``score_samples(X) - offset_``: negative for outliers.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+        """
+        return self.score_samples(X) - self.offset_
+
+    def predict(self, X: Any) -> npt.NDArray[np.int64]:
+        """Label rows: +1 for inliers, -1 for outliers.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+        """
+        return np.where(self.decision_function(X) >= 0, 1, -1)
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Mean of `score_samples`: how normal held-out rows look, for model selection without labels.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+        y : ignored
+
+        Returns
+        -------
+        float
+        """
+        return float(np.mean(self.score_samples(X)))
+
+    def sample(self, n_samples: int = 1, *, random_state: Any = None) -> npt.NDArray[np.float64]:
+        """Draw new rows from the model.
+
+        Parameters
+        ----------
+        n_samples : int, default=1
+        random_state : int, RandomState instance or None, default=None
+            None draws afresh at each call.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+            In the units and the order of X's columns.
+
+        Raises
+        ------
+        ValueError
+            If `n_samples` is not a positive integer.
+        """
+        check_is_fitted(self)
+        if not isinstance(n_samples, Integral) or n_samples < 1:
+            raise ValueError(f"n_samples must be a positive integer, got {n_samples!r}.")
+        device = self._scoring_device()
+        model: Any = self.model_.to(device)
+        seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
+        generator = _runtime.make_generator(seed, device)
+        block = _runtime.scoring_block_rows(int(np.prod(self.event_shape_)), device)
+        drawn = np.empty((n_samples, *self.event_shape_))
+        with torch.inference_mode():
+            for rows in _runtime.row_blocks(int(n_samples), block):
+                z = model.sample(rows.stop - rows.start, generator)
+                drawn[rows] = self._scaler.inverse_transform(z.cpu().double().numpy())
+        return drawn
+
+    def _score(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Score validated rows with the detector's anomaly."""
+        return -self._apply(self.anomaly_, X)
+
+    def _apply(self, anomaly: Any, X: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Anomaly of validated rows, ``(n,)``; a density is turned into one in the units of X."""
+        device = self._scoring_device()
+        dtype = _runtime.scoring_dtype(device)
+        model = self.model_.to(device)
+        block_rows = _runtime.scoring_block_rows(int(np.prod(self.event_shape_)), device)
+        values = np.empty(len(X))
+        with torch.inference_mode():
+            for rows in _runtime.row_blocks(len(X), block_rows):
+                z = self._scaler.transform(X[rows])
+                n = len(z)
+                if dtype == torch.float32:
+                    limit = float(np.finfo(np.float32).max)
+                    # One shape for every block: in float32 a kernel's rounding depends on the shape.
+                    z = np.clip(np.resize(z, (block_rows, *z.shape[1:])), -limit, limit)
+                x = torch.from_numpy(z).to(device=device, dtype=dtype)
+                # The same noise for every block, so that a row's score does not depend on its place.
+                a = anomaly(model, x, _runtime.make_generator(self._scoring_seed, device))
+                values[rows] = a[:n].cpu().double().numpy()
+        if anomaly.in_nats:
+            values -= self._scaler.log_det
+        if np.isnan(values).any():
+            raise FloatingPointError(
+                f"The model gives NaN for row {int(np.flatnonzero(np.isnan(values))[0])}. "
+                "Its weights are damaged or its transform is not defined there; fit it again."
+            )
+        return values
+
+    def _scoring_device(self) -> torch.device:
+        """Where to score: where asked, or on the CPU for a detector that comes from a machine with more."""
+        try:
+            return _runtime.resolve_device(self.device)
+        except ValueError:
+            warnings.warn(
+                f"device={self.device!r} is not available here; scoring on the CPU. "
+                "Silence this with set_params(device='auto').",
+                stacklevel=4,
+            )
+            return torch.device("cpu")
+
+    # Input ------------------------------------------------------------------------------------------------
+
+    def _validate(self, X: Any, *, reset: bool, min_rows: int = 1) -> npt.NDArray[Any]:
+        """Check rows and return them as float32 or float64, without a copy where they are so already."""
+        X = validate_data(
+            self,
+            X,
+            reset=reset,
+            dtype=[np.float64, np.float32],
+            ensure_all_finite=False,
+            ensure_min_samples=min_rows,
+        )
+        self._refuse_non_finite(X)
+        return X
+
+    def _refuse_non_finite(self, X: npt.NDArray[Any]) -> None:
+        bad = np.zeros(X.shape[1:], dtype=bool)
+        missing = False
+        for block in _runtime.row_blocks(len(X), rows_per_block(int(np.prod(X.shape[1:])))):
+            finite = np.isfinite(X[block])
+            if not finite.all():
+                bad |= ~finite.all(axis=0)
+                missing |= bool(np.isnan(X[block]).any())
+        if not bad.any():
+            return
+        columns = np.flatnonzero(bad)
+        names = getattr(self, "feature_names_in_", None)
+        shown = [repr(str(names[j])) if names is not None else str(j) for j in columns[:10]]
+        more = f" and {len(columns) - 10} more" if len(columns) > 10 else ""
+        what = "NaN" if missing else "infinity"
+        advice = (
+            "Fill missing values first, e.g. with sklearn.impute.SimpleImputer in a pipeline."
+            if missing
+            else "Replace infinite values, or drop those rows."
+        )
+        raise ValueError(
+            f"Input X contains {what} in column{'s' if len(columns) > 1 else ''} {', '.join(shown)}{more}. "
+            f"{type(self).__name__} needs finite numbers. {advice}"
+        )
+
+    # Pickling ---------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state with the model on the CPU, so that a pickle opens on any machine."""
+        state = dict(super().__getstate__())
+        if "model_" in state:
+            state["model_"] = copy.deepcopy(state["model_"]).to("cpu")
+        return state
+
+
+MIN_HELD_OUT = 5
+"""Fewer held-out rows than this say nothing about when to stop."""

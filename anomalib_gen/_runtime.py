@@ -1,0 +1,126 @@
+"""Where and how tensors live: device, precision, scoped randomness, row batches, shapes.
+
+Nothing here changes a global: no seed, no thread count, no backend flag.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+SCORING_VALUES_PER_BLOCK = 2**18
+"""Input values scored at once on a CPU; keeps a block's activations in tens of megabytes."""
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Turn a user's `device` into a `torch.device` that is there.
+
+    Parameters
+    ----------
+    device : str or torch.device
+        ``"auto"`` takes CUDA, else Apple's MPS, else the CPU.
+
+    Raises
+    ------
+    ValueError
+        If the string names no device, or one that this machine lacks.
+    """
+    if isinstance(device, str) and device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={device!r} is not a torch device. Use 'auto', 'cpu', 'cuda', 'cuda:<index>' or 'mps'."
+        ) from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={device!r} was asked for, but torch finds no CUDA device. Use device='auto' or 'cpu'."
+        )
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(
+            f"device={device!r} was asked for, but torch finds no MPS device. Use device='auto' or 'cpu'."
+        )
+    return resolved
+
+
+def scoring_dtype(device: torch.device) -> torch.dtype:
+    """Precision of every score: float64, or float32 where the device has nothing better (MPS).
+
+    In float32 the last bits of a matrix product depend on the number of rows beside the one of interest;
+    float64 pushes that below anything a user compares.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def make_generator(seed: int, device: torch.device) -> torch.Generator:
+    """Return a generator on `device`, seeded and independent of the global one."""
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+@contextmanager
+def forked_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed torch's global generators inside the block and restore them after.
+
+    Layers draw their first weights, and dropout its masks, from the global generators and take no others. Those
+    of the CPU and of `device` are forked; networks are built on the CPU and moved afterwards.
+    """
+    cpu_state = torch.get_rng_state()
+    cuda = device is not None and device.type == "cuda"
+    cuda_state = torch.cuda.get_rng_state(device) if cuda else None
+    try:
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(cpu_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, device)
+
+
+def expand_as_rows(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Reshape per-row numbers ``(B,)`` so that they broadcast over events ``(B, *E)``."""
+    return t.reshape(-1, *([1] * (x.ndim - 1)))
+
+
+def row_blocks(n_rows: int, rows_per_block: int) -> Iterator[slice]:
+    """Cut ``range(n_rows)`` into slices of at most `rows_per_block` rows, in order."""
+    for start in range(0, n_rows, rows_per_block):
+        yield slice(start, min(start + rows_per_block, n_rows))
+
+
+def scoring_block_rows(event_size: int, device: torch.device) -> int:
+    """Rows to score at once, from the event's size and the device alone.
+
+    It never depends on the number of rows at hand, so memory stays bounded whatever is passed.
+    """
+    values = SCORING_VALUES_PER_BLOCK if device.type == "cpu" else 16 * SCORING_VALUES_PER_BLOCK
+    # A few columns still cost a network's whole width, hence the cap.
+    return max(1, min(values // max(1, event_size), 4096 if device.type == "cpu" else 65536))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a tensor could not be allocated, on whichever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator" in str(error) or "MPS backend out of memory" in str(error)
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Give cached blocks back after an allocation failed."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

@@ -1,0 +1,163 @@
+"""From numpy rows to the tensors that models see: scaling, blocks, and residence on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from anomalib_gen._runtime import row_blocks
+
+BLOCK_BYTES = 2**24
+"""Bytes of float64 rows handled at once while passing over data on the numpy side."""
+RESIDENT_BYTES = 2**30
+"""Training rows up to this size are kept on the CPU as one tensor; larger data are read batch by batch."""
+
+
+def rows_per_block(event_size: int) -> int:
+    """Rows of a numpy block of `BLOCK_BYTES`."""
+    return max(1, BLOCK_BYTES // (8 * max(1, event_size)))
+
+
+@dataclass(frozen=True)
+class Standardizer:
+    """z = (x - shift) / scale, computed in float64, with shift and scale broadcast over the event.
+
+    Attributes
+    ----------
+    shift, scale : ndarray
+        Of the event's shape for tables (one number a column), of shape ``(1, ...)`` for images (one for all).
+    log_det : float
+        log |dz/dx| summed over the event: what turns a log-density of z into one of x.
+    """
+
+    shift: npt.NDArray[np.float64]
+    scale: npt.NDArray[np.float64]
+    log_det: float
+
+    @classmethod
+    def fit(
+        cls,
+        X: npt.NDArray[np.floating],
+        rows: npt.NDArray[np.integer] | None = None,
+        weights: npt.NDArray[np.float64] | None = None,
+    ) -> Standardizer:
+        """Estimate shift and scale in two passes over blocks of rows.
+
+        Parameters
+        ----------
+        X : ndarray of shape (n, *E)
+        rows : ndarray of int, optional
+            Positions to use; all if None.
+        weights : ndarray, optional
+            Weight of each used row.
+
+        Notes
+        -----
+        The first pass takes the range, the second the moments about the range's middle in units of half the range:
+        neither a large offset nor values near the end of the floating-point range spoil the result. A column
+        whose range is rounding error counts as constant and gets scale 1.
+        """
+        n = len(X) if rows is None else len(rows)
+        event_shape = X.shape[1:]
+        axes = (0,) if len(event_shape) == 1 else tuple(range(X.ndim))
+        size = int(np.prod(event_shape))
+        values_per_row = 1 if len(event_shape) == 1 else size
+
+        def blocks() -> Iterator[tuple[slice, npt.NDArray[np.float64]]]:
+            for block in row_blocks(n, rows_per_block(size)):
+                yield block, np.asarray(X[block] if rows is None else X[rows[block]], dtype=np.float64)
+
+        low, high = np.inf, -np.inf
+        for _, x in blocks():
+            low, high = np.minimum(low, x.min(axis=axes)), np.maximum(high, x.max(axis=axes))
+        middle, half = low / 2 + high / 2, high / 2 - low / 2
+        constant = half <= 16 * np.finfo(X.dtype).eps * np.maximum(np.abs(low), np.abs(high))
+        half = np.where(constant, 1.0, half)
+        mass, mean, square = 0.0, 0.0, 0.0
+        for block, x in blocks():
+            w = np.ones(len(x)) if weights is None else weights[block]
+            w = w.reshape(-1, *([1] * len(event_shape)))
+            d = (x - middle) / half
+            mass += float(w.sum()) * values_per_row
+            mean, square = mean + (w * d).sum(axis=axes), square + (w * d**2).sum(axis=axes)
+        mean, square = mean / mass, square / mass
+        spread = half * np.sqrt(np.maximum(square - mean**2, 0))
+        shift = np.where(constant, middle, middle + half * mean)
+        # The spread of values near the end of the range may underflow to nothing only if they are constant.
+        scale = np.where(constant | (spread == 0), 1.0, spread)
+        if len(event_shape) > 1:
+            shift, scale = (np.reshape(value, [1] * len(event_shape)) for value in (shift, scale))
+        log_det = -float(np.log(np.broadcast_to(scale, event_shape)).sum())
+        return cls(shift=shift, scale=scale, log_det=log_det)
+
+    def transform(self, X: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """Standardise rows; values beyond the floating-point range saturate at its end."""
+        with np.errstate(over="ignore"):
+            z = (np.asarray(X, dtype=np.float64) - self.shift) / self.scale
+        limit = np.finfo(np.float64).max
+        return np.clip(z, -limit, limit)
+
+    def inverse_transform(self, Z: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """Return to the units of X."""
+        return np.asarray(Z, dtype=np.float64) * self.scale + self.shift
+
+
+class ArrayRows:
+    """Rows of a numpy array as standardised float32 tensors on a device.
+
+    Resident on the device where they fit into the memory set aside, else cut from the array (which may be
+    memory-mapped) and standardised batch by batch.
+
+    Parameters
+    ----------
+    X : ndarray of shape (n, *E)
+    index : ndarray of int
+        Positions in `X` that these rows stand for.
+    scaler : Standardizer
+    device : torch.device
+    """
+
+    def __init__(
+        self,
+        X: npt.NDArray[np.floating],
+        index: npt.NDArray[np.integer],
+        scaler: Standardizer,
+        device: torch.device,
+    ) -> None:
+        self._X, self._index, self._scaler, self._device = X, index, scaler, device
+        size = int(np.prod(X.shape[1:]))
+        budget = RESIDENT_BYTES
+        if device.type == "cuda":
+            budget = torch.cuda.mem_get_info(device)[0] // 2
+        self._resident: torch.Tensor | None = None
+        if 4 * size * len(index) <= budget:
+            resident = torch.empty((len(index), *X.shape[1:]), dtype=torch.float32, device=device)
+            for block in row_blocks(len(index), rows_per_block(size)):
+                resident[block] = self._cut(index[block])
+            self._resident = resident
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def _cut(self, positions: npt.NDArray[np.integer]) -> torch.Tensor:
+        z = self._scaler.transform(self._X[positions])
+        limit = float(np.finfo(np.float32).max)
+        return torch.from_numpy(np.clip(z, -limit, limit).astype(np.float32)).to(self._device)
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of the given positions, ``(B, *E)``."""
+        if self._resident is not None:
+            return self._resident[index.to(self._device)]
+        return self._cut(self._index[index.numpy()])
+
+    def blocks(self, rows_per_block: int) -> Iterator[torch.Tensor]:
+        """All rows in order."""
+        for block in row_blocks(len(self), rows_per_block):
+            if self._resident is not None:
+                yield self._resident[block]
+            else:
+                yield self._cut(self._index[block])

@@ -1,0 +1,367 @@
+"""The one training loop: the only place with an optimiser.
+
+Rows come as index batches from data that are resident on the device where they fit. A step is
+
+    loss -> gradient -> clip -> AdamW -> exponential moving average of the weights,
+
+and every `eval_every` steps the averaged weights are judged on held-out rows; the best ones seen are kept.
+The averaging follows Polyak and Juditsky (1992, doi:10.1137/0330046) in its exponential form, with a decay that
+grows as min(decay, (1 + t) / (10 + t)), so that the first steps are soon forgotten.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from anomalib_gen import _runtime
+
+CHECK_EVERY = {"cpu": 1, "cuda": 20, "mps": 20}
+"""Steps between looks at the loss. On a GPU each look waits for the queue to drain."""
+
+
+class Rows(Protocol):
+    """Training rows as tensors on the device, in the units that the model sees."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of the given positions (a CPU tensor), ``(B, *E)``."""
+        ...
+
+    def blocks(self, rows_per_block: int) -> Iterator[torch.Tensor]:
+        """All rows in order, in blocks."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train.
+
+    Attributes
+    ----------
+    max_iter : int
+        Gradient steps at most.
+    batch_size : int
+        Rows a step.
+    learning_rate : float
+        Peak of AdamW's step size; it warms up over `warmup` steps and then falls along half a cosine.
+    weight_decay : float
+        AdamW's decoupled weight decay, on matrices only.
+    max_grad_norm : float
+        Gradients of a larger norm are scaled down to it.
+    ema_decay : float
+        Decay of the weights' moving average.
+    eval_every : int
+        Steps between evaluations on the held-out rows, and between the points of the curves.
+    n_iter_no_change : int
+        Evaluations without a better validation loss after which training stops.
+    warmup : int
+        Steps of linear warm-up.
+    schedule : bool
+        Whether the step size falls; if not, it stays at its peak after the warm-up.
+    mixed_precision : bool
+        Run the forward pass in bfloat16 autocast. For models whose loss is exact enough so.
+    verbose : int
+        1 shows a progress bar.
+    """
+
+    max_iter: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 0.0
+    max_grad_norm: float = 10.0
+    ema_decay: float = 0.995
+    eval_every: int = 25
+    n_iter_no_change: int = 20
+    warmup: int = 50
+    schedule: bool = True
+    mixed_precision: bool = False
+    verbose: int = 0
+
+
+@dataclass
+class TrainingResult:
+    """What training did.
+
+    Attributes
+    ----------
+    n_iter : int
+        Gradient steps taken.
+    loss_curve : list of float
+        Mean training loss between evaluations.
+    validation_curve : list of float
+        Loss of the averaged weights on the held-out rows at each evaluation; empty without held-out rows.
+    best_iter : int
+        The step whose averaged weights were kept.
+    interrupted : bool
+        Whether a keyboard interrupt ended it.
+    """
+
+    n_iter: int = 0
+    loss_curve: list[float] = field(default_factory=list)
+    validation_curve: list[float] = field(default_factory=list)
+    best_iter: int = 0
+    interrupted: bool = False
+
+
+class _MovingAverage:
+    """Averaged copy of a model, updated in one fused call a step."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+        self.source = [p for p in model.parameters() if p.requires_grad]
+        named = dict(self.model.named_parameters())
+        self.average = [named[name] for name, p in model.named_parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, self.source, weight)
+
+    def weights(self) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in self.average]
+
+
+def _non_finite_message(step: int, lr: float, x: torch.Tensor, model: nn.Module) -> str:
+    largest = float(x.abs().max())
+    if any(not bool(torch.isfinite(p).all()) for p in model.parameters()):
+        cause = "an earlier step made weights non-finite: lower learning_rate or max_grad_norm"
+    elif not math.isfinite(largest):
+        cause = "the standardised rows are not finite: look for extreme values in X"
+    elif largest > 1e4:
+        cause = (
+            f"a standardised value of {largest:.3g} in the batch: transform heavy-tailed columns "
+            "(QuantileTransformer, or a logarithm) before the detector"
+        )
+    else:
+        cause = "the steps are too large: lower learning_rate or max_grad_norm"
+    return f"The training loss is not finite at step {step} (learning rate {lr:.3g}). Likely cause: {cause}."
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loss: Callable[[Any, torch.Tensor, torch.Generator], torch.Tensor],
+    rows: Rows,
+    *,
+    weights: torch.Tensor | None,
+    rows_per_block: int,
+    generator: torch.Generator,
+) -> float:
+    """Mean loss over all `rows`, weighted by `weights` ``(len(rows),)`` if given."""
+    total, mass, start = 0.0, 0.0, 0
+    for x in rows.blocks(rows_per_block):
+        values = loss(model, x, generator).double()
+        if weights is None:
+            total, mass = total + float(values.sum()), mass + len(x)
+        else:
+            w = weights[start : start + len(x)].to(values)
+            total, mass = total + float((w * values).sum()), mass + float(w.sum())
+        start += len(x)
+    return total / mass
+
+
+def train(
+    model: nn.Module,
+    objective: Callable[[Any, torch.Tensor, torch.Generator], torch.Tensor],
+    rows: Rows,
+    *,
+    options: TrainingOptions,
+    seed: int,
+    device: torch.device,
+    weights: torch.Tensor | None = None,
+    validation: Rows | None = None,
+    validation_weights: torch.Tensor | None = None,
+    label: str = "fit",
+) -> TrainingResult:
+    """Train `model` in place and leave the best averaged weights in it.
+
+    Parameters
+    ----------
+    model : Module
+        On `device`, in float32.
+    objective : callable
+        ``objective(model, x, generator) -> (B,)``. Where it has a method ``validate`` of the same form, that one
+        judges the held-out rows.
+    rows, validation : Rows
+        Training rows and, optionally, held-out rows.
+    options : TrainingOptions
+    seed : int
+        Seeds the order of the rows and the objective's noise.
+    device : torch.device
+    weights, validation_weights : Tensor, optional
+        Weight of each row, with mean one over `rows`.
+    label : str, default="fit"
+        What the progress bar is called.
+
+    Returns
+    -------
+    TrainingResult
+
+    Raises
+    ------
+    FloatingPointError
+        If the loss stops being finite; the message has the step, the learning rate and the likely cause.
+    RuntimeError
+        If not even a batch of one row fits into memory.
+
+    Warns
+    -----
+    UserWarning
+        If memory ran out and the batch was halved, or if the user interrupted the training.
+    """
+    generator = _runtime.make_generator(seed, device)
+    order = torch.Generator().manual_seed(seed)
+    judge = getattr(objective, "validate", objective)
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=options.learning_rate, fused=device.type in ("cpu", "cuda"))
+    average = _MovingAverage(model, options.ema_decay)
+    average.model.eval()
+    trainable = decayed + plain
+    check_every = CHECK_EVERY.get(device.type, 1)
+    result = TrainingResult()
+    best_loss, best_weights, since_best = math.inf, None, 0
+    batch_size, permutation, cursor = min(options.batch_size, len(rows)), torch.empty(0), 0
+    pending: list[torch.Tensor] = []
+    recent: list[torch.Tensor] = []
+    bar = _progress_bar(options, batch_size, label)
+
+    def learning_rate(step: int) -> float:
+        rate = options.learning_rate * min(1.0, (step + 1) / max(1, options.warmup))
+        if options.schedule:
+            rate *= 0.5 * (1 + math.cos(math.pi * step / options.max_iter))
+        return rate
+
+    def evaluate_and_keep() -> bool:
+        """Add a point to the curves and keep the weights if they are the best; return whether to stop."""
+        nonlocal best_loss, best_weights, since_best
+        if recent:
+            result.loss_curve.append(float(torch.stack(recent).mean()))
+            recent.clear()
+        if validation is None:
+            result.best_iter = result.n_iter
+            return False
+        loss = evaluate(
+            average.model,
+            judge,
+            validation,
+            weights=validation_weights,
+            rows_per_block=max(batch_size, 1024),
+            # The same noise at every evaluation: a difference is then a difference between weights.
+            generator=_runtime.make_generator(seed + 1, device),
+        )
+        result.validation_curve.append(loss)
+        if loss < best_loss:
+            best_loss, best_weights, since_best = loss, average.weights(), 0
+            result.best_iter = result.n_iter
+        else:
+            since_best += 1
+        return since_best >= options.n_iter_no_change
+
+    def check(x: torch.Tensor, rate: float) -> None:
+        losses = torch.stack(pending)
+        finite = torch.isfinite(losses)
+        if not bool(finite.all()):
+            step = result.n_iter - len(pending) + int((~finite).nonzero()[0, 0])
+            raise FloatingPointError(_non_finite_message(step, rate, x, model))
+        pending.clear()
+
+    model.train()
+    try:
+        while result.n_iter < options.max_iter:
+            if cursor >= len(permutation):
+                permutation, cursor = torch.randperm(len(rows), generator=order), 0
+            index = permutation[cursor : cursor + batch_size]
+            rate = learning_rate(result.n_iter)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            try:
+                x = rows.take(index)
+                with torch.autocast(device.type, torch.bfloat16, enabled=options.mixed_precision):
+                    losses = objective(model, x, generator)
+                if weights is not None:
+                    losses = losses * weights[index].to(losses)
+                loss = losses.mean()
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+            except Exception as error:
+                if not _runtime.is_out_of_memory(error) or batch_size == 1:
+                    raise
+                batch_size = max(1, batch_size // 2)
+                warnings.warn(
+                    f"Out of memory at step {result.n_iter}: the batch is halved to {batch_size} rows. "
+                    f"Set batch_size={batch_size} to start there.",
+                    stacklevel=4,
+                )
+                losses = loss = x = None  # let go of the graph before asking for memory again
+                optimiser.zero_grad(set_to_none=True)
+                _runtime.release_memory(device)
+                continue
+            nn.utils.clip_grad_norm_(trainable, options.max_grad_norm)
+            optimiser.step()
+            average.update(result.n_iter)
+            cursor += len(index)
+            result.n_iter += 1
+            pending.append(loss.detach())
+            recent.append(loss.detach())
+            if len(pending) >= check_every:
+                check(x, rate)
+            if bar is not None:
+                bar.update(len(index))
+            if result.n_iter % options.eval_every == 0 or result.n_iter == options.max_iter:
+                if pending:
+                    check(x, rate)
+                stop = evaluate_and_keep()
+                if bar is not None:
+                    bar.set_postfix(_postfix(result), refresh=False)
+                if stop:
+                    break
+    except KeyboardInterrupt:
+        if result.n_iter == 0:
+            raise
+        result.interrupted = True
+        if best_weights is None:
+            result.best_iter = result.n_iter
+        warnings.warn(
+            f"Training was interrupted after {result.n_iter} steps. The detector keeps the weights of step "
+            f"{result.best_iter}, the best so far, and is usable.",
+            stacklevel=4,
+        )
+    finally:
+        if bar is not None:
+            bar.close()
+    assert result.n_iter > 0
+    with torch.no_grad():
+        for p, kept in zip(average.source, best_weights or average.average, strict=True):
+            p.copy_(kept)
+    model.eval()
+    return result
+
+
+def _progress_bar(options: TrainingOptions, batch_size: int, label: str) -> Any:
+    if not options.verbose:
+        return None
+    from tqdm.auto import tqdm
+
+    return tqdm(total=options.max_iter * batch_size, desc=label, unit="row", unit_scale=True)
+
+
+def _postfix(result: TrainingResult) -> dict[str, str]:
+    shown = {"loss": f"{result.loss_curve[-1]:.4g}"}
+    if result.validation_curve:
+        shown["validation"] = f"{result.validation_curve[-1]:.4g}"
+    return shown

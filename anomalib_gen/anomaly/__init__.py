@@ -1,0 +1,11 @@
+"""Anomalies: the number per row, ``anomaly(model, x, generator) -> (B,)``, higher = more anomalous."""
+
+from collections.abc import Mapping
+
+from anomalib_gen._component import Component
+from anomalib_gen.anomaly.likelihood import Likelihood
+from anomalib_gen.anomaly.typicality import Typicality
+
+ANOMALIES: Mapping[str, type[Component]] = {"likelihood": Likelihood, "typicality": Typicality}
+
+__all__ = ["ANOMALIES", "Likelihood", "Typicality"]

@@ -1,0 +1,53 @@
+r"""Typicality: a row is anomalous if its log-density is unlike that of the data, on either side.
+
+In many dimensions almost all of a distribution's mass lies where -log p is close to the entropy H, not where the
+density is highest: the mode of a Gaussian in 1,000 dimensions is a place where no sample ever falls. So
+
+    a(x) = | -log p(x) - H |,   H estimated by the mean of -log p over normal rows,          (1)
+
+which is the single-row case of Nalisnick et al. (2019), "Detecting out-of-distribution inputs to deep generative
+models using typicality", arXiv:1906.02994, equation 3. The test for a batch is
+`anomalib_gen.calibration.typicality_test`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from anomalib_gen._component import Component
+
+
+class Typicality(Component):
+    """Distance of a row's log-density from the model's entropy, in nats (equation 1).
+
+    It helps where anomalies get *higher* densities than normal rows do (simple images, rows at a mode). On tables,
+    where anomalies lie in empty regions, it is weaker than the likelihood, because half of what it measures is how
+    ordinary a row is.
+
+    Attributes
+    ----------
+    entropy_ : float
+        Mean of -log p over the normal rows given to `prepare`, in the units of the model's input.
+
+    References
+    ----------
+    Nalisnick, E., Matsukawa, A., Teh, Y. W., Lakshminarayanan, B. (2019). Detecting out-of-distribution inputs to
+    deep generative models using typicality. arXiv:1906.02994.
+    """
+
+    in_nats = False
+
+    def prepare(self, model: Any, blocks: Iterable[torch.Tensor], generator: torch.Generator) -> None:
+        """Estimate the entropy from blocks of normal rows, each ``(B, *E)``."""
+        total, count = 0.0, 0
+        for x in blocks:
+            total -= float(model.log_prob(x).double().sum())
+            count += len(x)
+        self.entropy_ = total / count
+
+    def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Anomaly of each row of ``(B, *E)``, as ``(B,)``."""
+        return (-model.log_prob(x) - self.entropy_).abs()

@@ -1,0 +1,396 @@
+r"""Normalizing flows: exact densities by a change of variables, on nflows.
+
+An invertible map f sends a row x to a standard normal u = f(x), so that
+
+    log p(x) = log N(f(x); 0, I) + log |det df/dx|                                   (1)
+
+f is a chain of layers whose Jacobians are triangular. Every layer transforms each coordinate by a monotone
+function whose parameters a *conditioner* network computes from other coordinates: from one half of them
+(coupling; Dinh et al. 2017, arXiv:1605.08803) or from all the previous ones (autoregressive; Papamakarios et
+al. 2017, arXiv:1705.07057). The monotone function is affine (RealNVP, MAF) or a rational-quadratic spline
+(neural spline flows; Durkan et al. 2019, arXiv:1906.04032, section 3.1).
+
+Two parts are ours:
+
+- *Tails.* The outermost layer leaves |x| <= c alone and compresses what lies beyond,
+
+    t(x) = sign(x) (c + log(1 + |x| - c)),   log t'(x) = -log(1 + |x| - c),           (2)
+
+  and conditioners see their inputs clipped to a box. Both are exact (t is a bijection and a conditioner may be
+  any function), and together they make f affine far outside the data with bounded coefficients: the density is
+  finite for every finite row and falls off along every ray.
+- *Noise levels.* A model may be conditional on the standard deviation s of Gaussian noise added to the data;
+  then it holds the densities p_s of x + s e, e ~ N(0, I), for a range of s (Kim et al. 2020, "SoftFlow",
+  arXiv:2006.04604). Small s keeps a density on data that lie on a thin sheet or on a grid; the larger ones
+  regularise it.
+
+This is the only module that imports nflows (0.14, the last release). What is worked around here:
+
+- `LULinear` inverts with `torch.triangular_solve`, which torch is about to remove;
+- the unconstrained spline gathers the inside values with a boolean mask: a synchronisation a layer on a GPU,
+  and tensor shapes that depend on the data; here values are clamped and selected instead;
+- `MADE` gives hidden unit k the degree k mod (D - 1): with fewer units than columns the later columns are
+  never seen by anything; here the degrees are spread evenly;
+- `BatchNorm` starts with a running variance of zero and is not used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from nflows import transforms as nft
+from nflows.transforms.made import MADE, MaskedResidualBlock
+from torch import nn
+from torch.nn import functional as F
+
+from anomalib_gen.networks import ResidualMLP
+
+TAIL_START = 5.0
+"""c of equation 2, in the standard deviations that rows are given in."""
+SPLINE_BOUND = 6.0
+"""Splines act inside this box and are the identity outside."""
+CONDITIONER_BOUND = 12.0
+"""Conditioners see their inputs clipped to this box."""
+LOG_RANGE = 3.5
+"""Unnormalised bins and slopes lie in exp(-3.5) .. exp(3.5), so that no bin and no slope collapses."""
+
+FlowTransform = Callable[..., nn.Module]
+"""A factory ``(features, context_features) -> module`` with ``forward(x, context)`` and ``inverse``."""
+
+
+class CompressedTails(nft.Transform):
+    """The elementwise bijection of equation 2."""
+
+    def __init__(self, start: float = TAIL_START) -> None:
+        super().__init__()
+        self.start = start
+
+    def forward(
+        self, x: torch.Tensor, context: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map ``(B, D)`` to ``(B, D)`` and the log-determinant ``(B,)``."""
+        log_excess = torch.log1p((x.abs() - self.start).clamp(min=0))
+        y = x.clamp(-self.start, self.start) + x.sign() * log_excess
+        return y, -log_excess.sum(1)
+
+    def inverse(
+        self, y: torch.Tensor, context: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Undo `forward`; the log-determinant is that of the inverse."""
+        log_excess = (y.abs() - self.start).clamp(min=0)
+        x = y.clamp(-self.start, self.start) + y.sign() * torch.expm1(log_excess)
+        return x, log_excess.sum(1)
+
+
+class LULinear(nft.LULinear):
+    """nflows' invertible linear layer with an inverse that current torch supports."""
+
+    def inverse_no_cache(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Solve the two triangular systems for ``(B, D)``."""
+        lower, upper = self._create_lower_upper()
+        columns = (inputs - self.bias).t()
+        columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
+        columns = torch.linalg.solve_triangular(upper, columns, upper=True)
+        return columns.t(), -self.logabsdet() * inputs.new_ones(len(inputs))
+
+
+class BoundedConditioner(nn.Module):
+    """A conditioner that sees its inputs clipped to a box, so that far outside nothing grows but the row itself."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """Map ``(B, D)`` to the parameters of the elementwise functions."""
+        return self.network(x.clamp(-CONDITIONER_BOUND, CONDITIONER_BOUND), context)
+
+
+def _positive(parameters: torch.Tensor) -> torch.Tensor:
+    return torch.exp(LOG_RANGE * torch.tanh(parameters / LOG_RANGE))
+
+
+def rational_quadratic_spline(
+    x: torch.Tensor, parameters: torch.Tensor, n_bins: int, *, inverse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Monotone rational-quadratic spline on [-b, b] with identity tails, b = `SPLINE_BOUND`.
+
+    Gregory and Delbourgo's interpolant as parametrised in Durkan et al. (2019), equations 4 to 8. Parameters of
+    zero give the identity.
+
+    Parameters
+    ----------
+    x : Tensor of shape (B, D)
+    parameters : Tensor of shape (B, D, 3 n_bins - 1)
+        Unnormalised widths, heights and inner slopes.
+    n_bins : int
+    inverse : bool, default=False
+
+    Returns
+    -------
+    y : Tensor of shape (B, D)
+    log_slope : Tensor of shape (B, D)
+        log |dy/dx| of the direction taken.
+    """
+    # (B, D, 2, K): widths beside heights, so that each step below is one kernel for both. Bins are left
+    # unnormalised: dividing the one bin that matters is cheaper than dividing all of them.
+    bins = _positive(parameters[..., : 2 * n_bins]).unflatten(-1, (2, n_bins))
+    edges = bins.cumsum(-1)
+    total = edges[..., -1]
+    slopes = F.pad(parameters[..., 2 * n_bins :], (1, 1))
+
+    bound = SPLINE_BOUND
+    inside = x.abs() <= bound
+    unit = (x.clamp(-bound, bound) + bound) / (2 * bound)
+    side = 1 if inverse else 0
+    k = ((unit * total[..., side]).unsqueeze(-1) >= edges[..., side, :-1]).sum(-1, keepdim=True)
+    k_both = k.unsqueeze(-2).expand(*k.shape[:-1], 2, 1)
+    size = bins.gather(-1, k_both).squeeze(-1) / total
+    start = edges.gather(-1, k_both).squeeze(-1) / total - size
+    (w, h), (left, bottom) = size.unbind(-1), start.unbind(-1)
+    d0, d1 = _positive(slopes.gather(-1, torch.cat([k, k + 1], -1))).unbind(-1)
+    s = h / w
+    bend = d0 + d1 - 2 * s
+    if inverse:
+        # Equations 6 to 8: the root of a quadratic, in the form without cancellation.
+        rise = unit - bottom
+        a = h * (s - d0) + rise * bend
+        b = h * d0 - rise * bend
+        c = -s * rise
+        xi = 2 * c / (-b - (b.square() - 4 * a * c).clamp(min=0).sqrt())
+        y = xi * w + left
+    else:
+        xi = (unit - left) / w
+        y = bottom + h * xi * (s * xi + d0 * (1 - xi)) / (s + bend * xi * (1 - xi))
+    product = xi * (1 - xi)
+    numerator = d1 * xi.square() + 2 * s * product + d0 * (1 - xi).square()
+    log_slope = torch.log(numerator * (s / (s + bend * product)).square())
+    y = torch.where(inside, y * (2 * bound) - bound, x)
+    log_slope = torch.where(inside, -log_slope if inverse else log_slope, 0.0)
+    return y, log_slope
+
+
+class SplineCoupling(nft.PiecewiseRationalQuadraticCouplingTransform):
+    """nflows' spline coupling over our spline."""
+
+    def __init__(
+        self, mask: torch.Tensor, conditioner: Callable[[int, int], nn.Module], n_bins: int
+    ) -> None:
+        super().__init__(mask, conditioner, num_bins=n_bins, tails="linear", tail_bound=SPLINE_BOUND)
+
+    def _coupling_transform(
+        self, inputs: torch.Tensor, transform_params: torch.Tensor, inverse: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        parameters = transform_params.reshape(*inputs.shape, -1)
+        y, log_slope = rational_quadratic_spline(inputs, parameters, self.num_bins, inverse=inverse)
+        return y, log_slope.sum(1)
+
+
+class SplineAutoregressive(nft.MaskedPiecewiseRationalQuadraticAutoregressiveTransform):
+    """nflows' autoregressive spline over our spline."""
+
+    def _elementwise(
+        self, inputs: torch.Tensor, autoregressive_params: torch.Tensor, inverse: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        parameters = autoregressive_params.reshape(*inputs.shape, -1)
+        y, log_slope = rational_quadratic_spline(inputs, parameters, self.num_bins, inverse=inverse)
+        return y, log_slope.sum(1)
+
+
+def _repair_made(made: MADE, features: int) -> None:
+    """Spread hidden degrees evenly where there are fewer hidden units than columns, and start at zero output."""
+    nn.init.zeros_(made.final_layer.weight)
+    nn.init.zeros_(made.final_layer.bias)
+    hidden = made.initial_layer.out_features
+    if hidden >= features - 1:
+        return
+    degrees = torch.linspace(1, features - 1, hidden).round().long()
+    inputs, outputs = torch.arange(1, features + 1), made.final_layer.mask
+    out_degrees = inputs.repeat_interleave(outputs.shape[0] // features)
+    made.initial_layer.mask.copy_(degrees[:, None] >= inputs)
+    made.final_layer.mask.copy_(out_degrees[:, None] > degrees)
+    for block in made.blocks:
+        assert isinstance(block, MaskedResidualBlock)
+        for layer in block.linear_layers:
+            layer.mask.copy_(degrees[:, None] >= degrees)
+
+
+def _autoregressive(
+    spline: bool, features: int, context_features: int | None, hidden_features: int, n_blocks: int, n_bins: int
+) -> nn.Module:
+    arguments: dict[str, Any] = {
+        "features": features,
+        "hidden_features": hidden_features,
+        "context_features": context_features,
+        "num_blocks": n_blocks,
+        "activation": F.silu,
+    }
+    if spline:
+        layer = SplineAutoregressive(
+            **arguments, num_bins=n_bins, tails="linear", tail_bound=SPLINE_BOUND
+        )
+    else:
+        layer = nft.MaskedAffineAutoregressiveTransform(**arguments)
+    _repair_made(layer.autoregressive_net, features)
+    layer.autoregressive_net = BoundedConditioner(layer.autoregressive_net)
+    return layer
+
+
+def _coupling(
+    spline: bool,
+    features: int,
+    context_features: int | None,
+    hidden_features: int,
+    n_blocks: int,
+    n_bins: int,
+    odd: bool,
+) -> nn.Module:
+    def conditioner(n_inputs: int, n_outputs: int) -> nn.Module:
+        network = ResidualMLP(
+            n_inputs,
+            n_outputs,
+            hidden_features=hidden_features,
+            n_blocks=n_blocks,
+            context_features=context_features or 0,
+        )
+        return BoundedConditioner(network)
+
+    mask = (torch.arange(features) + odd) % 2
+    if spline:
+        return SplineCoupling(mask, conditioner, n_bins)
+    return nft.AffineCouplingTransform(mask, conditioner)
+
+
+FLOW_TRANSFORMS = ("maf", "nsf-autoregressive", "nsf-coupling", "realnvp")
+"""Names that `make_flow_transform` knows."""
+
+
+def make_flow_transform(
+    name: str,
+    features: int,
+    *,
+    context_features: int | None = None,
+    n_layers: int = 5,
+    hidden_features: int = 64,
+    n_blocks: int = 2,
+    n_bins: int = 8,
+    mix: bool = True,
+) -> nn.Module:
+    """Build one of the named invertible maps.
+
+    Parameters
+    ----------
+    name : {"nsf-coupling", "nsf-autoregressive", "maf", "realnvp"}
+        The elementwise function and how it is conditioned.
+    features : int
+        Columns D. With one column there is nothing to couple, and the couplings become their autoregressive
+        counterparts (which then condition on nothing but the context).
+    context_features : int, optional
+        Width of a conditioning vector; None for none.
+    n_layers : int, default=5
+        Layers of the chain.
+    hidden_features, n_blocks : int
+        Size of each conditioner.
+    n_bins : int, default=8
+        Bins of the splines.
+    mix : bool, default=True
+        Put a trained linear map (LU) between the layers; else the order of the columns is reversed.
+
+    Returns
+    -------
+    module
+        ``forward(x, context) -> (u, logabsdet)`` and ``inverse(u, context) -> (x, logabsdet)`` with x and u of
+        shape ``(B, D)`` and logabsdet of shape ``(B,)``.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown.
+    """
+    if name not in FLOW_TRANSFORMS:
+        known = ", ".join(repr(known) for known in FLOW_TRANSFORMS)
+        raise ValueError(f"transform={name!r} is unknown. Known transforms: {known}; or pass a factory.")
+    spline = name.startswith("nsf")
+    sizes = (spline, features, context_features, hidden_features, n_blocks, n_bins)
+    coupled = name in ("nsf-coupling", "realnvp") and features > 1
+    layers: list[nn.Module] = []
+    for k in range(n_layers):
+        if k > 0 and features > 1:
+            # A coupling alternates its halves by its mask; an autoregressive order has to be turned round.
+            if not coupled:
+                layers.append(nft.ReversePermutation(features))
+            if mix:
+                layers.append(LULinear(features))
+        layers.append(_coupling(*sizes, odd=bool(k % 2)) if coupled else _autoregressive(*sizes))
+    return nft.CompositeTransform(layers)
+
+
+class FlowModel(nn.Module):
+    """The density of equation 1, optionally conditional on a noise level.
+
+    Parameters
+    ----------
+    transform : module
+        ``forward(x, context)`` and ``inverse(u, context)`` as `make_flow_transform` returns.
+    features : int
+        Columns D.
+    noise_levels : tuple of float, optional
+        Smallest and largest noise level s that the model is conditional on; None for an unconditional model.
+        The context is ``(B, 1)``: log s, scaled to [-1, 1] over that range.
+    """
+
+    def __init__(
+        self, transform: nn.Module, features: int, *, noise_levels: tuple[float, float] | None = None
+    ) -> None:
+        super().__init__()
+        self.tails = CompressedTails()
+        self.transform = transform
+        self.features = features
+        self.noise_levels = noise_levels
+
+    @property
+    def smallest_noise(self) -> float | None:
+        """The noise level of the density that `log_prob` gives unless told otherwise; None if unconditional."""
+        return None if self.noise_levels is None else self.noise_levels[0]
+
+    def _context(self, x: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor | None:
+        if self.noise_levels is None:
+            return None
+        low, high = (math.log(level) for level in self.noise_levels)
+        log_noise = x.new_full((len(x),), low) if noise is None else noise.log()
+        return ((2 * log_noise - low - high) / (high - low)).unsqueeze(1)
+
+    def forward(self, x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Log-density; the same as `log_prob`."""
+        return self.log_prob(x, noise)
+
+    def log_prob(self, x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Log-density of rows, in nats.
+
+        Parameters
+        ----------
+        x : Tensor of shape (B, D)
+        noise : Tensor of shape (B,), optional
+            Noise level of each row; the smallest one if None. Ignored by an unconditional model.
+
+        Returns
+        -------
+        Tensor of shape (B,)
+        """
+        y, log_det_tails = self.tails(x)
+        u, log_det = self.transform(y, self._context(x, noise))
+        log_base = -0.5 * (u.square().sum(1) + self.features * math.log(2 * math.pi))
+        return log_base + log_det + log_det_tails
+
+    def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw ``(n, D)`` rows from the density at the smallest noise level."""
+        reference = next(self.parameters())
+        u = torch.randn(
+            (n, self.features), generator=generator, dtype=reference.dtype, device=reference.device
+        )
+        y, _ = self.transform.inverse(u, self._context(u, None))
+        x, _ = self.tails.inverse(y)
+        return x

@@ -1,0 +1,63 @@
+r"""Maximum likelihood with Gaussian noise on the inputs.
+
+Plain maximum likelihood on a finite sample drives a flow towards spikes on the rows. Adding noise,
+
+    L(x) = -log p(x + s e | s),   e ~ N(0, I),                                       (1)
+
+fits the data's density smoothed by a Gaussian kernel of width s instead. With one fixed s that is the noise
+regularisation of Rothfuss et al. (2019, arXiv:1907.08982, section 4). Drawing s per row and telling the model
+about it (Kim et al. 2020, "SoftFlow", arXiv:2006.04604, equation 5) keeps a small s for scoring while the large
+ones teach the shape. The levels are log-uniform, because what matters is their ratio to the data's scales.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from anomalib_gen._component import Component
+from anomalib_gen._runtime import expand_as_rows
+
+
+class MaximumLikelihood(Component):
+    """Minus the log-density of noised rows (equation 1).
+
+    A model that is conditional on noise levels gets a level of its own for each row, log-uniform over the range
+    the model was built for; any other model gets rows with `noise`.
+
+    Parameters
+    ----------
+    noise : float, default=0.0
+        Standard deviation of the noise for a model that is not conditional on it, in the units of the model's
+        input (one standard deviation of the training data).
+
+    References
+    ----------
+    Kim, H., Lee, H., Kang, W. H., Lee, J. Y., Kim, N. S. (2020). SoftFlow: Probabilistic framework for
+    normalizing flow on manifolds. NeurIPS. arXiv:2006.04604.
+    """
+
+    def __init__(self, *, noise: float = 0.0) -> None:
+        self.noise = noise
+
+    def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Loss of each row of ``(B, D)``, as ``(B,)``."""
+        levels = getattr(model, "noise_levels", None)
+        if levels is None:
+            if self.noise == 0:
+                return -model.log_prob(x)
+            return -model.log_prob(x + self.noise * _normal_like(x, generator))
+        low, high = (math.log(level) for level in levels)
+        uniform = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device)
+        noise = torch.exp(low + (high - low) * uniform)
+        return -model.log_prob(x + expand_as_rows(noise, x) * _normal_like(x, generator), noise)
+
+    def validate(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Loss by which training is judged: minus the log-density of the rows as they are, ``(B,)``."""
+        return -model.log_prob(x)
+
+
+def _normal_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
