@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from ._extra import require_benchmark_extra
 from .detectors import Detector, parse_detectors
-from .evaluation import evaluate
+from .evaluation import Evaluation, evaluate
 from .protocols import PROTOCOLS, Split, SplitError
 
 __all__ = ["BenchmarkInterrupted", "DataError", "load_results", "run_benchmark"]
@@ -91,6 +91,13 @@ class _Cell:
         prefix = f"{self.dataset}-{self.detector.partition('(')[0].rpartition('.')[2]}-seed{self.seed}"
         digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
         return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', prefix)}-{digest}.json"
+
+
+def make_cell(
+    suite: str, dataset: str, X: NDArray[np.float64], y: NDArray[np.int64], detector: Detector, seed: int
+) -> _Cell:
+    """Make the identity of a cell from the table itself."""
+    return _Cell(suite, dataset, _fingerprint(X, y), detector.specification, seed)
 
 
 @dataclass(frozen=True)
@@ -201,8 +208,8 @@ def run_benchmark(
                 "Figures of two suites do not belong in one table: choose another output folder."
             )
         sources = _sources(datasets, home)
-        fingerprints = {name: _fingerprint(*_load(source, home)) for name, source in sources.items()}
-        _load.cache_clear()
+        fingerprints = {name: _fingerprint(*load_source(source, home)) for name, source in sources.items()}
+        load_source.cache_clear()
         _merge_settings(folder, suite, chosen, fingerprints, seeds)
         threads = max(1, joblib.cpu_count() // jobs)
         plan = [
@@ -292,7 +299,9 @@ def _run(
                         if broken[job] < 3:
                             waiting.appendleft(job)
                             continue
-                        record = _failure(job.cell, "worker died", "the worker processes died three times")
+                        record = describe_failure(
+                            job.cell, "worker died", "the worker processes died three times"
+                        )
                     _write_atomically(folder / "cells" / job.cell.file_name, record)
                     advance(record)
                 if not pool.active:
@@ -314,9 +323,9 @@ def _record(cell: _Cell, future: Future[Any], time_limit: float | None) -> dict[
         return future.result()
     except TimeoutError:
         # An error of that kind inside a detector is caught in the worker, so this is the pool's own.
-        return _failure(cell, "time limit", f"time limit of {time_limit:g} s exceeded")
+        return describe_failure(cell, "time limit", f"time limit of {time_limit:g} s exceeded")
     except ProcessExpired as error:
-        return _failure(cell, "worker died", f"the worker process died ({_death(error.exitcode)})")
+        return describe_failure(cell, "worker died", f"the worker process died ({_death(error.exitcode)})")
 
 
 def _death(exitcode: int | None) -> str:
@@ -427,9 +436,9 @@ def _run_cell(job: _Job) -> dict[str, Any]:
     try:
         split = _split(cell.suite, job.source, job.data_home, cell.seed)
     except SplitError as error:
-        return _failure(cell, "data", str(error))
+        return describe_failure(cell, "data", str(error))
     except Exception as error:
-        return _failure(cell, "data", _summary(error), _traceback(error))
+        return describe_failure(cell, "data", error)
     try:
         random.seed(cell.seed)
         np.random.seed(cell.seed)  # noqa: NPY002
@@ -444,7 +453,12 @@ def _run_cell(job: _Job) -> dict[str, Any]:
         with threadpool_limits(limits=job.threads):
             result = evaluate(estimator, own)
     except (Exception, SystemExit) as error:
-        return _failure(cell, "exception", _summary(error), _traceback(error))
+        return describe_failure(cell, "exception", error)
+    return describe_success(cell, split, result)
+
+
+def describe_success(cell: _Cell, split: Split, result: Evaluation) -> dict[str, Any]:
+    """Make the record of a finished cell."""
     return {
         "format": _FORMAT,
         "cell": asdict(cell),
@@ -461,20 +475,18 @@ def _run_cell(job: _Job) -> dict[str, Any]:
     }
 
 
-def _failure(cell: _Cell, kind: str, error: str, trace: str = "") -> dict[str, Any]:
+def describe_failure(cell: _Cell, kind: str, reason: str | BaseException) -> dict[str, Any]:
+    """Make the record of a failed cell from a sentence or an exception."""
+    raised = isinstance(reason, BaseException)
     return {
         "format": _FORMAT,
         "cell": asdict(cell),
         "status": "failed",
         "failure": kind,
-        "error": error,
-        "traceback": trace,
+        "error": f"{type(reason).__name__}: {reason}" if raised else reason,
+        "traceback": _traceback(reason) if isinstance(reason, BaseException) else "",
         "versions": _versions(),
     }
-
-
-def _summary(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _traceback(error: BaseException) -> str:
@@ -555,7 +567,8 @@ def _sources(datasets: Sequence[str] | None, data_home: str | None) -> dict[str,
 
 
 @functools.lru_cache(maxsize=1)  # cells come ordered by data set and seed
-def _load(source: str, data_home: str | None) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def load_source(source: str, data_home: str | None = None) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Read a data set: an ADBench name, ``builtin:`` and a name, or the path of an npz file."""
     from anomalib_gen.datasets import load_adbench, load_builtin
 
     try:
@@ -583,7 +596,7 @@ def _load(source: str, data_home: str | None) -> tuple[NDArray[np.float64], NDAr
 
 @functools.lru_cache(maxsize=1)
 def _split(suite: str, source: str, data_home: str | None, seed: int) -> Split:
-    return PROTOCOLS[suite](*_load(source, data_home), seed)
+    return PROTOCOLS[suite](*load_source(source, data_home), seed)
 
 
 def _fingerprint(X: NDArray[np.float64], y: NDArray[np.int64]) -> str:
@@ -654,11 +667,12 @@ def _gather(folder: Path) -> pd.DataFrame:
                 cell = _Cell(settings["suite"], dataset, fingerprint, specification, seed)
                 record = _read_json(folder / "cells" / cell.file_name)
                 if record is not None:
-                    rows.append(_row(name, record))
+                    rows.append(result_row(name, record))
     return results_frame(rows)
 
 
-def _row(name: str, record: dict[str, Any]) -> dict[str, Any]:
+def result_row(name: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Flatten the record of a cell into a row of the table of results."""
     cell = record["cell"]
     return {
         "suite": cell["suite"],
