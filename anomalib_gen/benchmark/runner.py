@@ -173,8 +173,6 @@ def run_benchmark(
     some detectors draw from nothing else; the calling process is left as it is.
     """
     require_benchmark_extra()
-    from filelock import FileLock, Timeout
-
     if suite not in PROTOCOLS:
         raise ValueError(f"suite must be one of {', '.join(map(repr, PROTOCOLS))}, got {suite!r}.")
     chosen = parse_detectors(detectors)
@@ -193,14 +191,7 @@ def run_benchmark(
 
     folder = Path(output)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise RuntimeError(
-            f"Another run is writing to {folder}. Wait for it, or choose another output folder."
-        ) from None
-    with lock:
+    with _sole_writer(folder):
         settings = _read_settings(folder)
         if settings is not None and settings["suite"] != suite:
             raise ValueError(
@@ -240,6 +231,24 @@ def run_benchmark(
         & results["seed"].isin(seeds)
     )
     return results[ours].reset_index(drop=True)
+
+
+@contextlib.contextmanager
+def _sole_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the operating system gives it back when the process dies."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RuntimeError(
+            f"Another run is writing to {folder}. Wait for it, or choose another output folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def load_results(output: str | os.PathLike[str]) -> pd.DataFrame:

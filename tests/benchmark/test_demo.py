@@ -1,0 +1,36 @@
+import re
+
+import pytest
+from rich.console import Console
+
+pytest.importorskip("jinja2", reason="the benchmark extra is not installed")
+
+from anomalib_gen.benchmark import parse_detectors
+from anomalib_gen.benchmark.demo import run_demo
+
+
+def test_demo_compares_and_draws_without_network(tmp_path, monkeypatch, helpers):
+    import socket
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the demo asked for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    detectors = parse_detectors(
+        [
+            "forest=sklearn.ensemble.IsolationForest(n_estimators=10)",
+            "kNN=anomalib_gen.benchmark.KNNDistance()",
+            "broken=misbehaving_detectors.Raises",
+        ]
+    )
+    console = Console(width=100, record=True)
+    page = run_demo(tmp_path / "demo", detectors=detectors, seeds=(0,), console=console)
+    text = console.export_text()
+    assert "forest" in text
+    assert str(page) in text
+    assert "no cell finished: broken" in re.sub(r"\s+", " ", text)
+    html = page.read_text(encoding="utf-8")
+    assert html.count("Histogram of scores") == 6
+    assert "digits: forest" in html
+    assert "Below the detector&#39;s threshold" in html
+    assert "This detector sets no threshold" in html

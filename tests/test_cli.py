@@ -1,0 +1,123 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from anomalib_gen.cli import _parse_seeds, app
+
+KNN = "kNN=anomalib_gen.benchmark.KNNDistance(n_neighbors=1)"
+
+
+@pytest.fixture
+def table(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "cloud.npz"
+    X = np.r_[rng.normal(size=(60, 2)), rng.normal(5, 1, size=(10, 2))]
+    np.savez(path, X=X, y=np.r_[np.ones(60, int), -np.ones(10, int)])
+    return str(path)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_version_and_help():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output.startswith("anomalib-gen ")
+    for command in ((), ("benchmark",), ("demo",)):
+        result = run(*command, "--help")
+        assert result.exit_code == 0
+        assert "Usage" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("no-such-command",),
+        ("benchmark", "--no-such-option"),
+        ("benchmark", "--suite", "dirty", "--peers"),
+        ("benchmark",),
+        ("benchmark", "--peers", "--seeds", "many"),
+        ("benchmark", "--peers", "--jobs", "0"),
+        ("benchmark", "--detector", "os.system(command='true')"),
+        ("benchmark", "--detector", "a.b.C(x=open('f'))"),
+        ("benchmark", "--detector", "no_such_package.Thing"),
+    ],
+)
+def test_wrong_usage_is_code_1(arguments, tmp_path):
+    extra = ("--output", tmp_path) if arguments[0] == "benchmark" else ()
+    assert run(*arguments, *extra).exit_code == 1
+
+
+def test_bad_data_is_code_2(tmp_path):
+    result = run("benchmark", "--detector", KNN, "--datasets", "absent.npz", "--output", tmp_path)
+    assert result.exit_code == 2
+    assert "absent.npz does not exist" in result.output
+    result = run("benchmark", "--report-only", "--output", tmp_path / "nothing")
+    assert result.exit_code == 2
+    assert "holds no benchmark results" in result.output
+
+
+def test_run_report_and_partial_failure(table, tmp_path):
+    pytest.importorskip("pebble")
+    output = tmp_path / "out"
+    options = ("--datasets", table, "--seeds", "0,1", "--output", output)
+    result = run("benchmark", "--detector", KNN, *options)
+    assert result.exit_code == 0, result.output
+    assert "kNN" in result.output
+    for name in ("report.html", "report.md", "results.parquet", "settings.json"):
+        assert (output / name).is_file()
+    assert json.loads((output / "settings.json").read_text())["seeds"] == [0, 1]
+
+    too_many = "greedy=anomalib_gen.benchmark.KNNDistance(n_neighbors=1000)"
+    result = run("benchmark", "--detector", KNN, "--detector", too_many, *options)
+    assert result.exit_code == 4
+    assert "--retry-failed" in result.output
+    assert "greedy" in (output / "report.md").read_text()
+
+    (output / "report.html").unlink()
+    result = run("benchmark", "--report-only", "--output", output)
+    assert result.exit_code == 0
+    assert (output / "report.html").is_file()
+
+
+def test_internal_errors_are_code_5(monkeypatch, tmp_path):
+    from anomalib_gen.benchmark import demo
+
+    def fail(output):
+        raise ZeroDivisionError("surprise")
+
+    monkeypatch.setattr(demo, "run_demo", fail)
+    result = run("demo", "--output", tmp_path)
+    assert result.exit_code == 5
+
+
+def test_missing_extra_says_how_to_install(monkeypatch, tmp_path):
+    from anomalib_gen.benchmark import _extra
+
+    monkeypatch.setattr(_extra, "find_spec", lambda name: None)
+    for command in (("demo",), ("benchmark", "--peers")):
+        result = run(*command, "--output", tmp_path)
+        assert result.exit_code == 1
+        assert "pip install 'anomalib-gen[benchmark]'" in result.output
+
+
+def test_seeds():
+    assert _parse_seeds("0-4") == [0, 1, 2, 3, 4]
+    assert _parse_seeds("0, 2,7-8") == [0, 2, 7, 8]
+
+
+def test_importing_the_command_is_light():
+    code = (
+        "import sys; before = set(sys.modules)\n"
+        "import anomalib_gen\n"
+        "package = set(sys.modules)\n"
+        "import anomalib_gen.cli\n"
+        "print(sorted({'matplotlib', 'pyod', 'pandas', 'pebble', 'jinja2'} & (set(sys.modules) - package)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
