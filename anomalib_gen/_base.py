@@ -29,6 +29,8 @@ from anomalib_gen._training import TrainingOptions, train
 
 MAX_THRESHOLD_ROWS = 200_000
 """Training rows scored for `offset_`; beyond this a random subset is taken, whose quantile is as good."""
+MIN_HELD_OUT, MAX_HELD_OUT = 5, 2048
+"""Fewer held-out rows say nothing about when to stop; more cost time and say nothing new."""
 
 
 class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
@@ -69,8 +71,8 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     # What a family provides -------------------------------------------------------------------------------
 
     @abstractmethod
-    def _make_model(self, event_shape: tuple[int, ...], Z: npt.NDArray[np.float64]) -> nn.Module:
-        """Build the model on the CPU in float32; `Z` holds up to a few thousand standardised rows to start from."""
+    def _make_model(self, event_shape: tuple[int, ...]) -> nn.Module:
+        """Build the model on the CPU, in float32."""
 
     @abstractmethod
     def _default_objective(self) -> Component:
@@ -155,9 +157,8 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
             scaler, model = self._scaler, copy.deepcopy(self.model_).float()
         else:
             scaler = Standardizer.fit(X, None if len(index) == len(X) else index, weights)
-            start = train_index[: max(2, 4 * rows_per_block(int(np.prod(X.shape[1:]))))]
             with _runtime.forked_rng(seeds[1]):
-                model = self._make_model(X.shape[1:], scaler.transform(X[index[np.sort(start)]]))
+                model = self._make_model(X.shape[1:]).float()
         model = model.to(device)
         rows = ArrayRows(X, index[train_index], scaler, device)
         held_out = ArrayRows(X, index[held_out_index], scaler, device) if len(held_out_index) else None
@@ -207,7 +208,7 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Positions to train on and positions held out; none are held out where too few rows would be left."""
         order = random.permutation(n)
-        n_held_out = round(self.validation_fraction * n)
+        n_held_out = min(round(self.validation_fraction * n), MAX_HELD_OUT)
         if n_held_out < MIN_HELD_OUT or n - n_held_out < 2:
             n_held_out = 0
         return order[n_held_out:], order[:n_held_out]
@@ -433,5 +434,3 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         return state
 
 
-MIN_HELD_OUT = 5
-"""Fewer held-out rows than this say nothing about when to stop."""

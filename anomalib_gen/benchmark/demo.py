@@ -131,7 +131,9 @@ def _histogram(dataset: str, detector: str, estimator: Any, split: Split, result
         axes.axvline(threshold, color="#64748b", linestyle="--", linewidth=1.4)
     axes.set_xlabel("score (lower = more abnormal)")
     axes.set_ylabel("share of rows")
-    legend = axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.locator_params(axis="x", nbins=5)
+    place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 0.98), "ncols": 2}
+    legend = axes.legend(frameon=False, fontsize=8, **place)
     for text in legend.get_texts():
         text.set_color(axes.xaxis.label.get_color())
 
@@ -146,6 +148,6 @@ def _histogram(dataset: str, detector: str, estimator: Any, split: Split, result
     else:
         caption += " This detector sets no threshold."
     if beyond:
-        caption += f" The first bars hold {beyond} rows beyond the left edge."
+        caption += f" The first bar includes {beyond} row{'s' if beyond > 1 else ''} beyond the left edge."
     title = f"{dataset}: {detector}"
     return Panel(title, caption, to_svg(figure, label=f"Histogram of scores, {title}"))

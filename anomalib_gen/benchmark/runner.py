@@ -168,7 +168,7 @@ def run_benchmark(
     BenchmarkInterrupted
         After Ctrl-C; finished cells are stored.
 
-    Notes ----- Workers are started afresh (``spawn``), so a script must call this function below ``if
+    Notes ----- Workers import the calling script anew, so a script must call this function below ``if
     __name__ == "__main__":``. Inside a worker the global random generators are seeded for each cell, because
     some detectors draw from nothing else; the calling process is left as it is.
     """
@@ -351,10 +351,14 @@ def _start_pool(folder: Path, jobs: int) -> Any:
 
     from pebble import ProcessPool
 
-    # Forking a process that has used torch or OpenMP threads can hang; spawning cannot.
-    context = multiprocessing.get_context("spawn")
+    # Forking this process can hang, because torch and OpenMP may have used threads in it. A fork server has imported
+    # everything and used nothing, so workers start at once; elsewhere than on Linux libraries do not survive it.
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context.set_forkserver_preload([__name__])
     log = os.fspath((folder / "workers.log").resolve())
-    return ProcessPool(max_workers=jobs, initializer=_start_worker, initargs=(log,), context=context)
+    return ProcessPool(
+        max_workers=jobs, initializer=_start_worker, initargs=(log, dict(os.environ)), context=context
+    )
 
 
 @contextlib.contextmanager
@@ -405,12 +409,13 @@ def _progress_bar(total: int, done: int, *, shown: bool | None) -> Iterator[Any]
 # ------------------------------------------------------------------------------------------ in the worker
 
 
-def _start_worker(log: str) -> None:
+def _start_worker(log: str, environment: dict[str, str]) -> None:
     """Prepare a worker process: its output goes to a file, and it ends when the parent does."""
     import faulthandler
     import multiprocessing
     from multiprocessing.connection import wait as wait_for
 
+    os.environ.update(environment)  # a fork server may be older than the caller's variables
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()

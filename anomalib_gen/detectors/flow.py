@@ -1,4 +1,16 @@
-"""FlowDetector (prototype docstring)."""
+r"""FlowDetector: exact log-likelihoods of tables.
+
+A normalizing flow is an invertible map f from rows to a standard normal, so the density of a row is exact:
+
+    log p(x) = log N(f(x); 0, I) + log |det df/dx|.
+
+It is trained by maximum likelihood on rows with Gaussian noise of a random, known level s (objectives.likelihood),
+
+    min  E_{x, s, e} [ -log p(x + s e | s) ],   s log-uniform on [noise, max_noise],
+
+and scored at s = noise: the density of the data smoothed by a kernel of that width, in the units of X. A row is as
+abnormal as its log-density is low (anomaly.likelihood), or as far as it is from the entropy (anomaly.typicality).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from anomalib_gen._base import GenerativeDetector
@@ -15,41 +28,184 @@ from anomalib_gen._component import Component
 from anomalib_gen._training import TrainingOptions
 from anomalib_gen.anomaly import ANOMALIES, Likelihood
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, make_flow_transform
-from anomalib_gen.objectives import MaximumLikelihood
+from anomalib_gen.objectives import OBJECTIVES, MaximumLikelihood
+
+AUTO_LAYERS = {"nsf-autoregressive": 2, "nsf-coupling": 4, "maf": 5, "realnvp": 6}
+"""A coupling layer sees half of the columns and an affine one is stiff, so those need more layers."""
+WIDE = 128
+"""With more columns than this, splines get fewer bins by default."""
+MAX_MIXED_COLUMNS = 256
+"""With more columns than this there are no trained linear maps: they would hold most of the weights."""
+
+
+class _HiddenParameter:
+    """A constructor parameter that is no attribute.
+
+    scikit-learn takes whatever has an attribute `transform` for a transformer: a pipeline's `set_output` would fail
+    on a detector with a *parameter* of that name. So the value lives in the instance's dictionary, where `get_params`
+    finds it, and attribute access says where to look.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        raise AttributeError(f"{self.name!r} is a parameter here: see get_params()[{self.name!r}].")
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        vars(instance)[self.name] = value
 
 
 class FlowDetector(GenerativeDetector):
-    """Prototype."""
+    """Outlier detection by the exact log-likelihood of a normalizing flow.
 
-    _objectives: ClassVar[Any] = {}
+    Parameters
+    ----------
+    transform : {"nsf-autoregressive", "nsf-coupling", "maf", "realnvp"} or callable, default="nsf-autoregressive"
+        The invertible map.
+
+        - ``"nsf-autoregressive"``: rational-quadratic splines, each conditioned on all previous columns. The best
+          densities; sampling takes one network evaluation a column.
+        - ``"nsf-coupling"``: the same splines conditioned on half of the columns; samples in one pass.
+        - ``"maf"``: affine instead of splines, autoregressive; several times cheaper to train.
+        - ``"realnvp"``: affine, coupling; the cheapest.
+        - a callable ``factory(features, context_features)`` returns a `torch.nn.Module` with ``forward(x, context)
+          -> (u, logabsdet)`` and ``inverse(u, context) -> (x, logabsdet)``; x and u are ``(B, features)``,
+          logabsdet ``(B,)``, and context is ``(B, context_features)``, or None if `context_features` is None.
+          Any nflows transform qualifies.
+    n_layers : int or "auto", default="auto"
+        Layers of the map. "auto" takes 2, 4, 5 and 6 for the transforms in the order above. Ignored, as are the
+        next three, where `transform` is a callable.
+    hidden_features : int, default=128
+        Width of each conditioner network.
+    n_blocks : int, default=1
+        Residual blocks of each conditioner.
+    n_bins : int or "auto", default="auto"
+        Bins of each spline: 8, or 4 with more than 128 columns.
+    noise : float, default=0.02
+        Standard deviation of the noise at which rows are scored, in standard deviations of each column. It bounds
+        the density where columns repeat values or depend on each other exactly; raise it for coarse data.
+    max_noise : float or None, default=1.0
+        Largest noise level in training. The flow is conditional on the level and learns all of them from `noise` up;
+        the larger ones regularise. None trains at `noise` alone.
+    anomaly : {"likelihood", "typicality"} or component, default="likelihood"
+        The number per row; `score_samples` is minus that.
+    learning_rate : float, default=5e-3
+        Peak step size of AdamW, after a short warm-up and before a cosine decay.
+    weight_decay : float, default=1e-4
+        AdamW's decoupled weight decay, on weight matrices only.
+    batch_size : int, default=256
+        Rows a gradient step.
+    max_iter : int or "auto", default="auto"
+        Gradient steps at most. "auto" takes 200 passes over the rows within 200 to 1,000 steps (from 256 columns on,
+        fewer: 256,000 divided by the columns); where two passes are more than that, two passes within 5,000 steps.
+    validation_fraction : float, default=0.1
+        Share of the rows held out to choose the best weights and to stop early; at most 2,048 rows. Fewer than
+        5 rows say nothing, and then none are held out.
+    n_iter_no_change : int, default=20
+        Stop after this many evaluations without a better held-out log-likelihood.
+    max_grad_norm : float, default=10.0
+        Larger gradients are scaled down to this norm.
+    ema_decay : float, default=0.995
+        Decay of the exponential moving average of the weights, which is what is kept.
+    contamination : float, default=0.1
+        Share of the training rows that `predict` labels as outliers; sets `offset_`. In (0, 0.5].
+    warm_start : bool, default=False
+        Whether `fit` continues from the weights, and in the scaling, of the previous call.
+    random_state : int, RandomState instance or None, default=None
+        Seeds weights, row order and noise. An int gives the same detector at every call on the same machine.
+    device : str or torch.device, default="auto"
+        ``"auto"`` takes CUDA, else MPS, else the CPU.
+    verbose : int, default=0
+        1 shows a progress bar with training and validation loss, rows a second and the remaining time.
+
+    Attributes
+    ----------
+    model_ : torch.nn.Module
+        The fitted `anomalib_gen.models.FlowModel`, in the units of standardised rows.
+    anomaly_ : Component
+        The anomaly in use, with what it learned.
+    offset_ : float
+        Threshold on `score_samples`: the `contamination` quantile of the training rows' scores (of a random 200,000
+        of them, if there are more).
+    n_iter_ : int
+        Gradient steps taken.
+    loss_curve_ : list of float
+        Mean training loss between evaluations, in nats of standardised rows.
+    validation_curve_ : list of float
+        Held-out loss at each evaluation; empty if no rows were held out.
+    event_shape_ : tuple of int
+        Shape of one row, ``(n_features_in_,)``.
+    n_features_in_ : int
+        Number of columns.
+    feature_names_in_ : ndarray of str
+        Names of the columns, where X had names.
+
+    See Also
+    --------
+    sklearn.mixture.GaussianMixture : Densities with few parameters.
+    anomalib_gen.calibration.typicality_test : Test whether a batch of rows is typical.
+
+    Notes
+    -----
+    Rows are standardised column by column and the log-Jacobian is added back, so `score_samples` is a log-density
+    in the units of X: rescaling a column by c shifts all scores by log c and changes nothing else. The density is
+    that of X plus Gaussian noise of `noise` standard deviations. Scores are finite for every finite row.
+
+    References
+    ----------
+    .. [1] Durkan, C., Bekasov, A., Murray, I., Papamakarios, G. (2019). Neural spline flows. NeurIPS.
+       arXiv:1906.04032.
+    .. [2] Papamakarios, G., Pavlakou, T., Murray, I. (2017). Masked autoregressive flow for density estimation.
+       NeurIPS. arXiv:1705.07057.
+    .. [3] Dinh, L., Sohl-Dickstein, J., Bengio, S. (2017). Density estimation using Real NVP. ICLR.
+       arXiv:1605.08803.
+    .. [4] Kim, H., Lee, H., Kang, W. H., Lee, J. Y., Kim, N. S. (2020). SoftFlow: Probabilistic framework for
+       normalizing flow on manifolds. NeurIPS. arXiv:2006.04604.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from anomalib_gen import FlowDetector
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.normal(size=(200, 2)) @ [[1.0, 0.9], [0.0, 0.4]]
+    >>> detector = FlowDetector(max_iter=50, random_state=0).fit(X)
+    >>> detector.predict([[0.0, 0.0], [2.0, -2.0]])
+    array([ 1, -1])
+    >>> detector.sample(3, random_state=0).shape
+    (3, 2)
+    """
+
+    _objectives: ClassVar[Any] = OBJECTIVES
     _anomalies: ClassVar[Any] = ANOMALIES
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **GenerativeDetector._parameter_constraints,
         "transform": [StrOptions(set(FLOW_TRANSFORMS)), callable],
-        "n_layers": [Interval(Integral, 1, None, closed="left")],
+        "n_layers": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "hidden_features": [Interval(Integral, 1, None, closed="left")],
         "n_blocks": [Interval(Integral, 0, None, closed="left")],
-        "n_bins": [Interval(Integral, 2, None, closed="left")],
+        "n_bins": [Interval(Integral, 2, None, closed="left"), StrOptions({"auto"})],
         "noise": [Interval(Real, 0, None, closed="left")],
-        "max_noise": [Interval(Real, 0, None, closed="left"), None],
+        "max_noise": [Interval(Real, 0, None, closed="neither"), None],
     }
+
+    transform = _HiddenParameter()
 
     def __init__(
         self,
         *,
         transform: Any = "nsf-autoregressive",
-        n_layers: int = 3,
-        hidden_features: int = 64,
-        n_blocks: int = 2,
-        n_bins: int = 8,
-        mix: bool = True,
+        n_layers: int | str = "auto",
+        hidden_features: int = 128,
+        n_blocks: int = 1,
+        n_bins: int | str = "auto",
         noise: float = 0.02,
         max_noise: float | None = 1.0,
         anomaly: Any = "likelihood",
-        learning_rate: float = 2e-3,
+        learning_rate: float = 5e-3,
         weight_decay: float = 1e-4,
         batch_size: int = 256,
-        max_iter: Any = "auto",
+        max_iter: int | str = "auto",
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 20,
         max_grad_norm: float = 10.0,
@@ -58,14 +214,13 @@ class FlowDetector(GenerativeDetector):
         warm_start: bool = False,
         random_state: Any = None,
         device: Any = "auto",
-        verbose: Any = 0,
+        verbose: int = 0,
     ) -> None:
         self.transform = transform
         self.n_layers = n_layers
         self.hidden_features = hidden_features
         self.n_blocks = n_blocks
         self.n_bins = n_bins
-        self.mix = mix
         self.noise = noise
         self.max_noise = max_noise
         self.anomaly = anomaly
@@ -83,33 +238,82 @@ class FlowDetector(GenerativeDetector):
         self.device = device
         self.verbose = verbose
 
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Get the parameters of this detector.
+
+        Parameters
+        ----------
+        deep : bool, default=True
+            Whether to add those of its components, as ``anomaly__<name>``.
+
+        Returns
+        -------
+        dict of str to value
+        """
+        params = {name: vars(self)[name] for name in self._get_param_names()}
+        if deep and isinstance(self.anomaly, Component):
+            params.update({f"anomaly__{name}": value for name, value in self.anomaly.get_params().items()})
+        return params
+
+    def log_prob(self, X: Any) -> npt.NDArray[np.float64]:
+        """Exact log-density of rows, whatever the detector's anomaly.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            In nats, in the units of X.
+        """
+        check_is_fitted(self)
+        return -self._apply(Likelihood(), self._validate(X, reset=False))
+
     def _default_objective(self) -> Component:
         return MaximumLikelihood(noise=self.noise)
 
     def _default_anomaly(self) -> Component:
         return Likelihood()
 
-    def _make_model(self, event_shape: tuple[int, ...], Z: npt.NDArray[np.float64]) -> nn.Module:
+    def _make_model(self, event_shape: tuple[int, ...]) -> nn.Module:
         (features,) = event_shape
-        conditional = self.max_noise is not None and self.max_noise > self.noise > 0
-        transform = make_flow_transform(
-            self.transform,
-            features,
-            context_features=1 if conditional else None,
-            n_layers=self.n_layers,
-            hidden_features=self.hidden_features,
-            n_blocks=self.n_blocks,
-            n_bins=self.n_bins,
-            mix=self.mix,
-        )
-        levels = (self.noise, self.max_noise) if conditional else None
+        levels = None
+        if self.max_noise is not None:
+            if not 0 < self.noise < self.max_noise:
+                raise ValueError(
+                    f"noise={self.noise!r} must be positive and below max_noise={self.max_noise!r}. "
+                    "For a single noise level, or none, set max_noise=None."
+                )
+            levels = (float(self.noise), float(self.max_noise))
+        context_features = None if levels is None else 1
+        choice = self.get_params()["transform"]
+        if callable(choice):
+            transform = choice(features, context_features)
+        else:
+            auto_bins = 8 if features <= WIDE else 4
+            transform = make_flow_transform(
+                choice,
+                features,
+                context_features=context_features,
+                n_layers=AUTO_LAYERS[choice] if self.n_layers == "auto" else self.n_layers,
+                hidden_features=self.hidden_features,
+                n_blocks=self.n_blocks,
+                n_bins=auto_bins if self.n_bins == "auto" else self.n_bins,
+                mix=features <= MAX_MIXED_COLUMNS,
+            )
         return FlowModel(transform, features, noise_levels=levels)
 
     def _training_options(self, n_rows: int, *, one_pass: bool) -> TrainingOptions:
-        steps = -(-n_rows // self.batch_size)
-        max_iter = 1500 if self.max_iter == "auto" else self.max_iter
+        one = -(-n_rows // self.batch_size)
         if one_pass:
-            max_iter = steps
+            max_iter = one
+        elif self.max_iter == "auto":
+            # Wide rows make steps dear and weights many; what they lack is rows, not steps.
+            enough = min(max(256_000 // self.n_features_in_, 200), 1000)
+            max_iter = min(max(min(200 * one, enough), 2 * one, 200), 5000)
+        else:
+            max_iter = int(self.max_iter)
         return TrainingOptions(
             max_iter=max_iter,
             batch_size=self.batch_size,
@@ -117,7 +321,9 @@ class FlowDetector(GenerativeDetector):
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
             ema_decay=self.ema_decay,
+            eval_every=max(25, max_iter // 40),
             n_iter_no_change=self.n_iter_no_change,
+            # Weights that are trained already need no warm-up, and a stream of passes no end to its step size.
             warmup=0 if one_pass else 50,
             schedule=not one_pass,
             verbose=int(self.verbose),
