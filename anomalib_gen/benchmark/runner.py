@@ -351,8 +351,8 @@ def _start_pool(folder: Path, jobs: int) -> Any:
 
     from pebble import ProcessPool
 
-    # Forking this process can hang, because torch and OpenMP may have used threads in it. A fork server has imported
-    # everything and used nothing, so workers start at once; elsewhere than on Linux libraries do not survive it.
+    # Forking this process can hang, because torch and OpenMP may have used threads in it. A fork server has
+    # imported everything and used nothing, so workers start at once; libraries survive that on Linux only.
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     context.set_forkserver_preload([__name__])
     log = os.fspath((folder / "workers.log").resolve())

@@ -131,8 +131,8 @@ from anomalib_gen.benchmark import run_benchmark
 if __name__ == "__main__":
     log, output, *tables = sys.argv[1:]
     run_benchmark(
-        ["misbehaving_detectors.Counts(log=%r, seconds=0.4)" % log],
-        suite="clean", datasets=tables, seeds=(0, 1, 2), output=output,
+        ["misbehaving_detectors.Counts(log=%r, seconds=0.3)" % log],
+        suite="clean", datasets=tables, seeds=(0, 1), output=output,
     )
 """
 
@@ -152,12 +152,12 @@ def test_a_stopped_run_resumes_without_repeating_finished_cells(how, tables, tmp
     command = [sys.executable, str(script), str(log), str(output), *tables]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     cells = output / "cells"
-    wait_until(lambda: cells.is_dir() and len(list(cells.glob("*.json"))) >= 3)
+    wait_until(lambda: cells.is_dir() and len(list(cells.glob("*.json"))) >= 2)
     process.send_signal(how)
     _, errors = process.communicate(timeout=30)
     assert process.returncode != 0
     finished = {path.name: path.read_bytes() for path in cells.glob("*.json")}
-    assert 3 <= len(finished) < 9
+    assert 2 <= len(finished) < 6
     if how == signal.SIGINT:
         assert "run the same command again to resume" in errors
     started = len(log.read_text().splitlines())
@@ -165,19 +165,15 @@ def test_a_stopped_run_resumes_without_repeating_finished_cells(how, tables, tmp
     # The workers of a killed run end with it.
     wait_until(lambda: not _alive(process.pid), seconds=10)
 
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    def run(folder):
+        detector = f"misbehaving_detectors.Counts(log={str(log)!r}, seconds=0.3)"
+        return run_benchmark([detector], suite="clean", datasets=tables, seeds=(0, 1), output=folder)
+
+    resumed = run(output)
     assert {name: (cells / name).read_bytes() for name in finished} == finished
-    assert len(log.read_text().splitlines()) == started + 9 - len(finished)
-    resumed = load_results(output)
-    whole = run_benchmark(
-        [f"misbehaving_detectors.Counts(log={str(log)!r}, seconds=0.4)"],
-        suite="clean",
-        datasets=tables[:1],
-        seeds=(0, 1, 2),
-        output=tmp_path / "whole",
-    )
-    mine = resumed[resumed["dataset"] == "alpha"].reset_index(drop=True)
-    pd.testing.assert_frame_equal(mine[FIGURES], whole[FIGURES])
+    assert len(log.read_text().splitlines()) == started + 6 - len(finished)
+    whole = run(tmp_path / "whole")  # the figures are those of a run that nobody disturbed
+    pd.testing.assert_frame_equal(resumed[FIGURES], whole[FIGURES])
 
 
 def _alive(session):
