@@ -68,6 +68,12 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     validation_fraction: float
     warm_start: bool
 
+    model_: nn.Module
+    n_iter_: int
+    loss_curve_: list[float]
+    validation_curve_: list[float]
+    _scaler: Standardizer
+
     # What a family provides -------------------------------------------------------------------------------
 
     @abstractmethod
@@ -244,9 +250,7 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
             index = np.sort(random.choice(index, MAX_THRESHOLD_ROWS, replace=False))
         elif len(index) == len(X):
             return float(np.quantile(self._score(X), self.contamination))
-        scores = np.concatenate(
-            [self._score(X[index[i : i + 2**16]]) for i in range(0, len(index), 2**16)]
-        )
+        scores = np.concatenate([self._score(X[index[i : i + 2**16]]) for i in range(0, len(index), 2**16)])
         return float(np.quantile(scores, self.contamination))
 
     # Scoring ----------------------------------------------------------------------------------------------
@@ -432,5 +436,3 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         if "model_" in state:
             state["model_"] = copy.deepcopy(state["model_"]).to("cpu")
         return state
-
-

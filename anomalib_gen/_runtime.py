@@ -73,18 +73,18 @@ def forked_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
     of the CPU and of `device` are forked; networks are built on the CPU and moved afterwards.
     """
     cpu_state = torch.get_rng_state()
-    cuda = device is not None and device.type == "cuda"
-    cuda_state = torch.cuda.get_rng_state(device) if cuda else None
+    cuda = device if device is not None and device.type == "cuda" else None
+    cuda_state = None if cuda is None else torch.cuda.get_rng_state(cuda)
     try:
         torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
+        if cuda is not None:
+            with torch.cuda.device(cuda):
                 torch.cuda.manual_seed(seed)
         yield
     finally:
         torch.set_rng_state(cpu_state)
-        if cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state, device)
+        if cuda is not None and cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, cuda)
 
 
 def expand_as_rows(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

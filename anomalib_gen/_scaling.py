@@ -71,13 +71,13 @@ class Standardizer:
             for block in row_blocks(n, rows_per_block(size)):
                 yield block, np.asarray(X[block] if rows is None else X[rows[block]], dtype=np.float64)
 
-        low, high = np.inf, -np.inf
+        low, high = np.asarray(np.inf), np.asarray(-np.inf)
         for _, x in blocks():
             low, high = np.minimum(low, x.min(axis=axes)), np.maximum(high, x.max(axis=axes))
         middle, half = low / 2 + high / 2, high / 2 - low / 2
         constant = half <= 16 * np.finfo(X.dtype).eps * np.maximum(np.abs(low), np.abs(high))
         half = np.where(constant, 1.0, half)
-        mass, mean, square = 0.0, 0.0, 0.0
+        mass, mean, square = 0.0, np.zeros(np.shape(middle)), np.zeros(np.shape(middle))
         for block, x in blocks():
             w = np.ones(len(x)) if weights is None else weights[block]
             w = w.reshape(-1, *([1] * len(event_shape)))

@@ -118,9 +118,11 @@ class _MovingAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.decay = decay
-        self.source = [p for p in model.parameters() if p.requires_grad]
+        self.source: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
         named = dict(self.model.named_parameters())
-        self.average = [named[name] for name, p in model.named_parameters() if p.requires_grad]
+        self.average: list[torch.Tensor] = [
+            named[name] for name, p in model.named_parameters() if p.requires_grad
+        ]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -307,7 +309,8 @@ def train(
                     f"Set batch_size={batch_size} to start there.",
                     stacklevel=4,
                 )
-                losses = loss = x = None  # let go of the graph before asking for memory again
+                # Let go of the graph before asking for memory again.
+                losses = loss = x = torch.empty(0)
                 optimiser.zero_grad(set_to_none=True)
                 _runtime.release_memory(device)
                 continue

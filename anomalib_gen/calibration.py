@@ -96,7 +96,9 @@ def typicality_test(
         raise ValueError(f"n_resamples must be a positive integer, got {n_resamples!r}.")
     reference = -detector.log_prob(X_reference)
     if len(reference) < 2:
-        raise ValueError(f"X_reference has {len(reference)} row; at least 2 are needed, and hundreds are better.")
+        raise ValueError(
+            f"X_reference has {len(reference)} row; at least 2 are needed, and hundreds are better."
+        )
     batch = -detector.log_prob(X)
     entropy = float(reference.mean())
     statistic = abs(float(batch.mean()) - entropy)

@@ -1,4 +1,4 @@
-"""Likelihood: a row is as anomalous as it is improbable, a(x) = -log p(x) (Bishop 1994, doi:10.1049/ip-vis:19941330)."""
+"""Likelihood: a row is as anomalous as it is improbable, a(x) = -log p(x) (Bishop 1994)."""
 
 from __future__ import annotations
 

@@ -296,10 +296,10 @@ class FlowDetector(GenerativeDetector):
                 choice,
                 features,
                 context_features=context_features,
-                n_layers=AUTO_LAYERS[choice] if self.n_layers == "auto" else self.n_layers,
+                n_layers=AUTO_LAYERS[choice] if self.n_layers == "auto" else int(self.n_layers),
                 hidden_features=self.hidden_features,
                 n_blocks=self.n_blocks,
-                n_bins=auto_bins if self.n_bins == "auto" else self.n_bins,
+                n_bins=auto_bins if self.n_bins == "auto" else int(self.n_bins),
                 mix=features <= MAX_MIXED_COLUMNS,
             )
         return FlowModel(transform, features, noise_levels=levels)

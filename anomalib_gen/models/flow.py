@@ -176,9 +176,7 @@ def rational_quadratic_spline(
 class SplineCoupling(nft.PiecewiseRationalQuadraticCouplingTransform):
     """nflows' spline coupling over our spline."""
 
-    def __init__(
-        self, mask: torch.Tensor, conditioner: Callable[[int, int], nn.Module], n_bins: int
-    ) -> None:
+    def __init__(self, mask: torch.Tensor, conditioner: Callable[[int, int], nn.Module], n_bins: int) -> None:
         super().__init__(mask, conditioner, num_bins=n_bins, tails="linear", tail_bound=SPLINE_BOUND)
 
     def _coupling_transform(
@@ -219,7 +217,12 @@ def _repair_made(made: MADE, features: int) -> None:
 
 
 def _autoregressive(
-    spline: bool, features: int, context_features: int | None, hidden_features: int, n_blocks: int, n_bins: int
+    spline: bool,
+    features: int,
+    context_features: int | None,
+    hidden_features: int,
+    n_blocks: int,
+    n_bins: int,
 ) -> nn.Module:
     arguments: dict[str, Any] = {
         "features": features,
@@ -229,9 +232,7 @@ def _autoregressive(
         "activation": F.silu,
     }
     if spline:
-        layer = SplineAutoregressive(
-            **arguments, num_bins=n_bins, tails="linear", tail_bound=SPLINE_BOUND
-        )
+        layer = SplineAutoregressive(**arguments, num_bins=n_bins, tails="linear", tail_bound=SPLINE_BOUND)
     else:
         layer = nft.MaskedAffineAutoregressiveTransform(**arguments)
     _repair_made(layer.autoregressive_net, features)
@@ -391,6 +392,7 @@ class FlowModel(nn.Module):
         u = torch.randn(
             (n, self.features), generator=generator, dtype=reference.dtype, device=reference.device
         )
-        y, _ = self.transform.inverse(u, self._context(u, None))
+        transform: Any = self.transform  # its inverse is part of our contract, not of nn.Module's
+        y, _ = transform.inverse(u, self._context(u, None))
         x, _ = self.tails.inverse(y)
         return x
