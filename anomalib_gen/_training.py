@@ -133,11 +133,9 @@ class _MovingAverage:
         return [p.detach().clone() for p in self.average]
 
 
-def _non_finite_message(step: int, lr: float, x: torch.Tensor, model: nn.Module) -> str:
+def _non_finite_message(step: int, lr: float, x: torch.Tensor) -> str:
     largest = float(x.abs().max())
-    if any(not bool(torch.isfinite(p).all()) for p in model.parameters()):
-        cause = "an earlier step made weights non-finite: lower learning_rate or max_grad_norm"
-    elif not math.isfinite(largest):
+    if not math.isfinite(largest):
         cause = "the standardised rows are not finite: look for extreme values in X"
     elif largest > 1e4:
         cause = (
@@ -238,7 +236,8 @@ def train(
     result = TrainingResult()
     best_loss, best_weights, since_best = math.inf, None, 0
     batch_size, permutation, cursor = min(options.batch_size, len(rows)), torch.empty(0), 0
-    pending: list[torch.Tensor] = []
+    # Losses not looked at yet, and the rows they are of.
+    pending: list[tuple[torch.Tensor, torch.Tensor]] = []
     recent: list[torch.Tensor] = []
     bar = _progress_bar(options, batch_size, label)
 
@@ -274,12 +273,13 @@ def train(
             since_best += 1
         return since_best >= options.n_iter_no_change
 
-    def check(x: torch.Tensor, rate: float) -> None:
-        losses = torch.stack(pending)
-        finite = torch.isfinite(losses)
+    def check() -> None:
+        finite = torch.isfinite(torch.stack([loss for loss, _ in pending]))
         if not bool(finite.all()):
-            step = result.n_iter - len(pending) + int((~finite).nonzero()[0, 0])
-            raise FloatingPointError(_non_finite_message(step, rate, x, model))
+            first = int((~finite).nonzero()[0, 0])
+            step = result.n_iter - len(pending) + first
+            x = rows.take(pending[first][1])
+            raise FloatingPointError(_non_finite_message(step, learning_rate(step), x))
         pending.clear()
 
     model.train()
@@ -307,7 +307,7 @@ def train(
                 warnings.warn(
                     f"Out of memory at step {result.n_iter}: the batch is halved to {batch_size} rows. "
                     f"Set batch_size={batch_size} to start there.",
-                    stacklevel=4,
+                    stacklevel=5,  # whoever called `fit`
                 )
                 # Let go of the graph before asking for memory again.
                 losses = loss = x = torch.empty(0)
@@ -319,15 +319,15 @@ def train(
             average.update(result.n_iter)
             cursor += len(index)
             result.n_iter += 1
-            pending.append(loss.detach())
+            pending.append((loss.detach(), index))
             recent.append(loss.detach())
             if len(pending) >= check_every:
-                check(x, rate)
+                check()
             if bar is not None:
                 bar.update(len(index))
             if result.n_iter % options.eval_every == 0 or result.n_iter == options.max_iter:
                 if pending:
-                    check(x, rate)
+                    check()
                 stop = evaluate_and_keep()
                 if bar is not None:
                     bar.set_postfix(_postfix(result), refresh=False)
@@ -342,7 +342,7 @@ def train(
         warnings.warn(
             f"Training was interrupted after {result.n_iter} steps. The detector keeps the weights of step "
             f"{result.best_iter}, the best so far, and is usable.",
-            stacklevel=4,
+            stacklevel=5,  # whoever called `fit`
         )
     finally:
         if bar is not None:

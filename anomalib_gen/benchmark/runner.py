@@ -21,7 +21,7 @@ import tempfile
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -101,7 +101,7 @@ def make_cell(
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """A cell with what a worker needs to run it."""
 
     cell: _Cell
@@ -204,7 +204,7 @@ def run_benchmark(
         _merge_settings(folder, suite, chosen, fingerprints, seeds)
         threads = max(1, joblib.cpu_count() // jobs)
         plan = [
-            _Job(
+            Job(
                 _Cell(suite, name, fingerprints[name], detector.specification, seed),
                 detector,
                 source,
@@ -281,48 +281,64 @@ def load_results(output: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def _run(
-    folder: Path, todo: list[_Job], total: int, *, jobs: int, time_limit: float | None, progress: bool | None
+    folder: Path, todo: list[Job], total: int, *, jobs: int, time_limit: float | None, progress: bool | None
 ) -> None:
-    """Keep `jobs` workers busy until every cell of `todo` has a file."""
+    """Run the cells of `todo` and store each as soon as it is done."""
+    with progress_bar("benchmark", total, total - len(todo), shown=progress) as advance:
+
+        def store(job: Job, record: dict[str, Any]) -> None:
+            _write_atomically(folder / "cells" / job.cell.file_name, record)
+            advance(record)
+
+        run_jobs(todo, run_cell, store, folder=folder, jobs=jobs, time_limit=time_limit)
+
+
+def run_jobs(
+    todo: list[Job],
+    function: Callable[[Job], dict[str, Any]],
+    on_done: Callable[[Job, dict[str, Any]], None],
+    *,
+    folder: Path,
+    jobs: int,
+    time_limit: float | None = None,
+) -> None:
+    """Keep `jobs` workers busy with `function` until `on_done` was called for every cell of `todo`."""
     if not todo:
         return
     waiting = deque(todo)
-    broken: dict[_Job, int] = {}
-    with _progress_bar(total, total - len(todo), shown=progress) as advance:
-        pool = _start_pool(folder, min(jobs, len(todo)))
-        running: dict[Future[Any], _Job] = {}
-        try:
-            while waiting or running:
-                # A short queue in the pool, so that stopping has little to throw away.
-                while waiting and len(running) < 2 * jobs:
-                    job = waiting.popleft()
-                    running[pool.schedule(_run_cell, args=(job,), timeout=time_limit)] = job
-                # A time-out lets Ctrl-C through on every platform.
-                for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
-                    job = running.pop(future)
-                    try:
-                        record = _record(job.cell, future, time_limit)
-                    except BrokenProcessPool:
-                        # The pool itself has failed, usually through a worker that died between two cells.
-                        broken[job] = broken.get(job, 0) + 1
-                        if broken[job] < 3:
-                            waiting.appendleft(job)
-                            continue
-                        record = describe_failure(
-                            job.cell, "worker died", "the worker processes died three times"
-                        )
-                    _write_atomically(folder / "cells" / job.cell.file_name, record)
-                    advance(record)
-                if not pool.active:
-                    waiting.extendleft(running.values())
-                    running.clear()
-                    pool.stop()
-                    pool.join()
-                    pool = _start_pool(folder, min(jobs, len(todo)))
-            pool.close()
-        finally:
-            pool.stop()  # harmless after close; kills what still runs otherwise
-            pool.join()
+    broken: dict[Job, int] = {}
+    pool = _start_pool(folder, min(jobs, len(todo)))
+    running: dict[Future[Any], Job] = {}
+    try:
+        while waiting or running:
+            # A short queue in the pool, so that stopping has little to throw away.
+            while waiting and len(running) < 2 * jobs:
+                job = waiting.popleft()
+                running[pool.schedule(function, args=(job,), timeout=time_limit)] = job
+            # A time-out lets Ctrl-C through on every platform.
+            for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                try:
+                    record = _record(job.cell, future, time_limit)
+                except BrokenProcessPool:
+                    # The pool itself has failed, usually through a worker that died between two cells.
+                    broken[job] = broken.get(job, 0) + 1
+                    if broken[job] < 3:
+                        waiting.appendleft(job)
+                        continue
+                    reason = "the worker processes died three times"
+                    record = describe_failure(job.cell, "worker died", reason)
+                on_done(job, record)
+            if not pool.active:
+                waiting.extendleft(running.values())
+                running.clear()
+                pool.stop()
+                pool.join()
+                pool = _start_pool(folder, min(jobs, len(todo)))
+        pool.close()
+    finally:
+        pool.stop()  # harmless after close; kills what still runs otherwise
+        pool.join()
 
 
 def _record(cell: _Cell, future: Future[Any], time_limit: float | None) -> dict[str, Any]:
@@ -362,7 +378,8 @@ def _start_pool(folder: Path, jobs: int) -> Any:
 
 
 @contextlib.contextmanager
-def _progress_bar(total: int, done: int, *, shown: bool | None) -> Iterator[Any]:
+def progress_bar(label: str, total: int, done: int = 0, *, shown: bool | None = None) -> Iterator[Any]:
+    """Show progress on standard error; the value is called with the record of each finished cell."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -378,7 +395,7 @@ def _progress_bar(total: int, done: int, *, shown: bool | None) -> Iterator[Any]
         yield lambda record: None
         return
     columns = (
-        TextColumn("[bold]benchmark"),
+        TextColumn(f"[bold]{label}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("cells"),
@@ -439,8 +456,13 @@ def _start_worker(log: str, environment: dict[str, str]) -> None:
         threading.Thread(target=follow, daemon=True).start()
 
 
-def _run_cell(job: _Job) -> dict[str, Any]:
+def run_cell(job: Job) -> dict[str, Any]:
     """Run one cell inside a worker process and describe what happened."""
+    return evaluate_cell(job)[0]
+
+
+def evaluate_cell(job: Job) -> tuple[dict[str, Any], tuple[Any, Split, Evaluation] | None]:
+    """Run one cell inside a worker process; the record, and what it is made of unless the cell failed."""
     from threadpoolctl import threadpool_limits
 
     cell = job.cell
@@ -450,9 +472,9 @@ def _run_cell(job: _Job) -> dict[str, Any]:
     try:
         split = _split(cell.suite, job.source, job.data_home, cell.seed)
     except SplitError as error:
-        return describe_failure(cell, "data", str(error))
+        return describe_failure(cell, "data", str(error)), None
     except Exception as error:
-        return describe_failure(cell, "data", error)
+        return describe_failure(cell, "data", error), None
     try:
         random.seed(cell.seed)
         np.random.seed(cell.seed)  # noqa: NPY002
@@ -467,8 +489,8 @@ def _run_cell(job: _Job) -> dict[str, Any]:
         with threadpool_limits(limits=job.threads):
             result = evaluate(estimator, own)
     except (Exception, SystemExit) as error:
-        return describe_failure(cell, "exception", error)
-    return describe_success(cell, split, result)
+        return describe_failure(cell, "exception", error), None
+    return describe_success(cell, split, result), (estimator, split, result)
 
 
 def describe_success(cell: _Cell, split: Split, result: Evaluation) -> dict[str, Any]:

@@ -97,8 +97,8 @@ class FlowDetector(GenerativeDetector):
     batch_size : int, default=256
         Rows a gradient step.
     max_iter : int or "auto", default="auto"
-        Gradient steps at most. "auto" takes 200 passes over the rows within 200 to 1,000 steps (from 256 columns on,
-        fewer: 256,000 divided by the columns); where two passes are more than that, two passes within 5,000 steps.
+        Gradient steps at most. "auto" takes 200 passes over the rows within 200 to 600 steps (from 256 columns on,
+        fewer: 153,600 divided by the columns, but no less than 200); where two passes are more than that, two passes within 5,000 steps.
     validation_fraction : float, default=0.1
         Share of the rows held out to choose the best weights and to stop early; at most 2,048 rows. Fewer than
         5 rows say nothing, and then none are held out.
@@ -310,7 +310,7 @@ class FlowDetector(GenerativeDetector):
             max_iter = one
         elif self.max_iter == "auto":
             # Wide rows make steps dear and weights many; what they lack is rows, not steps.
-            enough = min(max(256_000 // self.n_features_in_, 200), 1000)
+            enough = min(max(153_600 // self.n_features_in_, 200), 600)
             max_iter = min(max(min(200 * one, enough), 2 * one, 200), 5000)
         else:
             max_iter = int(self.max_iter)
