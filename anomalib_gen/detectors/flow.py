@@ -97,8 +97,9 @@ class FlowDetector(GenerativeDetector):
     batch_size : int, default=256
         Rows a gradient step.
     max_iter : int or "auto", default="auto"
-        Gradient steps at most. "auto" takes 200 passes over the rows within 200 to 600 steps (from 256 columns on,
-        fewer: 153,600 divided by the columns, but no less than 200); where two passes are more than that, two passes within 5,000 steps.
+        Gradient steps at most. "auto" takes 200 passes over the rows, within 200 to 600 steps; beyond 256 columns
+        the upper end falls as 153,600 divided by the columns, to 200. Where two passes over the rows are more steps
+        than that, it takes two passes, within 5,000 steps.
     validation_fraction : float, default=0.1
         Share of the rows held out to choose the best weights and to stop early; at most 2,048 rows. Fewer than
         5 rows say nothing, and then none are held out.
