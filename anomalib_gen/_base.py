@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABCMeta, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -23,6 +25,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import nn
 
 from anomalib_gen import _runtime
+from anomalib_gen._columns import describe_non_finite, describe_non_numeric
 from anomalib_gen._component import Component, resolve_component
 from anomalib_gen._scaling import ArrayRows, Standardizer, rows_per_block
 from anomalib_gen._training import TrainingOptions, train
@@ -112,7 +115,8 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         self
         """
         continued = self.warm_start and hasattr(self, "model_")
-        return self._fit(X, sample_weight, continued=continued, one_pass=False)
+        with self._restored_on_failure():
+            return self._fit(X, sample_weight, continued=continued, one_pass=False)
 
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
@@ -131,7 +135,19 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         -------
         self
         """
-        return self._fit(X, sample_weight, continued=hasattr(self, "model_"), one_pass=True)
+        with self._restored_on_failure():
+            return self._fit(X, sample_weight, continued=hasattr(self, "model_"), one_pass=True)
+
+    @contextmanager
+    def _restored_on_failure(self) -> Iterator[None]:
+        """Leave the detector as it was, fitted or not, if fitting fails or is interrupted before its first step."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
 
     def _fit(self, X: Any, sample_weight: Any, *, continued: bool, one_pass: bool) -> Self:
         X = self._validate(X, reset=not continued, min_rows=2)
@@ -225,13 +241,16 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         """Try objective and anomaly on two rows, so that a pair that cannot work fails before training."""
         x = rows.take(torch.arange(2))
         generator = _runtime.make_generator(0, device)
+        model.eval()
         for argument, part in (("objective", objective), ("anomaly", anomaly)):
             try:
-                with torch.no_grad():
+                with torch.no_grad(), _runtime.forked_rng(0, device):
                     if argument == "anomaly" and hasattr(part, "prepare"):
                         part = copy.deepcopy(part)
                         part.prepare(model, [x], generator)
                     values = part(model, x, generator)
+                if argument == "anomaly":
+                    _ = part.in_nats
             except AttributeError as error:
                 raise TypeError(
                     f"{argument}={part!r} does not work with {type(model).__name__}: {error}. "
@@ -250,7 +269,10 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
             index = np.sort(random.choice(index, MAX_THRESHOLD_ROWS, replace=False))
         elif len(index) == len(X):
             return float(np.quantile(self._score(X), self.contamination))
-        scores = np.concatenate([self._score(X[index[i : i + 2**16]]) for i in range(0, len(index), 2**16)])
+        block = min(2**16, rows_per_block(int(np.prod(X.shape[1:]))))
+        scores = np.concatenate(
+            [self._score(X[index[rows]]) for rows in _runtime.row_blocks(len(index), block)]
+        )
         return float(np.quantile(scores, self.contamination))
 
     # Scoring ----------------------------------------------------------------------------------------------
@@ -392,16 +414,23 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
 
     def _validate(self, X: Any, *, reset: bool, min_rows: int = 1) -> npt.NDArray[Any]:
         """Check rows and return them as float32 or float64, without a copy where they are so already."""
-        X = validate_data(
-            self,
-            X,
-            reset=reset,
-            dtype=[np.float64, np.float32],
-            ensure_all_finite=False,
-            ensure_min_samples=min_rows,
-        )
-        self._refuse_non_finite(X)
-        return X
+        try:
+            checked = validate_data(
+                self,
+                X,
+                reset=reset,
+                dtype=[np.float64, np.float32],
+                ensure_all_finite=False,
+                ensure_min_samples=min_rows,
+            )
+        except (TypeError, ValueError) as error:
+            message = describe_non_numeric(X)
+            if message is None:
+                raise
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{message} ({str(error).splitlines()[0]})") from error
+        self._refuse_non_finite(checked)
+        return checked
 
     def _refuse_non_finite(self, X: npt.NDArray[Any]) -> None:
         bad = np.zeros(X.shape[1:], dtype=bool)
@@ -413,20 +442,8 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
                 missing |= bool(np.isnan(X[block]).any())
         if not bad.any():
             return
-        columns = np.flatnonzero(bad)
         names = getattr(self, "feature_names_in_", None)
-        shown = [repr(str(names[j])) if names is not None else str(j) for j in columns[:10]]
-        more = f" and {len(columns) - 10} more" if len(columns) > 10 else ""
-        what = "NaN" if missing else "infinity"
-        advice = (
-            "Fill missing values first, e.g. with sklearn.impute.SimpleImputer in a pipeline."
-            if missing
-            else "Replace infinite values, or drop those rows."
-        )
-        raise ValueError(
-            f"Input X contains {what} in column{'s' if len(columns) > 1 else ''} {', '.join(shown)}{more}. "
-            f"{type(self).__name__} needs finite numbers. {advice}"
-        )
+        raise ValueError(describe_non_finite(bad, names, missing=missing))
 
     # Pickling ---------------------------------------------------------------------------------------------
 

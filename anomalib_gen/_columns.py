@@ -1,0 +1,79 @@
+"""What is wrong with which column: messages about input that a detector cannot take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+SHOWN = 10
+"""Columns named in a message; the others are counted."""
+
+
+def name_columns(shown: Sequence[str]) -> str:
+    """Return ``column 'a'`` or ``columns 'a', 'b' and 3 more`` from columns as they are to be shown."""
+    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+    return f"column{'s' if len(shown) > 1 else ''} {', '.join(shown[:SHOWN])}{more}"
+
+
+def describe_non_finite(bad: npt.NDArray[np.bool_], names: Any, *, missing: bool) -> str:
+    """Say which columns hold NaN or infinity, and what to do.
+
+    Parameters
+    ----------
+    bad : ndarray of bool, of an event's shape
+    names : sequence of str or None
+        Names of the columns; None shows their positions.
+    missing : bool
+        Whether there is NaN among the values, not only infinity.
+    """
+    columns = [str(j) if names is None else repr(str(names[j])) for j in np.flatnonzero(bad)]
+    what, advice = "infinity", "Replace infinite values, or drop those rows."
+    if missing:
+        what = "NaN"
+        advice = "Fill missing values first, e.g. with sklearn.impute.SimpleImputer in a pipeline."
+    return f"Input X contains {what} in {name_columns(columns)}. Finite numbers are needed. {advice}"
+
+
+def describe_non_numeric(X: Any) -> str | None:
+    """Say which columns are no numbers, with a value of each, and what to do; None if all seem to be numbers."""
+    bad = []
+    for name, values in _columns(X):
+        if values.dtype.kind in "biuf":
+            continue
+        if values.dtype.kind == "c":
+            bad.append(f"{name} (complex)")
+            continue
+        if values.dtype.kind in "mM":
+            bad.append(f"{name} (dates or times)")
+            continue
+        for value in values:
+            try:
+                float("nan" if value is None else value)
+            except (TypeError, ValueError):
+                bad.append(f"{name} (e.g. {str(value)[:30]!r})")
+                break
+    if not bad:
+        return None
+    return (
+        f"Input X has values that are not real numbers in {name_columns(bad)}. Encode text, e.g. with "
+        "sklearn.preprocessing.OneHotEncoder in a ColumnTransformer, split other things into numbers, "
+        "or drop those columns."
+    )
+
+
+def _columns(X: Any) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Columns of a table of whatever kind, each with its name, or its position where there are none."""
+    if hasattr(X, "iloc"):  # pandas, where names may repeat
+        for j, name in enumerate(X.columns):
+            yield repr(str(name)), np.asarray(X.iloc[:, j])
+    elif hasattr(X, "column_names") or hasattr(X, "columns"):  # pyarrow, polars
+        for name in X.column_names if hasattr(X, "column_names") else X.columns:
+            yield repr(str(name)), np.asarray(X[name])
+    else:
+        array = X if isinstance(X, np.ndarray) else np.asarray(X, dtype=object)
+        if array.ndim == 2:
+            for j in range(array.shape[1]):
+                yield str(j), array[:, j]
