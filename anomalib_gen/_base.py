@@ -27,11 +27,13 @@ from torch import nn
 from anomalib_gen import _runtime
 from anomalib_gen._columns import describe_non_finite, describe_non_numeric
 from anomalib_gen._component import Component, resolve_component
-from anomalib_gen._scaling import ArrayRows, Standardizer, rows_per_block
+from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain, rows_per_block
 from anomalib_gen._training import TrainingOptions, train
 
 MAX_THRESHOLD_ROWS = 200_000
 """Training rows scored for `offset_`; beyond this a random subset is taken, whose quantile is as good."""
+AUTO_FALSE_POSITIVES = 0.05
+"""Share of held-out rows below the threshold that ``contamination="auto"`` sets."""
 MIN_HELD_OUT, MAX_HELD_OUT = 5, 2048
 """Fewer held-out rows say nothing about when to stop; more cost time and say nothing new."""
 
@@ -57,7 +59,7 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
         "max_grad_norm": [Interval(Real, 0, None, closed="neither")],
         "ema_decay": [Interval(Real, 0, 1, closed="left")],
-        "contamination": [Interval(Real, 0, 0.5, closed="right")],
+        "contamination": [Interval(Real, 0, 0.5, closed="right"), StrOptions({"auto"})],
         "warm_start": ["boolean"],
         "random_state": ["random_state"],
         "device": [str, torch.device],
@@ -65,7 +67,7 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     }
 
     anomaly: Any
-    contamination: float
+    contamination: float | str
     device: Any
     random_state: Any
     validation_fraction: float
@@ -80,8 +82,8 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     # What a family provides -------------------------------------------------------------------------------
 
     @abstractmethod
-    def _make_model(self, event_shape: tuple[int, ...]) -> nn.Module:
-        """Build the model on the CPU, in float32."""
+    def _make_model(self, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]) -> nn.Module:
+        """Build the model on the CPU, in float32; `grain` is what `_scaling.column_grain` found."""
 
     @abstractmethod
     def _default_objective(self) -> Component:
@@ -180,7 +182,8 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         else:
             scaler = Standardizer.fit(X, None if len(index) == len(X) else index, weights)
             with _runtime.forked_rng(seeds[1]):
-                model = self._make_model(X.shape[1:]).float()
+                grain = column_grain(X, index[train_index], scaler)
+                model = self._make_model(X.shape[1:], grain).float()
         model = model.to(device)
         rows = ArrayRows(X, index[train_index], scaler, device)
         held_out = ArrayRows(X, index[held_out_index], scaler, device) if len(held_out_index) else None
@@ -222,7 +225,12 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         self.event_shape_ = X.shape[1:]
         self.model_, self.anomaly_ = model, anomaly
         self._scaler, self._scoring_seed = scaler, seeds[3]
-        self.offset_ = self._threshold(X, index, np.random.RandomState(seeds[0]))
+        if self.contamination != "auto":
+            judged, share = index, self.contamination
+        else:
+            judged = index[held_out_index if len(held_out_index) else train_index]
+            share = AUTO_FALSE_POSITIVES
+        self.offset_ = self._quantile(X, judged, float(share), np.random.RandomState(seeds[0]))
         return self
 
     def _split(
@@ -233,7 +241,8 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         n_held_out = min(round(self.validation_fraction * n), MAX_HELD_OUT)
         if n_held_out < MIN_HELD_OUT or n - n_held_out < 2:
             n_held_out = 0
-        return order[n_held_out:], order[:n_held_out]
+        # In the array's order, so that a file on disk is read from front to back.
+        return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
 
     def _dry_run(
         self, model: nn.Module, objective: Any, anomaly: Any, rows: ArrayRows, device: torch.device
@@ -262,18 +271,23 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
                     "one number per row is needed."
                 )
 
-    def _threshold(
-        self, X: npt.NDArray[Any], index: npt.NDArray[np.integer], random: np.random.RandomState
+    def _quantile(
+        self,
+        X: npt.NDArray[Any],
+        index: npt.NDArray[np.integer],
+        share: float,
+        random: np.random.RandomState,
     ) -> float:
+        """Score below which `share` of the rows at `index` lie."""
         if len(index) > MAX_THRESHOLD_ROWS:
             index = np.sort(random.choice(index, MAX_THRESHOLD_ROWS, replace=False))
         elif len(index) == len(X):
-            return float(np.quantile(self._score(X), self.contamination))
+            return float(np.quantile(self._score(X), share))
         block = min(2**16, rows_per_block(int(np.prod(X.shape[1:]))))
         scores = np.concatenate(
             [self._score(X[index[rows]]) for rows in _runtime.row_blocks(len(index), block)]
         )
-        return float(np.quantile(scores, self.contamination))
+        return float(np.quantile(scores, share))
 
     # Scoring ----------------------------------------------------------------------------------------------
 

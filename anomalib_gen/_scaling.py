@@ -13,6 +13,8 @@ from anomalib_gen._runtime import row_blocks
 
 BLOCK_BYTES = 2**24
 """Bytes of float64 rows handled at once while passing over data on the numpy side."""
+GRAIN_ROWS = 10_000
+"""Rows looked at for the grid of each column."""
 RESIDENT_BYTES = 2**30
 """Training rows up to this size are kept on the CPU as one tensor; larger data are read batch by batch."""
 
@@ -104,6 +106,37 @@ class Standardizer:
     def inverse_transform(self, Z: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
         """Return to the units of X."""
         return np.asarray(Z, dtype=np.float64) * self.scale + self.shift
+
+
+def column_grain(
+    X: npt.NDArray[np.floating], index: npt.NDArray[np.integer], scaler: Standardizer
+) -> npt.NDArray[np.float64]:
+    """Width of the grid that each column's values lie on, as the deviation of uniform dequantisation.
+
+    Values on a grid (flags, counts, rounded readings) have no density. Spread over their cells they have one, and
+    noise with the deviation of a uniform over a cell, gap / sqrt(12), is the smooth form of that (Theis et al. 2016,
+    arXiv:1511.01844, section 3.1). The gap is the median one between distinct values, so for a column without
+    repeats it is what the sample resolves, next to nothing.
+
+    Parameters
+    ----------
+    X : ndarray of shape (n, D)
+    index : ndarray of int
+        Positions to use; about `GRAIN_ROWS` of them, evenly spread, are looked at.
+    scaler : Standardizer
+
+    Returns
+    -------
+    ndarray of shape (D,)
+        In standardised units; 0 for a constant column.
+    """
+    Z = scaler.transform(X[index[:: max(1, len(index) // GRAIN_ROWS)]])
+    grain = np.zeros(Z.shape[1])
+    for j, column in enumerate(Z.T):
+        values = np.unique(column)
+        if len(values) > 1:
+            grain[j] = np.median(np.diff(values)) / np.sqrt(12)
+    return grain
 
 
 class ArrayRows:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
@@ -109,8 +110,11 @@ class FlowDetector(GenerativeDetector):
         Larger gradients are scaled down to this norm.
     ema_decay : float, default=0.995
         Decay of the exponential moving average of the weights, which is what is kept.
-    contamination : float, default=0.1
-        Share of the training rows that `predict` labels as outliers; sets `offset_`. In (0, 0.5].
+    contamination : "auto" or float, default="auto"
+        Sets `offset_`, below which `predict` labels rows as outliers. A number in (0, 0.5] is the share of the
+        training rows that fall below it, as elsewhere in scikit-learn; but a flow has seen those rows, and new
+        normal rows score lower, so more of them will fall below. "auto" takes the 5 % quantile of the held-out
+        rows instead (of the training rows, where none were held out): about one normal row in twenty is flagged.
     warm_start : bool, default=False
         Whether `fit` continues from the weights, and in the scaling, of the previous call.
     random_state : int, RandomState instance or None, default=None
@@ -127,8 +131,8 @@ class FlowDetector(GenerativeDetector):
     anomaly_ : Component
         The anomaly in use, with what it learned.
     offset_ : float
-        Threshold on `score_samples`: the `contamination` quantile of the training rows' scores (of a random 200,000
-        of them, if there are more).
+        Threshold on `score_samples`, see `contamination`. Where there are more than 200,000 rows, it is taken over a
+        random 200,000 of them.
     n_iter_ : int
         Gradient steps taken.
     loss_curve_ : list of float
@@ -211,7 +215,7 @@ class FlowDetector(GenerativeDetector):
         n_iter_no_change: int = 20,
         max_grad_norm: float = 10.0,
         ema_decay: float = 0.995,
-        contamination: float = 0.1,
+        contamination: float | str = "auto",
         warm_start: bool = False,
         random_state: Any = None,
         device: Any = "auto",
@@ -277,7 +281,7 @@ class FlowDetector(GenerativeDetector):
     def _default_anomaly(self) -> Component:
         return Likelihood()
 
-    def _make_model(self, event_shape: tuple[int, ...]) -> nn.Module:
+    def _make_model(self, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]) -> nn.Module:
         (features,) = event_shape
         levels = None
         if self.max_noise is not None:
@@ -303,7 +307,7 @@ class FlowDetector(GenerativeDetector):
                 n_bins=auto_bins if self.n_bins == "auto" else int(self.n_bins),
                 mix=features <= MAX_MIXED_COLUMNS,
             )
-        return FlowModel(transform, features, noise_levels=levels)
+        return FlowModel(transform, features, noise_levels=levels, grain=torch.from_numpy(grain))
 
     def _training_options(self, n_rows: int, *, one_pass: bool) -> TrainingOptions:
         one = -(-n_rows // self.batch_size)

@@ -10,7 +10,7 @@ function whose parameters a *conditioner* network computes from other coordinate
 al. 2017, arXiv:1705.07057). The monotone function is affine (RealNVP, MAF) or a rational-quadratic spline
 (neural spline flows; Durkan et al. 2019, arXiv:1906.04032, section 3.1).
 
-Two parts are ours:
+Three parts are ours:
 
 - *Tails.* The outermost layer leaves |x| <= c alone and compresses what lies beyond,
 
@@ -19,6 +19,7 @@ Two parts are ours:
   and conditioners see their inputs clipped to a box. Both are exact (t is a bijection and a conditioner may be
   any function), and together they make f affine far outside the data with bounded coefficients: the density is
   finite for every finite row and falls off along every ray.
+- *Grain.* Columns on a grid are spread over its cells by noise of a fixed width (dequantisation), see `FlowModel`.
 - *Noise levels.* A model may be conditional on the standard deviation s of Gaussian noise added to the data;
   then it holds the densities p_s of x + s e, e ~ N(0, I), for a range of s (Kim et al. 2020, "SoftFlow",
   arXiv:2006.04604). Small s keeps a density on data that lie on a thin sheet or on a grid; the larger ones
@@ -341,16 +342,29 @@ class FlowModel(nn.Module):
     noise_levels : tuple of float, optional
         Smallest and largest noise level s that the model is conditional on; None for an unconditional model.
         The context is ``(B, 1)``: log s, scaled to [-1, 1] over that range.
+    grain : Tensor of shape (D,), optional
+        Deviation of the dequantisation noise of each column: the model is the density of x + grain * e + s * e'.
+        The training objective adds it; here it only sets the scale that the layers work in.
     """
 
+    grain: torch.Tensor
+    spread: torch.Tensor
+
     def __init__(
-        self, transform: nn.Module, features: int, *, noise_levels: tuple[float, float] | None = None
+        self,
+        transform: nn.Module,
+        features: int,
+        *,
+        noise_levels: tuple[float, float] | None = None,
+        grain: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.tails = CompressedTails()
         self.transform = transform
         self.features = features
         self.noise_levels = noise_levels
+        self.register_buffer("grain", torch.zeros(features) if grain is None else grain)
+        self.register_buffer("spread", (1 + self.grain.square()).sqrt())
 
     @property
     def smallest_noise(self) -> float | None:
@@ -381,10 +395,10 @@ class FlowModel(nn.Module):
         -------
         Tensor of shape (B,)
         """
-        y, log_det_tails = self.tails(x)
+        y, log_det_tails = self.tails(x / self.spread)
         u, log_det = self.transform(y, self._context(x, noise))
         log_base = -0.5 * (u.square().sum(1) + self.features * math.log(2 * math.pi))
-        return log_base + log_det + log_det_tails
+        return log_base + log_det + log_det_tails - self.spread.log().sum()
 
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Draw ``(n, D)`` rows from the density at the smallest noise level."""
@@ -395,4 +409,4 @@ class FlowModel(nn.Module):
         transform: Any = self.transform  # its inverse is part of our contract, not of nn.Module's
         y, _ = transform.inverse(u, self._context(u, None))
         x, _ = self.tails.inverse(y)
-        return x
+        return x * self.spread

@@ -24,7 +24,8 @@ from anomalib_gen._runtime import expand_as_rows
 class MaximumLikelihood(Component):
     """Minus the log-density of noised rows (equation 1).
 
-    A model that is conditional on noise levels gets a level of its own for each row, log-uniform over the range
+    A model with a `grain` first gets noise of that width on each column (dequantisation). A model that is
+    conditional on noise levels gets a level of its own for each row, log-uniform over the range
     the model was built for; any other model gets rows with `noise`.
 
     Parameters
@@ -44,6 +45,9 @@ class MaximumLikelihood(Component):
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, D)``, as ``(B,)``."""
+        grain = getattr(model, "grain", None)
+        if grain is not None:
+            x = x + grain * _normal_like(x, generator)
         levels = getattr(model, "noise_levels", None)
         if levels is None:
             if self.noise == 0:
