@@ -130,12 +130,14 @@ def column_grain(
     ndarray of shape (D,)
         In standardised units; 0 for a constant column.
     """
-    Z = scaler.transform(X[index[:: max(1, len(index) // GRAIN_ROWS)]])
-    grain = np.zeros(Z.shape[1])
-    for j, column in enumerate(Z.T):
-        values = np.unique(column)
-        if len(values) > 1:
-            grain[j] = np.median(np.diff(values)) / np.sqrt(12)
+    rows = index[:: max(1, len(index) // GRAIN_ROWS)]
+    grain = np.zeros(X.shape[1])
+    for block in row_blocks(X.shape[1], rows_per_block(len(rows))):
+        Z = Standardizer(scaler.shift[block], scaler.scale[block], 0.0).transform(X[rows, block])
+        for j, column in enumerate(Z.T, start=block.start):
+            values = np.unique(column)
+            if len(values) > 1:
+                grain[j] = np.median(np.diff(values)) / np.sqrt(12)
     return grain
 
 
