@@ -1,0 +1,41 @@
+"""What the tests of several folders share: rows, and detectors small enough to be fitted in a fraction of a second."""
+
+import numpy as np
+import pytest
+
+from anomalib_gen import FlowDetector
+
+
+def make_tiny(**parameters):
+    """Return an unfitted detector that trains in a fraction of a second."""
+    settings = {
+        "transform": "realnvp",
+        "n_layers": 2,
+        "hidden_features": 8,
+        "max_iter": 20,
+        "contamination": 0.1,
+        "random_state": 0,
+        "device": "cpu",
+    }
+    return FlowDetector(**{**settings, **parameters})
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Factory of small unfitted detectors; its arguments override their parameters."""
+    return make_tiny
+
+
+@pytest.fixture(scope="session")
+def X():
+    """200 rows of three dependent columns of unlike scales; read-only, because every test shares them."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(200, 3)) @ [[1.0, 0.9, 0.0], [0.0, 0.4, 5.0], [0.0, 0.0, 3.0]] + [0.0, 10.0, -3.0]
+    rows.setflags(write=False)
+    return rows
+
+
+@pytest.fixture(scope="session")
+def fitted(X):
+    """A fitted detector that no test may change."""
+    return make_tiny().fit(X)

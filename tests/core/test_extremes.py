@@ -1,0 +1,99 @@
+"""Scores are finite for every finite row, however far out, and fall on the way there."""
+
+import numpy as np
+import pytest
+
+TRANSFORMS = ["nsf-autoregressive", "nsf-coupling", "maf", "realnvp"]
+POWERS = np.array([2, 3, 6, 10, 30, 100, 200, 300, 308])
+
+
+def directions(n_features):
+    """Both signs of every axis, diagonals, and directions at random, each with a largest coordinate of one."""
+    rng = np.random.default_rng(0)
+    axes = np.concatenate([np.eye(n_features), -np.eye(n_features)])
+    diagonals = np.sign(rng.normal(size=(8, n_features)))
+    anywhere = rng.normal(size=(12, n_features))
+    anywhere /= np.abs(anywhere).max(axis=1, keepdims=True)
+    return np.concatenate([axes, diagonals, np.ones((1, n_features)), anywhere])
+
+
+@pytest.fixture(scope="module", params=[1, 2, 6])
+def rows(request):
+    n_features = request.param
+    rng = np.random.default_rng(n_features)
+    return rng.normal(size=(200, n_features)) @ (np.eye(n_features) + np.tri(n_features) / 2)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_scores_fall_along_every_ray_to_the_end_of_the_range(tiny, rows, transform):
+    detector = tiny(transform=transform, max_iter=60).fit(rows)
+    worst = detector.score_samples(rows).min()
+    for direction in directions(rows.shape[1]):
+        scores = detector.score_samples(10.0 ** POWERS[:, None] * direction)
+        assert np.isfinite(scores).all(), direction
+        assert (np.diff(scores) < 0).all(), (direction, scores)
+        assert scores[0] < worst, (direction, scores[0], worst)
+        assert (detector.predict(10.0 ** POWERS[:, None] * direction) == -1).all()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_the_largest_numbers_are_scored(tiny, rows, transform):
+    largest = np.finfo(np.float64).max
+    detector = tiny(transform=transform).fit(rows)
+    ends = np.array([[largest], [-largest]]) * np.ones(rows.shape[1])
+    scores = detector.score_samples(ends)
+    assert np.isfinite(scores).all()
+    assert (scores < detector.score_samples(rows).min()).all()
+    assert np.isfinite(
+        detector.score_samples(np.full((1, rows.shape[1]), np.finfo(np.float32).max, np.float32))
+    )
+    tiniest = np.full((1, rows.shape[1]), 5e-324)
+    np.testing.assert_allclose(detector.score_samples(tiniest), detector.score_samples(0 * tiniest))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30, 1e300])
+def test_the_units_of_the_columns_do_not_matter(tiny, rows, scale):
+    expected = tiny().fit(rows).score_samples(rows) - rows.shape[1] * np.log(scale)
+    scaled = tiny().fit(scale * rows)
+    np.testing.assert_allclose(scaled.score_samples(scale * rows), expected, rtol=1e-4, atol=1e-4)
+    assert np.isfinite(scaled.sample(5, random_state=0)).all()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("value", [1e30, -1e200, 1e308])
+def test_an_extreme_value_among_the_training_rows(tiny, rows, transform, value):
+    spoilt = rows.copy()
+    spoilt[17, 0] = value
+    detector = tiny(transform=transform).fit(spoilt)
+    scores = detector.score_samples(spoilt)
+    assert np.isfinite(scores).all()
+    assert scores.argmin() == 17
+    assert np.isfinite(detector.sample(10, random_state=0)).all()
+    assert np.isfinite(detector.loss_curve_).all()
+
+
+def test_columns_over_the_whole_range(tiny):
+    rng = np.random.default_rng(0)
+    rows = rng.uniform(-1, 1, size=(100, 2)) * np.finfo(np.float64).max
+    detector = tiny().fit(rows)
+    assert np.isfinite(detector.score_samples(rows)).all()
+    assert np.isfinite(detector.offset_)
+
+
+def test_values_next_to_zero_keep_their_shape(tiny, rows):
+    # Subnormal numbers have too few digits for more than a finite answer.
+    assert np.isfinite(tiny().fit(1e-320 * rows).score_samples(1e-320 * rows)).all()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_saturation_in_float32_is_finite_too(tiny, rows, transform, monkeypatch):
+    import torch
+
+    monkeypatch.setattr("anomalib_gen._runtime.scoring_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("anomalib_gen._runtime.scoring_block_rows", lambda size, device: 64)
+    detector = tiny(transform=transform).fit(rows)
+    for direction in directions(rows.shape[1])[:6]:
+        scores = detector.score_samples(10.0 ** POWERS[:, None] * direction)
+        assert np.isfinite(scores).all()
+        # Beyond 3.4e38 standard deviations all rows are alike.
+        assert (np.diff(scores) <= 0).all()

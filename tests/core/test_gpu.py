@@ -1,0 +1,194 @@
+"""The same detector on a CUDA device; run with ``pytest -m gpu``."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from anomalib_gen import FlowDetector, _runtime, _scaling
+from anomalib_gen.anomaly import Typicality
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+]
+
+TRANSFORMS = ["nsf-autoregressive", "nsf-coupling", "maf", "realnvp"]
+
+
+def on_cuda(tiny, **parameters):
+    return tiny(device="cuda", **parameters)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_fit_score_and_sample(tiny, X, transform):
+    detector = on_cuda(tiny, transform=transform, max_iter=60).fit(X)
+    assert next(detector.model_.parameters()).is_cuda
+    scores = detector.score_samples(X)
+    assert scores.dtype == np.float64
+    assert np.isfinite(scores).all()
+    assert (detector.predict(X) == -1).mean() == pytest.approx(0.1, abs=0.01)
+    drawn = detector.sample(50, random_state=0)
+    assert drawn.shape == (50, 3)
+    np.testing.assert_array_equal(drawn, detector.sample(50, random_state=0))
+    assert detector.validation_curve_[-1] < detector.validation_curve_[0]
+
+
+def test_auto_takes_the_gpu(tiny, X):
+    detector = tiny(device="auto").fit(X)
+    assert next(detector.model_.parameters()).is_cuda
+
+
+@pytest.mark.parametrize("anomaly", ["likelihood", "typicality"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_scores_agree_with_the_cpu(tiny, X, transform, anomaly):
+    detector = on_cuda(tiny, transform=transform, anomaly=anomaly, max_iter=60).fit(X)
+    far = np.concatenate([X, 1e3 * X, 1e300 * np.sign(X)])
+    on_gpu = detector.score_samples(far)
+    detector.set_params(device="cpu")
+    on_cpu = detector.score_samples(far)
+    assert not next(detector.model_.parameters()).is_cuda
+    np.testing.assert_allclose(on_gpu, on_cpu, rtol=1e-6, atol=1e-9)
+    detector.set_params(device="cuda")
+    np.testing.assert_array_equal(detector.score_samples(far), on_gpu)
+
+
+def test_training_is_repeatable_to_rounding(tiny, X):
+    # Sums on a GPU are taken in no fixed order.
+    first, second = (on_cuda(tiny).fit(X).score_samples(X) for _ in range(2))
+    np.testing.assert_allclose(first, second, rtol=1e-2)
+
+
+def test_scores_are_independent_of_the_rows_beside_them(tiny, X):
+    detector = on_cuda(tiny).fit(X)
+    scores = detector.score_samples(X)
+    order = np.random.default_rng(0).permutation(len(X))
+    np.testing.assert_allclose(detector.score_samples(X[order[:57]]), scores[order[:57]], rtol=1e-10)
+
+
+def test_a_pickle_from_a_gpu_opens_without_one(tiny, X, tmp_path):
+    detector = on_cuda(tiny, anomaly=Typicality()).fit(X)
+    path = tmp_path / "detector.pickle"
+    path.write_bytes(pickle.dumps((detector, np.array(X))))
+    assert next(detector.model_.parameters()).is_cuda  # pickling did not move it
+    code = (
+        "import pickle, sys, torch, warnings\n"
+        "assert not torch.cuda.is_available()\n"
+        f"detector, X = pickle.load(open({str(path)!r}, 'rb'))\n"
+        "state = detector.model_.state_dict()\n"
+        "assert {v.device.type for v in state.values()} == {'cpu'}\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    scores = detector.score_samples(X)\n"
+        "assert 'scoring on the CPU' in str(caught[0].message)\n"
+        "print(scores.tobytes().hex())\n"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert printed.returncode == 0, printed.stderr
+    scores = np.frombuffer(bytes.fromhex(printed.stdout.strip()))
+    np.testing.assert_allclose(scores, detector.score_samples(X), rtol=1e-6, atol=1e-9)
+
+
+def test_a_detector_from_a_cpu_scores_on_a_gpu(tiny, X):
+    detector = tiny().fit(X)
+    expected = detector.score_samples(X)
+    moved = pickle.loads(pickle.dumps(detector)).set_params(device="cuda")
+    np.testing.assert_allclose(moved.score_samples(X), expected, rtol=1e-6)
+    np.testing.assert_allclose(moved.sample(3, random_state=0).shape, (3, 3))
+
+
+def test_continuing_on_another_device(tiny, X):
+    detector = tiny(warm_start=True).fit(X)
+    detector.set_params(device="cuda").fit(X)
+    assert detector.n_iter_ == 40
+    detector.set_params(device="cpu").partial_fit(X)
+    assert np.isfinite(detector.score_samples(X)).all()
+
+
+def peak_of(call):
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_memory_of_scoring_does_not_grow_with_the_rows(X):
+    detector = FlowDetector(max_iter=20, random_state=0, device="cuda").fit(X)
+    rows = np.random.default_rng(0).normal(size=(1_000_000, 3))
+    one_block = _runtime.scoring_block_rows(3, torch.device("cuda"))
+    small = peak_of(lambda: detector.score_samples(rows[:one_block]))
+    large = peak_of(lambda: detector.score_samples(rows))
+    assert large < 1.1 * small
+    assert small < 4e9
+    assert peak_of(lambda: detector.sample(300_000, random_state=0)) < 4e9
+
+
+def test_rows_that_do_not_fit_on_the_gpu_are_streamed(tiny, X, monkeypatch):
+    resident = on_cuda(tiny).fit(X)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, 0))
+    streamed = on_cuda(tiny).fit(X)
+    np.testing.assert_allclose(streamed.score_samples(X), resident.score_samples(X), rtol=1e-2)
+    assert _scaling.RESIDENT_BYTES > 0
+
+
+def test_no_global_generator_is_touched(tiny, X):
+    torch.cuda.manual_seed_all(7)
+    cuda, cpu = torch.cuda.get_rng_state(), torch.get_rng_state()
+    flags = (
+        torch.backends.cudnn.benchmark,
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.get_float32_matmul_precision(),
+        torch.cuda.current_device(),
+    )
+    detector = on_cuda(tiny).fit(X)
+    detector.score_samples(X)
+    detector.sample(5, random_state=0)
+    assert torch.equal(torch.cuda.get_rng_state(), cuda)
+    assert torch.equal(torch.get_rng_state(), cpu)
+    assert flags == (
+        torch.backends.cudnn.benchmark,
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.get_float32_matmul_precision(),
+        torch.cuda.current_device(),
+    )
+
+
+def test_memory_that_runs_out_halves_the_batch(tiny, X, monkeypatch):
+    from anomalib_gen.objectives import MaximumLikelihood
+
+    loss = MaximumLikelihood.__call__
+
+    def hungry(self, model, x, generator):
+        if len(x) > 20:
+            torch.empty(2**50, device=x.device)  # a petabyte
+        return loss(self, model, x, generator)
+
+    monkeypatch.setattr(MaximumLikelihood, "__call__", hungry)
+    with pytest.warns(UserWarning, match="halved to 16 rows"):
+        detector = on_cuda(tiny, batch_size=32).fit(X)
+    assert detector.n_iter_ == 20
+
+
+def test_a_non_finite_loss_names_its_step(tiny, X, monkeypatch):
+    from anomalib_gen.objectives import MaximumLikelihood
+
+    loss = MaximumLikelihood.__call__
+    calls = iter(range(1000))
+
+    def broken(self, model, x, generator):
+        values = loss(self, model, x, generator)
+        return values * torch.nan if torch.is_grad_enabled() and next(calls) == 7 else values
+
+    monkeypatch.setattr(MaximumLikelihood, "__call__", broken)
+    with pytest.raises(FloatingPointError, match="not finite at step 7 "):
+        on_cuda(tiny, max_iter=60).fit(X)

@@ -1,0 +1,285 @@
+"""Scores do not depend on the rows beside them, and nothing global is touched."""
+
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from anomalib_gen import _runtime
+from anomalib_gen.anomaly import Typicality
+
+TRANSFORMS = ["nsf-autoregressive", "nsf-coupling", "maf", "realnvp"]
+CPU = torch.device("cpu")
+
+
+# Independence ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[*TRANSFORMS, "typicality"])
+def detector(request, tiny, X):
+    if request.param == "typicality":
+        return tiny(anomaly=Typicality()).fit(X)
+    return tiny(transform=request.param).fit(X)
+
+
+def test_a_score_does_not_depend_on_the_rows_beside_it(detector, X):
+    scores = detector.score_samples(X)
+    alone = np.concatenate([detector.score_samples(row[None]) for row in X[:30]])
+    np.testing.assert_allclose(alone, scores[:30], rtol=1e-10)
+    crowded = detector.score_samples(np.concatenate([X[:5], 1e8 * np.ones((50, 3)), X[5:10]]))
+    np.testing.assert_allclose(crowded[[*range(5), *range(55, 60)]], scores[:10], rtol=1e-10)
+
+
+def test_a_score_does_not_depend_on_the_order(detector, X):
+    order = np.random.default_rng(0).permutation(len(X))
+    np.testing.assert_allclose(detector.score_samples(X[order]), detector.score_samples(X)[order], rtol=1e-10)
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_a_score_does_not_depend_on_the_block(detector, X, block, monkeypatch):
+    scores = detector.score_samples(X)
+    monkeypatch.setattr(_runtime, "scoring_block_rows", lambda size, device: block)
+    np.testing.assert_allclose(detector.score_samples(X), scores, rtol=1e-10)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_scores_in_float32_hardly_depend_on_anything_either(tiny, X, transform, monkeypatch):
+    exact = tiny(transform=transform).fit(X).score_samples(X)
+    monkeypatch.setattr(_runtime, "scoring_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(_runtime, "scoring_block_rows", lambda size, device: 64)
+    detector = tiny(transform=transform).fit(X)
+    assert {p.dtype for p in detector.model_.parameters()} == {torch.float32}
+    scores = detector.score_samples(X)
+    assert scores.dtype == np.float64
+    np.testing.assert_allclose(scores, exact, rtol=1e-4)
+    order = np.random.default_rng(0).permutation(len(X))
+    # 200 rows are three blocks of 64 and a padded one; alone, a row is padded with itself.
+    for rows in (order, order[:7], order[:130]):
+        np.testing.assert_allclose(detector.score_samples(X[rows]), scores[rows], rtol=1e-4)
+    alone = np.concatenate([detector.score_samples(row[None]) for row in X[:5]])
+    np.testing.assert_allclose(alone, scores[:5], rtol=1e-4)
+
+
+def test_samples_do_not_depend_on_who_drew_before(fitted):
+    expected = fitted.sample(4, random_state=7)
+    fitted.sample(100, random_state=1)
+    np.testing.assert_array_equal(fitted.sample(4, random_state=7), expected)
+
+
+# Global state ---------------------------------------------------------------------------------------------
+
+
+def global_state():
+    """Everything of the process that a library might be tempted to change."""
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    return {
+        "torch generator": torch.get_rng_state().tolist(),
+        "numpy generator": (numpy_state[1].tolist(), *numpy_state[2:]),
+        "python generator": random.getstate(),
+        "threads": torch.get_num_threads(),
+        "interop threads": torch.get_num_interop_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "anomaly mode": torch.is_anomaly_enabled(),
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warning filters": list(warnings.filters),
+        "numpy errors": np.geterr(),
+        "print options": np.get_printoptions(),
+    }
+
+
+@pytest.fixture
+def unchanged():
+    """Fail the test if global state differs at its end; start from seeds that are not the usual ones."""
+    with warnings.catch_warnings():
+        random.seed(123)
+        np.random.seed(456)  # noqa: NPY002
+        torch.manual_seed(789)
+        before = global_state()
+        yield
+        after = global_state()
+    for name, value in before.items():
+        assert after[name] == value, name
+
+
+class Dropping(nn.Module):
+    """An affine map with dropout, which draws from torch's global generators while training."""
+
+    def __init__(self, features, context_features):
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(features))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x, context):
+        y = self.dropout(x - self.shift)
+        return y, y.new_zeros(len(x))
+
+    def inverse(self, u, context):
+        return u + self.shift, u.new_zeros(len(u))
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize("transform", [*TRANSFORMS, Dropping])
+def test_ordinary_use_touches_nothing_global(tiny, X, transform):
+    detector = tiny(transform=transform, verbose=1).fit(X)
+    detector.predict(X)
+    detector.log_prob(X)
+    detector.sample(5, random_state=0)
+    detector.partial_fit(X)
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_a_failed_fit_touches_nothing_global(tiny, X):
+    def broken(features, context_features):
+        torch.rand(3)
+        raise ZeroDivisionError
+
+    class NotFinite(Dropping):
+        def forward(self, x, context):
+            y, log_det = super().forward(x, context)
+            return y, log_det * torch.nan if self.training else log_det
+
+    with pytest.raises(ZeroDivisionError):
+        tiny(transform=broken).fit(X)
+    with pytest.raises(FloatingPointError):
+        tiny(transform=NotFinite).fit(X)
+    with pytest.raises(ValueError, match="NaN"):
+        tiny().fit(np.full((5, 2), np.nan))
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize("step", [0, 5])
+def test_an_interrupted_fit_touches_nothing_global(tiny, X, step):
+    class Interrupted(Dropping):
+        steps = 0
+
+        def forward(self, x, context):
+            if self.training:
+                if self.steps == step:
+                    raise KeyboardInterrupt
+                self.steps += 1
+            return super().forward(x, context)
+
+    if step == 0:
+        with pytest.raises(KeyboardInterrupt):
+            tiny(transform=Interrupted).fit(X)
+    else:
+        with pytest.warns(UserWarning, match="interrupted after 5 steps"):
+            tiny(transform=Interrupted).fit(X)
+
+
+def test_global_state_makes_no_difference(tiny, X):
+    expected = tiny().fit(X).score_samples(X)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        assert not torch.is_grad_enabled()
+    assert np.array_equal(tiny().fit(X).score_samples(X), expected)
+
+
+@pytest.mark.parametrize("state", [1, 2])
+def test_dropout_is_seeded_by_random_state(tiny, X, state):
+    torch.manual_seed(0)
+    first = tiny(transform=Dropping, random_state=state).fit(X)
+    torch.manual_seed(99)
+    torch.rand(17)
+    second = tiny(transform=Dropping, random_state=state).fit(X)
+    np.testing.assert_array_equal(first.score_samples(X), second.score_samples(X))
+    # No dropout in scores.
+    np.testing.assert_array_equal(first.score_samples(X), first.score_samples(X))
+
+
+def test_networks_are_seeded_by_random_state(tiny, X):
+    shifts = [
+        tiny(transform=Dropping, random_state=s, max_iter=1).fit(X).model_.transform.shift for s in (1, 2, 1)
+    ]
+    assert torch.equal(shifts[0], shifts[2])
+    assert not torch.equal(shifts[0], shifts[1])
+
+
+# Devices, blocks, generators ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"),
+    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_auto_takes_the_best_device_there_is(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert _runtime.resolve_device("auto") == torch.device(expected)
+    assert _runtime.resolve_device(torch.device("cpu")) == CPU
+
+
+def test_scores_are_in_float64_where_there_is_float64():
+    assert _runtime.scoring_dtype(CPU) == _runtime.scoring_dtype(torch.device("cuda")) == torch.float64
+    assert _runtime.scoring_dtype(torch.device("mps")) == torch.float32
+
+
+def test_generators_are_seeded_and_apart_from_the_global_one():
+    state = torch.get_rng_state()
+    a, b, c = (torch.rand(3, generator=_runtime.make_generator(seed, CPU)) for seed in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_fork_is_seeded_and_leaves_no_trace(fails):
+    state = torch.get_rng_state()
+    drawn = []
+    for _ in range(2):
+        try:
+            with _runtime.forked_rng(5):
+                drawn.append(torch.rand(3))
+                if fails:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            pass
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("n", "size"), [(0, 3), (1, 3), (3, 3), (10, 3), (2, 100)])
+def test_blocks_cover_every_row_once_and_in_order(n, size):
+    blocks = list(_runtime.row_blocks(n, size))
+    assert [k for block in blocks for k in range(n)[block]] == list(range(n))
+    assert all(block.stop - block.start <= size for block in blocks)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+@pytest.mark.parametrize("event_size", [1, 10, 1000, 10**6, 10**9])
+def test_blocks_are_bounded(device, event_size):
+    device = torch.device(device)
+    rows = _runtime.scoring_block_rows(event_size, device)
+    assert 1 <= rows <= 65536
+    assert rows == 1 or rows * event_size <= 2**22
+
+
+def test_per_row_numbers_broadcast_over_events():
+    t = torch.arange(4)
+    assert _runtime.expand_as_rows(t, torch.zeros(4, 2)).shape == (4, 1)
+    assert _runtime.expand_as_rows(t, torch.zeros(4, 3, 8, 8)).shape == (4, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("MPS backend out of memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("DefaultCPUAllocator"), False),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors(error, expected):
+    assert _runtime.is_out_of_memory(error) is expected
