@@ -1,0 +1,132 @@
+"""What the scripts share: pairs of times, a look into a running fit, tables and files.
+
+Needs numpy and torch alone; rich draws the tables where it is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+class Watched:
+    """A detector's own objective or anomaly that calls `look(model, x, generator)` before it works.
+
+    Only calls with gradients count as training steps; dry runs and validation pass unseen.
+    """
+
+    def __init__(self, part: Any, look: Callable[..., None], *, training: bool) -> None:
+        self.part, self.look, self.training = part, look, training
+
+    def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if torch.is_grad_enabled() == self.training:
+            self.look(model, x, generator)
+        return self.part(model, x, generator)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.part, name)
+
+
+def watch_training(detector: Any, look: Callable[..., None]) -> Any:
+    """Let `look(model, x, generator)` run at the start of every training step of `detector.fit`."""
+    make = detector._default_objective
+    detector._default_objective = lambda: Watched(make(), look, training=True)
+    return detector
+
+
+def scoring_blocks(detector: Any, X: np.ndarray) -> list[torch.Tensor]:
+    """Return the blocks of standardised rows, as the model of a fitted detector sees them when scoring `X`."""
+    blocks: list[torch.Tensor] = []
+    anomaly = detector.anomaly_
+    detector.anomaly_ = Watched(anomaly, lambda model, x, generator: blocks.append(x.clone()), training=False)
+    try:
+        detector.score_samples(X)
+    finally:
+        detector.anomaly_ = anomaly
+    return blocks
+
+
+def ratio(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of the ratios of paired times."""
+    low, median, high = np.quantile(np.asarray(ours) / np.asarray(peer), [0.25, 0.5, 0.75])
+    return {"ratio": float(median), "low": float(low), "high": float(high), "pairs": len(ours)}
+
+
+def show_ratio(figures: dict[str, float]) -> str:
+    return f"{figures['ratio']:.2f} ({figures['low']:.2f} to {figures['high']:.2f}, n={figures['pairs']})"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware that the figures belong to."""
+    packages = {}
+    for name in ("anomalib-gen", "torch", "numpy", "scikit-learn", "nflows", "zuko"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "packages": packages,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, with rich where it is there."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(len(line[j]) for line in [header, *rows]) for j in range(len(header))]
+        print(f"\n{title}")
+        for line in [header, *rows]:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        return
+    table = Table(title=title, title_justify="left")
+    for j, name in enumerate(header):
+        table.add_column(name, justify="left" if j == 0 else "right")
+    for line in rows:
+        table.add_row(*line)
+    # Off a terminal a line is as wide as it needs to be: a log that drops figures is no log.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def markdown(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return f"## {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def save(path: Path, figures: dict[str, Any], text: str | None = None) -> None:
+    """Write the figures as JSON and, if given, their tables as Markdown beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1) + "\n")
+    if text is not None:
+        path.with_suffix(".md").write_text(text)
+    print(f"written: {path}")

@@ -1,0 +1,359 @@
+"""Speed and memory of every detector family on a GPU, beside hand-written loops over the same network.
+
+One call, below ten minutes. It first runs the tests that need a GPU (``pytest -m gpu``) and then, for each family,
+number of columns, number of rows and batch size:
+
+- *train*: rows a second through the training steps of `fit` (the first ones are left out), and the ratio of its
+  time to those of two bare loops with the same network, objective and batch (forward, backward, AdamW; neither
+  clipping nor averaging): one over ``torch.utils.data.DataLoader(TensorDataset(...))``, as one would write it, and
+  one over rows that lie on the device already;
+- *fit*: the share of the whole `fit` that its training steps take; the rest reads, standardises and sets the
+  threshold;
+- *score*: rows a second through `score_samples`, numpy to numpy, and the ratio of its time to the model alone on
+  the same blocks of rows, which lie on the device already;
+- the peak of allocated GPU memory while fitting and while scoring.
+
+Ratios are times, below 1 where the detector is faster. Rows a second belong to the machine in the file; ratios travel
+better. When the time budget is used up, the settings that are left are named and skipped.
+
+Run::
+
+    python benchmarks/gpu.py --output             # to benchmarks/results/gpu-<device>.json and .md
+    python benchmarks/gpu.py --output DIR --budget 500
+    python benchmarks/gpu.py --quick --device cpu # a dry run below a minute; figures mean nothing
+
+Needs the library's own imports and the standard library; rich draws the tables where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]  # an unpacked tree is enough
+
+from _measure import RESULTS, environment, markdown, save, scoring_blocks, show, watch_training  # noqa: E402
+
+from anomalib_gen import FlowDetector  # noqa: E402
+
+WARM_UP = 20
+"""Training steps before the clock starts, in `fit` and in the bare loops."""
+SCORED_ROWS = 200_000
+"""Rows of which scoring is timed, three times; memory is that of scoring them all."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A detector to measure.
+
+    Attributes
+    ----------
+    name : str
+    make : callable
+        Takes the detectors' common keyword arguments (``batch_size``, ``max_iter``, ``device``, ...).
+    """
+
+    name: str
+    make: Callable[..., Any]
+
+
+FAMILIES = [
+    Family("flow nsf-autoregressive", lambda **k: FlowDetector(transform="nsf-autoregressive", **k)),
+    Family("flow nsf-coupling", lambda **k: FlowDetector(transform="nsf-coupling", **k)),
+    Family("flow maf", lambda **k: FlowDetector(transform="maf", **k)),
+    Family("flow realnvp", lambda **k: FlowDetector(transform="realnvp", **k)),
+]
+
+HEADER = [
+    "family",
+    "columns",
+    "rows",
+    "batch",
+    "train rows/s",
+    "/ DataLoader",
+    "/ resident",
+    "steps of fit",
+    "score rows/s",
+    "/ model",
+    "fit MiB",
+    "score MiB",
+]
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """MiB allocated at most since the last call; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device) / 2**20
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def clean_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+class Clock:
+    """Sees every training step of a fit and times `steps` of them after the warm-up."""
+
+    def __init__(self, device: torch.device, warm_up: int, steps: int) -> None:
+        self.device, self.first, self.last = device, warm_up, warm_up + steps
+        self.step = 0
+        self.model: Any = None
+
+    def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> None:
+        if self.step == 0:
+            self.model = copy.deepcopy(model)
+        # A look that waits for the device at every step would measure the waiting, hence only at both ends.
+        if self.step == self.first:
+            synchronise(self.device)
+            self.start = time.perf_counter()
+        elif self.step == self.last:
+            synchronise(self.device)
+            self.seconds = time.perf_counter() - self.start
+        self.step += 1
+
+
+def bare_loop(
+    model: Any,
+    objective: Any,
+    batches: Iterator[torch.Tensor],
+    warm_up: int,
+    steps: int,
+    device: torch.device,
+) -> float:
+    """Seconds a step of forward, backward and AdamW."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    generator = torch.Generator(device).manual_seed(0)
+    model.train()
+    for step in range(warm_up + steps):
+        if step == warm_up:
+            synchronise(device)
+            start = time.perf_counter()
+        loss = objective(model, next(batches), generator).mean()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+    synchronise(device)
+    return (time.perf_counter() - start) / steps
+
+
+def loader_batches(rows: torch.Tensor, batch: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Batches as a hand-written script takes them."""
+    loader = DataLoader(
+        TensorDataset(rows), batch_size=batch, shuffle=True, drop_last=True, pin_memory=device.type == "cuda"
+    )
+    while True:
+        for (x,) in loader:
+            yield x.to(device, non_blocking=True)
+
+
+def resident_batches(rows: torch.Tensor, batch: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Batches cut on the device."""
+    rows = rows.to(device)
+    while True:
+        order = torch.randperm(len(rows), device=device)
+        for start in range(0, len(rows) - batch + 1, batch):
+            yield rows[order[start : start + batch]]
+
+
+def measure(
+    family: Family, X: np.ndarray, batch: int, warm_up: int, steps: int, device: torch.device, scored: bool
+) -> dict[str, Any]:
+    """Measure one family on one table."""
+    clean_memory(device)
+    detector = family.make(
+        batch_size=batch, max_iter=warm_up + steps + 1, validation_fraction=0.0, random_state=0, device=device
+    )
+    clock = Clock(device, warm_up, steps)
+    watch_training(detector, clock)
+    start = time.perf_counter()
+    detector.fit(X)
+    synchronise(device)
+    fit_seconds = time.perf_counter() - start
+    found: dict[str, Any] = {"fit_peak_mib": peak_memory(device)}
+    step_seconds = clock.seconds / steps
+
+    z = torch.from_numpy(((X - X.mean(0)) / X.std(0)).astype(np.float32))
+    bare = {}
+    for name, cut in (("loader", loader_batches), ("resident", resident_batches)):
+        model, objective = copy.deepcopy(clock.model), detector._default_objective().part
+        bare[name] = bare_loop(model, objective, cut(z, batch, device), warm_up, steps, device)
+    found |= {
+        "train_rows_per_second": batch / step_seconds,
+        "train_over_loader": step_seconds / bare["loader"],
+        "train_over_resident": step_seconds / bare["resident"],
+        "steps_share_of_fit": step_seconds * (warm_up + steps + 1) / fit_seconds,
+    }
+    if scored:
+        clean_memory(device)
+        detector.score_samples(X)
+        found["score_peak_mib"] = peak_memory(device)
+        X = X[:SCORED_ROWS]
+        blocks = scoring_blocks(detector, X)
+        model, anomaly = detector.model_, detector.anomaly_
+        generator = torch.Generator(device).manual_seed(0)
+
+        def alone() -> None:
+            with torch.inference_mode():
+                for x in blocks:
+                    anomaly(model, x, generator)
+
+        alone()
+        times: dict[str, list[float]] = {"detector": [], "alone": []}
+        for _ in range(3):
+            times["detector"] += [seconds_of(lambda: detector.score_samples(X), device)]
+            times["alone"] += [seconds_of(alone, device)]
+        found |= {
+            "score_rows_per_second": len(X) / float(np.median(times["detector"])),
+            "score_over_model": float(np.median(np.divide(times["detector"], times["alone"]))),
+        }
+    return found
+
+
+def run_gpu_tests(timeout: float) -> dict[str, Any]:
+    """Run ``pytest -m gpu`` and count what happened."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors"]
+    try:
+        done = subprocess.run(
+            [*command, "tests"], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"outcome": f"not finished after {timeout:.0f} s"}
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    summary = lines[-1] if lines else ""
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", summary)}
+    outcome = {0: "passed", 1: "failed", 5: "no test needs a GPU"}.get(done.returncode, "could not run")
+    if done.returncode not in (0, 5):
+        print("\n".join(lines[-25:]))
+    return {"outcome": outcome, "summary": summary.strip("= "), **counts}
+
+
+def line_of(case: dict[str, Any]) -> list[str]:
+    """Return one row of the table."""
+
+    def show_as(key: str, form: str) -> str:
+        value = case.get(key)
+        return "" if value is None else format(value, form)
+
+    return [
+        case["family"],
+        str(case["columns"]),
+        f"{case['rows']:,}",
+        f"{case['batch']:,}",
+        show_as("train_rows_per_second", ",.0f"),
+        show_as("train_over_loader", ".2f"),
+        show_as("train_over_resident", ".2f"),
+        show_as("steps_share_of_fit", ".0%"),
+        show_as("score_rows_per_second", ",.0f"),
+        show_as("score_over_model", ".2f"),
+        show_as("fit_peak_mib", ",.0f"),
+        show_as("score_peak_mib", ",.0f"),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the tests and measure every family."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument("--budget", type=float, default=480.0, help="seconds after which nothing new starts")
+    parser.add_argument("--steps", type=int, default=200, help="timed training steps of each setting")
+    parser.add_argument("--output", type=Path, nargs="?", const=RESULTS, help="folder for the figures")
+    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="a dry run")
+    options = parser.parse_args(arguments)
+    begin = time.perf_counter()
+    device = torch.device(
+        options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda was asked for, but torch finds no CUDA device")
+
+    # (columns, rows, batch): few batches of many rows, and many batches of few.
+    settings = [(c, n, b) for c in (10, 100) for n, b in ((10**5, 256), (10**6, 8192))]
+    steps, warm_up = options.steps, WARM_UP
+    if device.type == "cpu":
+        settings = [(c, 10**4, b) for c in (10, 100) for b in (256, 2048)]
+    if options.quick:
+        settings, steps, warm_up = [(10, 1000, 256)], 3, 2
+    tests = None
+    if not options.skip_tests:
+        tests = run_gpu_tests(timeout=60 if options.quick else 0.4 * options.budget)
+        print(f"tests that need a GPU: {tests['outcome']}. {tests.get('summary', '')}", flush=True)
+
+    rng = np.random.default_rng(0)
+    for family in (
+        [] if options.quick else FAMILIES
+    ):  # the first kernels of a process are slow: compilation, libraries, memory
+        measure(family, rng.normal(size=(1000, 10)), 256, 1, 1, device, scored=True)
+    cases: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    for columns, n_rows, batch in settings:
+        X = (rng.normal(size=(n_rows, columns)) @ rng.normal(size=(columns, columns))).astype(np.float32)
+        for family in FAMILIES:
+            name = f"{family.name}, {columns} columns, {n_rows:,} rows, batch {batch:,}"
+            if time.perf_counter() - begin > options.budget:
+                skipped.append(name)
+                continue
+            case = {"family": family.name, "columns": columns, "rows": n_rows, "batch": batch}
+            try:
+                # A score does not depend on the batch, so the largest table of each width is enough.
+                case |= measure(
+                    family, X, batch, warm_up, steps, device, scored=batch == max(s[2] for s in settings)
+                )
+            except torch.OutOfMemoryError as error:
+                case["failed"] = str(error).split("\n")[0]
+                print(f"{name}: {case['failed']}", flush=True)
+            cases.append(case)
+            print(f"{time.perf_counter() - begin:4.0f} s  {name}", flush=True)
+
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    lines = [line_of(case) for case in cases]
+    title = f"Detectors on {where}"
+    show(title, HEADER, lines)
+    for name in skipped:
+        print(f"skipped, out of time: {name}")
+    if options.output is not None:
+        figures = {
+            "environment": {**environment(), "device": where},
+            "setting": {"steps": steps, "warm_up": warm_up, "quick": options.quick},
+            "gpu_tests": tests,
+            "cases": cases,
+            "skipped": skipped,
+        }
+        slug = re.sub(r"[^a-z0-9]+", "-", where.lower()).strip("-")
+        save(options.output / f"gpu-{slug}.json", figures, markdown(title, HEADER, lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,398 @@
+"""What the detectors cost beside bare torch, and beside zuko's flows of the same size.
+
+Every figure is a ratio of two times of one run in one process, below 1 where ours is faster: the median over pairs
+that alternate, with quartiles. It says nothing about other machines' absolute speed.
+
+Training
+    `FlowDetector.fit` is paused at the start of every epoch, and bare loops then run an epoch of their own: the
+    same first weights, batches, objective with the same noise draws, AdamW groups and learning rates.
+
+    - *minimal*: forward, backward, AdamW. Nothing else.
+    - *equal*: also gradient clipping and the moving average of the weights, as the detector does. It ends with the
+      detector's very weights, which is checked: both did the same work.
+
+    The detector also checks every loss, keeps curves and draws its batches; that is what the ratio to *equal*
+    shows. One line trains with the default held-out rows, whose evaluations the bare loops lack. *Whole fit* sets
+    everything that `fit` does (validation of the input, standardisation, threshold) against the same number of
+    minimal steps.
+Scoring
+    `score_samples` against ``model.log_prob`` over the same blocks of rows, standardised beforehand, in the same
+    precision (float64), with equal results (checked). Context: the same in float32, and a call with a single row.
+zuko
+    Our transform against zuko's flow with the same layers, widths, bins and context: a training step (float32,
+    forward, backward, AdamW) and a log-density (float64, no gradients). The networks have as many linear layers and
+    activations; ours are residual, take the context in every block and have linear maps between the layers of the
+    flow. The numbers of weights are printed.
+
+Run::
+
+    python benchmarks/training_overhead.py                     # all four transforms, minutes
+    python benchmarks/training_overhead.py --transform maf
+    python benchmarks/training_overhead.py --output benchmarks/results/training-overhead.json
+    python benchmarks/training_overhead.py --quick             # seconds; figures mean nothing
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from _measure import environment, ratio, save, scoring_blocks, show, show_ratio, watch_training
+from torch import nn
+
+from anomalib_gen import FlowDetector
+from anomalib_gen.detectors.flow import AUTO_LAYERS
+
+TARGET = 1.10
+
+
+def make_rows(n: int, columns: int, seed: int = 0) -> np.ndarray:
+    """Two correlated clouds."""
+    rng = np.random.default_rng(seed)
+    clouds = [rng.normal(size=(n, columns)) @ rng.normal(size=(columns, columns)) + c for c in (-2, 2)]
+    return np.where(rng.random((n, 1)) < 0.5, *clouds)
+
+
+# Training ---------------------------------------------------------------------------------------------------
+
+
+class BareLoop:
+    """The training loop that one would write by hand for this model.
+
+    Parameters
+    ----------
+    model : Module
+        Copied.
+    objective : callable
+        ``objective(model, x, generator)``, the loss of each row.
+    rows : Tensor of shape (n, columns)
+    seed : int
+        Of the order of the rows and of the noise.
+    options : TrainingOptions
+    equal : bool
+        Also clip gradients and average the weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Callable[..., torch.Tensor],
+        rows: torch.Tensor,
+        seed: int,
+        options: Any,
+        *,
+        equal: bool,
+    ) -> None:
+        self.model, self.objective, self.rows = copy.deepcopy(model), objective, rows
+        self.options, self.equal = options, equal
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.parameters = list(self.model.parameters())
+        self.averaged = list(self.average.parameters())
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
+            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimiser = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
+        self.order = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(rows.device).manual_seed(seed)
+        self.step = 0
+
+    def epoch(self) -> float:
+        """Train for one pass over the rows and return the time it took."""
+        options, start = self.options, time.perf_counter()
+        for index in torch.randperm(len(self.rows), generator=self.order).split(options.batch_size):
+            rate = options.learning_rate * min(1.0, (self.step + 1) / max(1, options.warmup))
+            rate *= 0.5 * (1 + math.cos(math.pi * self.step / options.max_iter))
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
+            loss = self.objective(self.model, self.rows[index], self.generator).mean()
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            if self.equal:
+                nn.utils.clip_grad_norm_(self.parameters, options.max_grad_norm)
+            self.optimiser.step()
+            if self.equal:
+                decay = min(options.ema_decay, (1 + self.step) / (10 + self.step))
+                with torch.no_grad():
+                    torch._foreach_lerp_(self.averaged, self.parameters, 1 - decay)
+            self.step += 1
+        return time.perf_counter() - start
+
+
+class Turns:
+    """Pauses a fit at the start of every epoch to let the bare loops run one of theirs.
+
+    The first epoch warms up and shows which rows the detector trains on, in its own units.
+    """
+
+    def __init__(self, n_rows: int, objective: Callable[..., torch.Tensor], options: Any) -> None:
+        self.n_rows, self.objective, self.options = n_rows, objective, options
+        self.steps_per_epoch = -(-n_rows // options.batch_size)
+        self.step = 0
+        self.first: list[torch.Tensor] = []
+        self.loops: dict[str, BareLoop] = {}
+        self.times: dict[str, list[float]] = {"detector": [], "minimal": [], "equal": []}
+        self.paused = 0.0
+        self.resumed = math.nan
+
+    def __call__(self, model: nn.Module, x: torch.Tensor, generator: torch.Generator) -> None:
+        now = time.perf_counter()
+        if self.step == 0:
+            self.initial, self.seed = copy.deepcopy(model), generator.initial_seed()
+        if self.step < self.steps_per_epoch:
+            self.first.append(x.clone())
+        elif self.step % self.steps_per_epoch == 0:
+            if not self.loops:
+                self._begin()
+            else:
+                self.times["detector"].append(now - self.resumed)
+            names = list(self.loops)
+            for name in names if len(self.times["minimal"]) % 2 else reversed(names):
+                self.times[name].append(self.loops[name].epoch())
+            self.resumed = time.perf_counter()
+            self.paused += self.resumed - now
+        self.step += 1
+
+    def _begin(self) -> None:
+        seen = torch.cat(self.first)
+        order = torch.randperm(self.n_rows, generator=torch.Generator().manual_seed(self.seed))
+        rows = torch.empty_like(seen)
+        rows[order] = seen
+        for name in ("minimal", "equal"):
+            self.loops[name] = BareLoop(
+                self.initial, self.objective, rows, self.seed, self.options, equal=name == "equal"
+            )
+
+
+def measure_training(
+    X: np.ndarray, transform: str, epochs: int, repeats: int, held_out: bool
+) -> dict[str, Any]:
+    """Time epochs of the detector and of the bare loops in turns."""
+    times: dict[str, list[float]] = {"detector": [], "minimal": [], "equal": []}
+    whole: list[float] = []
+    difference = 0.0
+    for repeat in range(repeats):
+        detector = FlowDetector(
+            transform=transform,
+            validation_fraction=0.1 if held_out else 0.0,
+            n_iter_no_change=10**6,
+            random_state=repeat,
+            device="cpu",
+        )
+        n_train = len(X) - (min(round(0.1 * len(X)), 2048) if held_out else 0)
+        per_epoch = -(-n_train // detector.batch_size)
+        detector.set_params(max_iter=(epochs + 3) * per_epoch)
+        detector.n_features_in_ = X.shape[1]
+        options = detector._training_options(n_train, one_pass=False)
+        turns = Turns(n_train, detector._default_objective(), options)
+        watch_training(detector, turns)
+        start = time.perf_counter()
+        detector.fit(X)
+        fit = time.perf_counter() - start - turns.paused
+        minimal = sum(turns.times["minimal"]) / len(turns.times["minimal"])
+        whole.append(fit / (minimal * (epochs + 3)))
+        # The bare loops' first turn is their warm-up, and the detector's last turn ends with the fit.
+        times["detector"] += turns.times["detector"][1:]
+        for name in ("minimal", "equal"):
+            times[name] += turns.times[name][1:-1]
+        if not held_out:
+            turns.loops["equal"].epoch()
+            pairs = zip(
+                turns.loops["equal"].averaged, [p.detach() for p in detector.model_.parameters()], strict=True
+            )
+            difference = max(difference, *(float((a - b).abs().max()) for a, b in pairs))
+    return {
+        "minimal": ratio(times["detector"], times["minimal"]),
+        "equal": None if held_out else ratio(times["detector"], times["equal"]),
+        "whole_fit": ratio(whole, [1.0] * len(whole)),
+        "epochs_in_fit": epochs + 3,
+        "largest_weight_difference": None if held_out else difference,
+    }
+
+
+# Scoring ----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def bare_scores(model: Any, blocks: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([model.log_prob(x) for x in blocks])
+
+
+def alternate(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Time two callables in turns, after one untimed call of each."""
+    times: dict[Any, list[float]] = {ours: [], peer: []}
+    ours(), peer()
+    for repeat in range(repeats):
+        for call in (ours, peer) if repeat % 2 else (peer, ours):
+            start = time.perf_counter()
+            call()
+            times[call].append(time.perf_counter() - start)
+    return ratio(times[ours], times[peer])
+
+
+def measure_scoring(X: np.ndarray, transform: str, repeats: int) -> dict[str, Any]:
+    """Time `score_samples` against the model alone."""
+    detector = FlowDetector(transform=transform, max_iter=20, random_state=0, device="cpu").fit(X[:2000])
+    blocks = scoring_blocks(detector, X)
+    model = detector.model_
+    scores, bare = detector.score_samples(X), bare_scores(model, blocks).numpy()
+    # The two differ by the log-Jacobian of the scaling, the same for all rows.
+    shift = float(np.median(scores - bare))
+    np.testing.assert_allclose(scores, bare + shift, rtol=1e-9, atol=1e-9)
+    model32, blocks32 = copy.deepcopy(model).float(), [x.float() for x in blocks]
+    one, row = X[:1], [blocks[0][:1]]
+    return {
+        "rows_per_block": len(blocks[0]),
+        "float64": alternate(lambda: detector.score_samples(X), lambda: bare_scores(model, blocks), repeats),
+        "float32": alternate(
+            lambda: detector.score_samples(X), lambda: bare_scores(model32, blocks32), repeats
+        ),
+        "one_row": alternate(
+            lambda: detector.score_samples(one), lambda: bare_scores(model, row), 20 * repeats
+        ),
+    }
+
+
+# zuko -------------------------------------------------------------------------------------------------------
+
+
+def make_zuko(
+    transform: str, columns: int, n_layers: int, hidden: int, n_blocks: int, n_bins: int
+) -> nn.Module:
+    """zuko's flow of the same kind and size, conditional on one number as ours is."""
+    import zuko
+
+    spline = {
+        "univariate": zuko.transforms.MonotonicRQSTransform,
+        "shapes": [(n_bins,), (n_bins,), (n_bins - 1,)],
+    }
+    size: dict[str, Any] = {"context": 1, "transforms": n_layers, "activation": nn.SiLU}
+    # A residual block is two linear layers after as many activations. Those of zuko have one activation, so plain
+    # networks of the same depth are the nearer peer.
+    size["hidden_features"] = (hidden,) * (2 * n_blocks + 1)
+    if transform == "nsf-autoregressive":
+        return zuko.flows.NSF(columns, bins=n_bins, **size)
+    if transform == "maf":
+        return zuko.flows.MAF(columns, **size)
+    return zuko.flows.NICE(columns, **size, **(spline if transform == "nsf-coupling" else {}))
+
+
+def measure_zuko(X: np.ndarray, transform: str, steps: int, repeats: int) -> dict[str, Any]:
+    """Time a training step and a log-density of our model and of zuko's."""
+    detector = FlowDetector(transform=transform, max_iter=1, random_state=0, device="cpu").fit(X[:500])
+    ours: Any = detector.model_.float().train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        n_layers, n_bins = AUTO_LAYERS[transform], 8
+        zuko = make_zuko(transform, X.shape[1], n_layers, detector.hidden_features, detector.n_blocks, n_bins)
+    z = torch.from_numpy((X - X.mean(0)) / X.std(0)).float()
+    context = torch.linspace(-1, 1, len(z))[:, None]
+    low, high = (math.log(level) for level in ours.noise_levels)
+    noise = torch.exp((context[:, 0] + 1) / 2 * (high - low) + low)
+    losses: dict[str, Callable[[slice], torch.Tensor]] = {
+        "ours": lambda rows: ours.log_prob(z[rows], noise[rows]),
+        "zuko": lambda rows: zuko(context[rows]).log_prob(z[rows]),
+    }
+    optimisers = {
+        name: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        for name, model in (("ours", ours), ("zuko", zuko))
+    }
+
+    def train(name: str) -> None:
+        for k in range(steps):
+            start = (256 * k) % max(1, len(z) - 256)
+            loss = -losses[name](slice(start, start + 256)).mean()
+            optimisers[name].zero_grad(set_to_none=True)
+            loss.backward()
+            optimisers[name].step()
+
+    step = alternate(lambda: train("ours"), lambda: train("zuko"), repeats)
+    ours, zuko, z, context, noise = (part.double() for part in (ours, zuko, z, context, noise))
+    blocks = [slice(start, start + 4096) for start in range(0, len(z), 4096)]
+
+    @torch.inference_mode()
+    def log_prob(name: str) -> None:
+        for rows in blocks:
+            losses[name](rows)
+
+    return {
+        "weights": [sum(p.numel() for p in model.parameters()) for model in (ours, zuko)],
+        "layers": n_layers,
+        "training_step": step,
+        "log_prob": alternate(lambda: log_prob("ours"), lambda: log_prob("zuko"), repeats),
+    }
+
+
+def main(
+    rows: Annotated[int, typer.Option(help="Rows to train on and to score.")] = 20_000,
+    columns: Annotated[int, typer.Option(help="Columns of the rows.")] = 10,
+    epochs: Annotated[int, typer.Option(help="Timed epochs a fit, after the warm-up.")] = 6,
+    repeats: Annotated[int, typer.Option(help="Fits; scoring is repeated three times as often.")] = 3,
+    transform: Annotated[
+        list[str] | None, typer.Option(help="Transforms to measure; all by default.")
+    ] = None,
+    peer: Annotated[bool, typer.Option("--zuko/--no-zuko", help="Compare with zuko.")] = True,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    quick: Annotated[bool, typer.Option(help="A dry run in seconds.")] = False,
+) -> None:
+    """Measure the overhead of detectors beside bare torch and beside zuko."""
+    if quick:
+        rows, columns, epochs, repeats = min(rows, 800), min(columns, 4), 1, 1
+        transform = transform or ["realnvp"]
+    X = make_rows(rows, columns)
+    figures: dict[str, Any] = {
+        "environment": environment(),
+        "setting": {"rows": rows, "columns": columns, "epochs": epochs, "repeats": repeats, "quick": quick},
+        "transforms": {},
+    }
+    lines, peer_lines = [], []
+    for name in transform or list(AUTO_LAYERS):
+        print(f"measuring {name} ...", flush=True)
+        found = figures["transforms"][name] = {
+            "training": measure_training(X, name, epochs, repeats, held_out=False),
+            "training_held_out": measure_training(X, name, epochs, repeats, held_out=True),
+            "scoring": measure_scoring(X, name, 3 * repeats),
+        }
+        training, held_out, scoring = found["training"], found["training_held_out"], found["scoring"]
+        fit = f"a whole fit of {training['epochs_in_fit']} epochs / minimal loop"
+        lines += [
+            [name, "epoch / minimal loop", show_ratio(training["minimal"]), f"{TARGET:.2f}"],
+            [name, "epoch / equal loop", show_ratio(training["equal"]), f"{TARGET:.2f}"],
+            [name, "epoch with held-out rows / minimal loop", show_ratio(held_out["minimal"]), ""],
+            [name, fit, show_ratio(training["whole_fit"]), ""],
+            [name, "score_samples / model, float64", show_ratio(scoring["float64"]), f"{TARGET:.2f}"],
+            [name, "score_samples / model, float32", show_ratio(scoring["float32"]), ""],
+            [name, "score_samples / model, one row", show_ratio(scoring["one_row"]), ""],
+        ]
+        if training["largest_weight_difference"] > 1e-5:
+            print(f"  the equal loop ends {training['largest_weight_difference']:.2g} away: unequal work!")
+        if peer:
+            found["zuko"] = z = measure_zuko(X, name, 2 if quick else 20, 3 * repeats)
+            ours, theirs = (f"{n:,}" for n in z["weights"])
+            peer_lines.append(
+                [
+                    name,
+                    str(z["layers"]),
+                    ours,
+                    theirs,
+                    show_ratio(z["training_step"]),
+                    show_ratio(z["log_prob"]),
+                ]
+            )
+    show("Detector / bare torch: median (quartiles)", ["transform", "what", "ratio", "target"], lines)
+    if peer_lines:
+        header = ["transform", "layers", "weights", "zuko's", "training step", "log_prob"]
+        show("Our transforms / zuko's: median (quartiles)", header, peer_lines)
+    if output is not None:
+        save(output, figures)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,86 @@
+"""The scripts in benchmarks/ run end to end; their figures are not judged here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="benchmarks/ is not part of an installation")
+
+
+def run(script, *options):
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / script), "--quick", *map(str, options)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_training_overhead_does_the_same_work_as_the_bare_loop(tmp_path):
+    pytest.importorskip("zuko")
+    out = tmp_path / "overhead.json"
+    text = run("training_overhead.py", "--output", out)
+    assert "unequal work" not in text
+    (found,) = json.loads(out.read_text())["transforms"].values()
+    assert found["training"]["largest_weight_difference"] < 1e-5
+    assert found["training"]["equal"]["ratio"] > 0
+    assert found["scoring"]["float64"]["ratio"] > 0
+    assert min(found["zuko"]["weights"]) > 0
+
+
+def test_density_compares_every_model_with_the_best_mixture(tmp_path):
+    out = tmp_path / "density.json"
+    run("density.py", "--output", out)
+    (found,) = json.loads(out.read_text())["tables"].values()
+    models = found["models"]
+    assert sum(name.startswith("flow") for name in models) == 4
+    best = models[found["best_mixture"]]["log_likelihood"]["mean"]
+    for name, figures in models.items():
+        difference = figures["difference"]["mean"]
+        assert difference == pytest.approx(figures["log_likelihood"]["mean"] - best)
+        assert name.startswith("flow") or difference <= 0
+    assert out.with_suffix(".md").read_text().count("\n|") == len(models) + 2
+
+
+@pytest.mark.slow
+def test_gpu_script_measures_every_family_on_a_cpu(tmp_path):
+    run("gpu.py", "--device", "cpu", "--skip-tests", "--output", tmp_path)
+    found = json.loads((tmp_path / "gpu-cpu.json").read_text())
+    assert len(found["cases"]) >= 4
+    assert not found["skipped"]
+    for case in found["cases"]:
+        assert case["train_rows_per_second"] > 0
+        assert case["score_rows_per_second"] > 0
+    assert (tmp_path / "gpu-cpu.md").exists()
+
+
+def test_gpu_script_needs_neither_rich_nor_typer(tmp_path):
+    """A GPU machine may lack them."""
+    (tmp_path / "blocked").mkdir()
+    for name in ("rich", "typer"):
+        (tmp_path / "blocked" / f"{name}.py").write_text(f"raise ImportError('no {name} here')\n")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import gpu; "
+        "gpu.show('title', ['a', 'b'], [['1', '2']])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "blocked")],
+        capture_output=True,
+        text=True,
+        cwd=FOLDER,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "title\na  b\n1  2" in done.stdout
