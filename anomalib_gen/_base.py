@@ -21,13 +21,14 @@ import torch
 from sklearn.base import BaseEstimator, OutlierMixin, _fit_context
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from torch import nn
 
 from anomalib_gen import _runtime
-from anomalib_gen._columns import describe_non_finite, describe_non_numeric
 from anomalib_gen._component import Component, resolve_component
+from anomalib_gen._inputs import validate_rows
 from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain, rows_per_block
+from anomalib_gen._scoring import dry_run, score_in_blocks
 from anomalib_gen._training import TrainingOptions, train
 
 MAX_THRESHOLD_ROWS = 200_000
@@ -187,7 +188,7 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         model = model.to(device)
         rows = ArrayRows(X, index[train_index], scaler, device)
         held_out = ArrayRows(X, index[held_out_index], scaler, device) if len(held_out_index) else None
-        self._dry_run(model, objective, anomaly, rows, device)
+        dry_run(model, objective, anomaly, rows.take(torch.arange(2)), device)
 
         def pick(positions: npt.NDArray[np.integer]) -> torch.Tensor | None:
             return None if weights is None else torch.from_numpy(weights[positions])
@@ -243,33 +244,6 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
             n_held_out = 0
         # In the array's order, so that a file on disk is read from front to back.
         return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
-
-    def _dry_run(
-        self, model: nn.Module, objective: Any, anomaly: Any, rows: ArrayRows, device: torch.device
-    ) -> None:
-        """Try objective and anomaly on two rows, so that a pair that cannot work fails before training."""
-        x = rows.take(torch.arange(2))
-        generator = _runtime.make_generator(0, device)
-        model.eval()
-        for argument, part in (("objective", objective), ("anomaly", anomaly)):
-            try:
-                with torch.no_grad(), _runtime.forked_rng(0, device):
-                    if argument == "anomaly" and hasattr(part, "prepare"):
-                        part = copy.deepcopy(part)
-                        part.prepare(model, [x], generator)
-                    values = part(model, x, generator)
-                if argument == "anomaly":
-                    _ = part.in_nats
-            except AttributeError as error:
-                raise TypeError(
-                    f"{argument}={part!r} does not work with {type(model).__name__}: {error}. "
-                    "Choose one that uses what this model provides."
-                ) from error
-            if values.shape != (2,):
-                raise TypeError(
-                    f"{argument}={part!r} returned a tensor of shape {tuple(values.shape)} for 2 rows; "
-                    "one number per row is needed."
-                )
 
     def _quantile(
         self,
@@ -387,30 +361,8 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     def _apply(self, anomaly: Any, X: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """Anomaly of validated rows, ``(n,)``; a density is turned into one in the units of X."""
         device = self._scoring_device()
-        dtype = _runtime.scoring_dtype(device)
         model = self.model_.to(device)
-        block_rows = _runtime.scoring_block_rows(int(np.prod(self.event_shape_)), device)
-        values = np.empty(len(X))
-        with torch.inference_mode():
-            for rows in _runtime.row_blocks(len(X), block_rows):
-                z = self._scaler.transform(X[rows])
-                n = len(z)
-                if dtype == torch.float32:
-                    limit = float(np.finfo(np.float32).max)
-                    # One shape for every block: in float32 a kernel's rounding depends on the shape.
-                    z = np.clip(np.resize(z, (block_rows, *z.shape[1:])), -limit, limit)
-                x = torch.from_numpy(z).to(device=device, dtype=dtype)
-                # The same noise for every block, so that a row's score does not depend on its place.
-                a = anomaly(model, x, _runtime.make_generator(self._scoring_seed, device))
-                values[rows] = a[:n].cpu().double().numpy()
-        if anomaly.in_nats:
-            values -= self._scaler.log_det
-        if np.isnan(values).any():
-            raise FloatingPointError(
-                f"The model gives NaN for row {int(np.flatnonzero(np.isnan(values))[0])}. "
-                "Its weights are damaged or its transform is not defined there; fit it again."
-            )
-        return values
+        return score_in_blocks(model, anomaly, X, scaler=self._scaler, seed=self._scoring_seed, device=device)
 
     def _scoring_device(self) -> torch.device:
         """Where to score: where asked, or on the CPU for a detector that comes from a machine with more."""
@@ -428,36 +380,7 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
 
     def _validate(self, X: Any, *, reset: bool, min_rows: int = 1) -> npt.NDArray[Any]:
         """Check rows and return them as float32 or float64, without a copy where they are so already."""
-        try:
-            checked = validate_data(
-                self,
-                X,
-                reset=reset,
-                dtype=[np.float64, np.float32],
-                ensure_all_finite=False,
-                ensure_min_samples=min_rows,
-            )
-        except (TypeError, ValueError) as error:
-            message = describe_non_numeric(X)
-            if message is None:
-                raise
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{message} ({str(error).splitlines()[0]})") from error
-        self._refuse_non_finite(checked)
-        return checked
-
-    def _refuse_non_finite(self, X: npt.NDArray[Any]) -> None:
-        bad = np.zeros(X.shape[1:], dtype=bool)
-        missing = False
-        for block in _runtime.row_blocks(len(X), rows_per_block(int(np.prod(X.shape[1:])))):
-            finite = np.isfinite(X[block])
-            if not finite.all():
-                bad |= ~finite.all(axis=0)
-                missing |= bool(np.isnan(X[block]).any())
-        if not bad.any():
-            return
-        names = getattr(self, "feature_names_in_", None)
-        raise ValueError(describe_non_finite(bad, names, missing=missing))
+        return validate_rows(self, X, reset=reset, min_rows=min_rows)
 
     # Pickling ---------------------------------------------------------------------------------------------
 

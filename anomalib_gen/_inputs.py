@@ -1,4 +1,4 @@
-"""What is wrong with which column: messages about input that a detector cannot take."""
+"""Rows as they come from users: checked, and refused with a message that names the column."""
 
 from __future__ import annotations
 
@@ -7,9 +7,57 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.utils.validation import validate_data
+
+from anomalib_gen._runtime import row_blocks
+from anomalib_gen._scaling import rows_per_block
 
 SHOWN = 10
 """Columns named in a message; the others are counted."""
+
+
+def validate_rows(detector: Any, X: Any, *, reset: bool, min_rows: int) -> npt.NDArray[Any]:
+    """Check a table and return it as float32 or float64, without a copy where it is so already.
+
+    Parameters
+    ----------
+    detector : estimator
+        Whose number and names of columns are set (`reset`) or compared.
+    X : array-like or data frame of shape (n, D)
+    reset : bool
+    min_rows : int
+
+    Raises
+    ------
+    ValueError, TypeError
+        As scikit-learn's `validate_data`, but naming columns that are no numbers or not finite.
+    """
+    try:
+        checked = validate_data(
+            detector,
+            X,
+            reset=reset,
+            dtype=[np.float64, np.float32],
+            ensure_all_finite=False,
+            ensure_min_samples=min_rows,
+        )
+    except (TypeError, ValueError) as error:
+        message = describe_non_numeric(X)
+        if message is None:
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{message} ({str(error).splitlines()[0]})") from error
+    bad = np.zeros(checked.shape[1:], dtype=bool)
+    missing = False
+    for block in row_blocks(len(checked), rows_per_block(checked.shape[1])):
+        finite = np.isfinite(checked[block])
+        if not finite.all():
+            bad |= ~finite.all(axis=0)
+            missing |= bool(np.isnan(checked[block]).any())
+    if bad.any():
+        names = getattr(detector, "feature_names_in_", None)
+        raise ValueError(describe_non_finite(bad, names, missing=missing))
+    return checked
 
 
 def name_columns(shown: Sequence[str]) -> str:

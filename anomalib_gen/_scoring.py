@@ -1,0 +1,86 @@
+"""A fitted model over many rows: blocks in, one number per row out."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from anomalib_gen import _runtime
+from anomalib_gen._scaling import Standardizer
+
+
+def score_in_blocks(
+    model: nn.Module,
+    anomaly: Any,
+    X: npt.NDArray[Any],
+    *,
+    scaler: Standardizer,
+    seed: int,
+    device: torch.device,
+) -> npt.NDArray[np.float64]:
+    """Anomaly of each row of X, ``(n,)``; a density is turned into one in the units of X.
+
+    Raises
+    ------
+    FloatingPointError
+        If a row gets NaN; the message names the first.
+    """
+    dtype = _runtime.scoring_dtype(device)
+    block_rows = _runtime.scoring_block_rows(int(np.prod(X.shape[1:])), device)
+    values = np.empty(len(X))
+    with torch.inference_mode():
+        for rows in _runtime.row_blocks(len(X), block_rows):
+            z = scaler.transform(X[rows])
+            n = len(z)
+            if dtype == torch.float32:
+                limit = float(np.finfo(np.float32).max)
+                # One shape for every block: in float32 a kernel's rounding depends on the shape.
+                z = np.clip(np.resize(z, (block_rows, *z.shape[1:])), -limit, limit)
+            x = torch.from_numpy(z).to(device=device, dtype=dtype)
+            # The same noise for every block, so that a row's score does not depend on its place.
+            a = anomaly(model, x, _runtime.make_generator(seed, device))
+            values[rows] = a[:n].cpu().double().numpy()
+    if anomaly.in_nats:
+        values -= scaler.log_det
+    if np.isnan(values).any():
+        raise FloatingPointError(
+            f"The model gives NaN for row {int(np.flatnonzero(np.isnan(values))[0])}. "
+            "Its weights are damaged or its transform is not defined there; fit it again."
+        )
+    return values
+
+
+def dry_run(model: nn.Module, objective: Any, anomaly: Any, x: torch.Tensor, device: torch.device) -> None:
+    """Try objective and anomaly on the two rows `x`, so that a pair that cannot work fails before training.
+
+    Raises
+    ------
+    TypeError
+        If one of them needs what the model lacks, or does not return one number per row.
+    """
+    generator = _runtime.make_generator(0, device)
+    model.eval()
+    for argument, part in (("objective", objective), ("anomaly", anomaly)):
+        try:
+            with torch.no_grad(), _runtime.forked_rng(0, device):
+                if argument == "anomaly" and hasattr(part, "prepare"):
+                    part = copy.deepcopy(part)
+                    part.prepare(model, [x], generator)
+                values = part(model, x, generator)
+            if argument == "anomaly":
+                _ = part.in_nats
+        except AttributeError as error:
+            raise TypeError(
+                f"{argument}={part!r} does not work with {type(model).__name__}: {error}. "
+                "Choose one that uses what this model provides."
+            ) from error
+        if values.shape != (2,):
+            raise TypeError(
+                f"{argument}={part!r} returned a tensor of shape {tuple(values.shape)} for 2 rows; "
+                "one number per row is needed."
+            )
