@@ -105,7 +105,7 @@ def scoring_block_rows(event_size: int, device: torch.device) -> int:
     """
     values = SCORING_VALUES_PER_BLOCK if device.type == "cpu" else 16 * SCORING_VALUES_PER_BLOCK
     # A few columns still cost a network's whole width, hence the cap.
-    return max(1, min(values // max(1, event_size), 4096 if device.type == "cpu" else 65536))
+    return max(1, min(values // max(1, event_size), 2048 if device.type == "cpu" else 65536))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

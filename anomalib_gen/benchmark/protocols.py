@@ -81,7 +81,9 @@ def clean(X: ArrayLike, y: ArrayLike, seed: int) -> Split:
     SplitError
         If a class is missing on the side where it is needed.
 
-    Notes ----- What this protocol cannot show: training data are free of anomalies, which practice seldom
+    Notes
+    -----
+    What this protocol cannot show: training data are free of anomalies, which practice seldom
     grants; a table whose repeated rows are real repetitions loses that information; the caps make large
     tables easier to run and harder to tell apart.
     """
@@ -120,7 +122,9 @@ def clean_unsupervised(X: ArrayLike, y: ArrayLike, seed: int) -> Split:
         If the test half holds no anomaly or no normal row. Tables with few anomalies can fail for some seeds
         only.
 
-    Notes ----- What this protocol cannot show: tables in which anomalies are a third of the rows and more are
+    Notes
+    -----
+    What this protocol cannot show: tables in which anomalies are a third of the rows and more are
     hardly "anomaly detection", and there every density model is asked to call a large part of its own
     training data abnormal.
     """
@@ -171,8 +175,10 @@ def published(X: ArrayLike, y: ArrayLike, seed: int) -> Split:
     - Some published baselines are broken, so beating them means little: PlanarFlow drops the base density by
       a broadcasting slip, DTE-C applies softmax twice, and the VAE ends in a sigmoid on standardised data.
 
-    References ---------- .. [1] V. Livernoche, V. Jain, Y. Hezaveh, S. Ravanbakhsh. On diffusion modeling for
-    anomaly detection. ICLR 2024.
+    References
+    ----------
+    .. [1] V. Livernoche, V. Jain, Y. Hezaveh, S. Ravanbakhsh. On diffusion modeling for
+       anomaly detection. ICLR 2024.
     """
     X, y = _check(X, y)
     # The legacy generator draws the very rows of the published experiments; the newer one would draw others.

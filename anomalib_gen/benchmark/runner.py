@@ -168,7 +168,9 @@ def run_benchmark(
     BenchmarkInterrupted
         After Ctrl-C; finished cells are stored.
 
-    Notes ----- Workers import the calling script anew, so a script must call this function below ``if
+    Notes
+    -----
+    Workers import the calling script anew, so a script must call this function below ``if
     __name__ == "__main__":``. Inside a worker the global random generators are seeded for each cell, because
     some detectors draw from nothing else; the calling process is left as it is.
     """
