@@ -545,6 +545,25 @@ def test_a_failing_threshold_restores_too(tiny, X, monkeypatch):
     np.testing.assert_array_equal(detector.score_samples(X), scores)
 
 
+def test_a_damaged_model_names_the_row(tiny, X):
+    def undefined_below_zero(features, context_features):
+        class Root(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.shift = nn.Parameter(torch.zeros(features))
+
+            def forward(self, x, context):
+                return x + self.shift, torch.where((x < -6).any(1), torch.nan, 0.0)
+
+        return Root()
+
+    detector = tiny(transform=undefined_below_zero).fit(X)
+    far = X[:10].copy()
+    far[6] -= 1e6
+    with pytest.raises(FloatingPointError, match="NaN for row 6"):
+        detector.score_samples(far)
+
+
 # Parts that do not fit together ---------------------------------------------------------------------------
 
 

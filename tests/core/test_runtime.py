@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from anomalib_gen import _runtime
+from anomalib_gen._component import Component
 from anomalib_gen.anomaly import Typicality
+from anomalib_gen.objectives import MaximumLikelihood
 
 TRANSFORMS = ["nsf-autoregressive", "nsf-coupling", "maf", "realnvp"]
 CPU = torch.device("cpu")
@@ -43,6 +45,26 @@ def test_a_score_does_not_depend_on_the_block(detector, X, block, monkeypatch):
     scores = detector.score_samples(X)
     monkeypatch.setattr(_runtime, "scoring_block_rows", lambda size, device: block)
     np.testing.assert_allclose(detector.score_samples(X), scores, rtol=1e-10)
+
+
+class Noisy(Component):
+    """Distance from a random point, drawn once a block with the event's shape."""
+
+    in_nats = False
+
+    def __call__(self, model, x, generator):
+        point = torch.randn(x.shape[1:], generator=generator, dtype=x.dtype, device=x.device)
+        return (x - point).square().sum(1)
+
+
+@pytest.mark.parametrize("block", [1, 7])
+def test_noise_in_an_anomaly_is_the_same_for_every_block(tiny, X, block, monkeypatch):
+    detector = tiny(anomaly=Noisy()).fit(X)
+    scores = detector.score_samples(X)
+    monkeypatch.setattr(_runtime, "scoring_block_rows", lambda size, device: block)
+    np.testing.assert_allclose(detector.score_samples(X), scores, rtol=1e-10)
+    np.testing.assert_allclose(detector.score_samples(X[150:]), scores[150:], rtol=1e-10)
+    assert not np.allclose(tiny(anomaly=Noisy(), random_state=1).fit(X).score_samples(X), scores, rtol=1e-3)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -135,6 +157,17 @@ def test_ordinary_use_touches_nothing_global(tiny, X, transform):
     detector.log_prob(X)
     detector.sample(5, random_state=0)
     detector.partial_fit(X)
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_an_objective_that_draws_from_the_global_generator_is_fenced_in(tiny, X, monkeypatch):
+    loss = MaximumLikelihood.__call__
+
+    def careless(self, model, x, generator):
+        return loss(self, model, x + 0.1 * torch.randn(x.shape), generator)
+
+    monkeypatch.setattr(MaximumLikelihood, "__call__", careless)
+    tiny().fit(X)
 
 
 @pytest.mark.usefixtures("unchanged")

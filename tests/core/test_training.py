@@ -285,6 +285,30 @@ def test_training_stops_early():
     assert len(result.validation_curve) == len(result.loss_curve) == result.n_iter // 5
 
 
+def test_patience_starts_again_with_every_improvement():
+    class Scripted:
+        losses = iter([5.0, 6.0, 6.0, 4.0, 5.0, 5.0, 3.0, 3.5, 3.0, 4.0, 1.0])
+
+        def __call__(self, model, x, generator):
+            return distance(model, x, generator)
+
+        def validate(self, model, x, generator):
+            return torch.full((len(x),), next(self.losses))
+
+    result = run(
+        Centre(),
+        Scripted(),
+        make_rows(),
+        validation=make_rows(8),
+        eval_every=2,
+        n_iter_no_change=3,
+        max_iter=100,
+    )
+    # 3.0 for the second time is no improvement; 1.0 is never seen.
+    assert result.validation_curve == [5.0, 6.0, 6.0, 4.0, 5.0, 5.0, 3.0, 3.5, 3.0, 4.0]
+    assert (result.best_iter, result.n_iter) == (14, 20)
+
+
 def test_the_last_step_is_always_evaluated():
     rows = make_rows()
     result = run(Centre(), distance, rows, validation=make_rows(8), max_iter=12, eval_every=5)
@@ -298,7 +322,7 @@ def test_the_loss_curve_is_the_mean_between_evaluations():
 
     def spy(model, x, generator):
         loss = distance(model, x, generator)
-        seen.append(float(loss.mean()))
+        seen.append(loss.mean().item())
         return loss
 
     result = run(Centre(), spy, make_rows(), max_iter=7, eval_every=3)
