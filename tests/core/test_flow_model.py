@@ -379,12 +379,18 @@ def test_fewer_hidden_units_than_columns_leave_no_column_unseen(name, hidden_fea
     # Some unit sees all columns but the last, and some unit steers all columns but the first.
     assert (seen[-1] > 1e-6).all()
     assert (seen[:, 0] > 1e-6).all()
+    # No column steers itself.
+    x = ordinary_rows(50, 8)
+    with torch.no_grad():
+        assert_bijection(layer, layer.inverse, x)
+    assert_close(log_det_of_jacobian(lambda x: layer(x)[0], x), layer(x)[1].detach())
 
 
 @each_transform
 @pytest.mark.parametrize("hidden_features", [3, 16])
-def test_in_a_chain_every_output_sees_every_column(name, hidden_features):
-    transform = flow(name, 8, False, n_layers=3, hidden_features=hidden_features).transform
+@pytest.mark.parametrize("mix", [False, True])
+def test_in_a_chain_every_output_sees_every_column(name, hidden_features, mix):
+    transform = flow(name, 8, False, n_layers=4, hidden_features=hidden_features, mix=mix).transform
     assert (influence(transform, 8) > 1e-6).all()
 
 
