@@ -30,8 +30,8 @@ This is the only module that imports nflows (0.14, the last release). What is wo
 - `LULinear` inverts with `torch.triangular_solve`, which torch is about to remove;
 - the unconstrained spline gathers the inside values with a boolean mask: a synchronisation a layer on a GPU,
   and tensor shapes that depend on the data; here values are clamped and selected instead;
-- `MADE` gives hidden unit k the degree k mod (D - 1): with fewer units than columns the later columns are
-  never seen by anything; here the degrees are spread evenly;
+- `MADE` gives hidden unit k the degree 1 + k mod (D - 1): with fewer units than columns the later columns are never
+  seen by anything, and the first column never learns of the context; here degrees are spread evenly and start at 0;
 - `BatchNorm` starts with a running variance of zero and is not used.
 """
 
@@ -200,13 +200,20 @@ class SplineAutoregressive(nft.MaskedPiecewiseRationalQuadraticAutoregressiveTra
 
 
 def _repair_made(made: MADE, features: int) -> None:
-    """Spread hidden degrees evenly where there are fewer hidden units than columns, and start at zero output."""
+    """Spread the hidden units' degrees evenly, and start at zero output.
+
+    A unit of degree k sees columns 1 to k and steers columns k + 1 to D. With a context there are units of degree 0,
+    which see it alone: they are how the first column learns of it.
+    """
     nn.init.zeros_(made.final_layer.weight)
     nn.init.zeros_(made.final_layer.bias)
     hidden = made.initial_layer.out_features
-    if hidden >= features - 1:
-        return
-    degrees = torch.linspace(1, features - 1, hidden).round().long()
+    lowest = 0 if hasattr(made, "context_layer") else min(1, features - 1)
+    if hidden >= features - lowest:
+        degrees = lowest + torch.arange(hidden) % (features - lowest)
+    else:
+        blind = torch.zeros(1 if lowest == 0 and hidden > 2 else 0)
+        degrees = torch.cat([blind, torch.linspace(1, features - 1, hidden - len(blind))]).round().long()
     inputs, outputs = torch.arange(1, features + 1), made.final_layer.mask
     out_degrees = inputs.repeat_interleave(outputs.shape[0] // features)
     made.initial_layer.mask.copy_(degrees[:, None] >= inputs)

@@ -620,3 +620,18 @@ def test_model_samples_are_the_inverse_of_normal_draws_in_units_of_the_spread():
     _, context = levels_and_context(50, True)
     y, _ = model.tails(x / model.spread)
     assert_close(model.transform(y, torch.full_like(context, -1))[0].detach(), u)
+
+
+@pytest.mark.parametrize("name", ["maf", "nsf-autoregressive"])
+@pytest.mark.parametrize("hidden_features", [4, 16])
+def test_the_context_reaches_every_column_of_a_layer(name, hidden_features):
+    torch.manual_seed(0)
+    layer = make_flow_transform(
+        name, 6, context_features=1, n_layers=1, hidden_features=hidden_features
+    ).double()
+    for parameter in layer.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    x = torch.randn(8, 6, dtype=torch.float64)
+    low, _ = layer(x, torch.full((8, 1), -1.0, dtype=torch.float64))
+    high, _ = layer(x, torch.full((8, 1), 1.0, dtype=torch.float64))
+    assert ((low - high).abs().amax(0) > 1e-6).all()
