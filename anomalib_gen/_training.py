@@ -129,6 +129,12 @@ class _MovingAverage:
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.average, self.source, weight)
 
+    @torch.no_grad()
+    def follow_buffers(self, model: nn.Module) -> None:
+        """Take over what is no weight but changes in training, such as running statistics."""
+        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)
+
     def weights(self) -> list[torch.Tensor]:
         return [p.detach().clone() for p in self.average]
 
@@ -256,6 +262,7 @@ def train(
         if validation is None:
             result.best_iter = result.n_iter
             return False
+        average.follow_buffers(model)
         loss = evaluate(
             average.model,
             judge,

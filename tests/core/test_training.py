@@ -624,3 +624,33 @@ def test_the_bar_is_closed_when_training_fails(capfd):
     with pytest.raises(ZeroDivisionError):
         run(Centre(), FailAt(3, raise_(ZeroDivisionError())), make_rows(), verbose=1)
     assert capfd.readouterr().err.endswith("\n")
+
+
+def test_held_out_rows_are_judged_with_the_current_buffers():
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.register_buffer("steps", torch.zeros(()))
+
+    def objective(model, x, generator):
+        model.steps += 1
+        return model.weight.square() + x[:, 0] * 0
+
+    def judge(model, x, generator):
+        return model.steps.expand(len(x))
+
+    objective.validate = judge
+    rows = make_rows(64)
+    result = train(
+        Counting(),
+        objective,
+        rows,
+        options=TrainingOptions(
+            max_iter=20, batch_size=8, learning_rate=0.1, eval_every=5, n_iter_no_change=10
+        ),
+        seed=0,
+        device=torch.device("cpu"),
+        validation=rows,
+    )
+    assert result.validation_curve == [5, 10, 15, 20]
