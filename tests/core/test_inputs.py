@@ -165,3 +165,13 @@ def test_training_from_a_file_needs_a_fraction_of_its_size(tiny, mapped, monkeyp
         tracemalloc.stop()
     # Positions and scores of all rows, and blocks.
     assert peak < file.nbytes / 3
+
+
+@pytest.mark.parametrize("transform", ["nsf-autoregressive", "nsf-coupling", "maf", "realnvp"])
+@pytest.mark.parametrize(("rows", "columns"), [(2, 1), (2, 1500), (40, 1500), (300, 1)])
+def test_shapes_at_both_ends_train_and_score(tiny, transform, rows, columns):
+    X = np.random.default_rng(0).normal(size=(rows, columns))
+    detector = tiny(transform=transform, n_layers="auto", hidden_features=16, max_iter=2).fit(X)
+    scores = detector.score_samples(X)
+    assert np.isfinite(scores).all()
+    assert detector.decision_function(X).shape == (rows,)
