@@ -75,6 +75,7 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     warm_start: bool
 
     model_: nn.Module
+    best_iter_: int
     n_iter_: int
     loss_curve_: list[float]
     validation_curve_: list[float]
@@ -125,7 +126,8 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Continue training with one pass over new rows, in the scaling of the first call.
 
-        The threshold `offset_` is set anew from these rows. The first call on an unfitted detector fixes the
+        The threshold `offset_`, and what the anomaly learns from rows (the entropy of typicality), are set anew from
+        these rows, so a call with few rows leaves a rough threshold. The first call on an unfitted detector fixes the
         scaling and builds the model; a first call to `fit` trains it to the end instead, and is the better start.
 
         Parameters
@@ -222,6 +224,7 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         history = continued and hasattr(self, "n_iter_")
         self.loss_curve_ = (self.loss_curve_ if history else []) + result.loss_curve
         self.validation_curve_ = (self.validation_curve_ if history else []) + result.validation_curve
+        self.best_iter_ = (self.n_iter_ if history else 0) + result.best_iter
         self.n_iter_ = (self.n_iter_ if history else 0) + result.n_iter
         self.event_shape_ = X.shape[1:]
         self.model_, self.anomaly_ = model, anomaly
@@ -343,7 +346,7 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         if not isinstance(n_samples, Integral) or n_samples < 1:
             raise ValueError(f"n_samples must be a positive integer, got {n_samples!r}.")
         device = self._scoring_device()
-        model: Any = self.model_.to(device)
+        model: Any = self._model_on(device)
         seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
         generator = _runtime.make_generator(seed, device)
         block = _runtime.scoring_block_rows(int(np.prod(self.event_shape_)), device)
@@ -361,8 +364,13 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     def _apply(self, anomaly: Any, X: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """Anomaly of validated rows, ``(n,)``; a density is turned into one in the units of X."""
         device = self._scoring_device()
-        model = self.model_.to(device)
-        return score_in_blocks(model, anomaly, X, scaler=self._scaler, seed=self._scoring_seed, device=device)
+        return score_in_blocks(
+            self._model_on(device), anomaly, X, scaler=self._scaler, seed=self._scoring_seed, device=device
+        )
+
+    def _model_on(self, device: torch.device) -> nn.Module:
+        """Return the model on `device` in the precision of scores there, whatever machine it was fitted on."""
+        return self.model_.to(device=device, dtype=_runtime.scoring_dtype(device))
 
     def _scoring_device(self) -> torch.device:
         """Where to score: where asked, or on the CPU for a detector that comes from a machine with more."""

@@ -114,14 +114,17 @@ def describe_non_numeric(X: Any) -> str | None:
 
 def _columns(X: Any) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Columns of a table of whatever kind, each with its name, or its position where there are none."""
-    if hasattr(X, "iloc"):  # pandas, where names may repeat
+    if hasattr(X, "iloc") and hasattr(X, "columns"):  # pandas, where names may repeat
         for j, name in enumerate(X.columns):
             yield repr(str(name)), np.asarray(X.iloc[:, j])
     elif hasattr(X, "column_names") or hasattr(X, "columns"):  # pyarrow, polars
         for name in X.column_names if hasattr(X, "column_names") else X.columns:
             yield repr(str(name)), np.asarray(X[name])
     else:
-        array = X if isinstance(X, np.ndarray) else np.asarray(X, dtype=object)
+        try:
+            array = X if isinstance(X, np.ndarray) else np.asarray(X, dtype=object)
+        except ValueError:  # ragged: the error that led here says it better
+            return
         if array.ndim == 2:
             for j in range(array.shape[1]):
                 yield str(j), array[:, j]

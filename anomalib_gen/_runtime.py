@@ -70,7 +70,8 @@ def forked_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed torch's global generators inside the block and restore them after.
 
     Layers draw their first weights, and dropout its masks, from the global generators and take no others. Those
-    of the CPU and of `device` are forked; networks are built on the CPU and moved afterwards.
+    of the CPU and of a CUDA `device` are forked; networks are built on the CPU and moved afterwards. (On MPS, dropout
+    draws from a generator that is left alone.)
     """
     cpu_state = torch.get_rng_state()
     cuda = device if device is not None and device.type == "cuda" else None

@@ -135,8 +135,9 @@ class _MovingAverage:
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)
 
-    def weights(self) -> list[torch.Tensor]:
-        return [p.detach().clone() for p in self.average]
+    def state(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Copies of the averaged weights and of the buffers that belong to them."""
+        return [p.clone() for p in self.average], [b.clone() for b in self.model.buffers()]
 
 
 def _non_finite_message(step: int, lr: float, x: torch.Tensor) -> str:
@@ -205,7 +206,7 @@ def train(
         Seeds the order of the rows and the objective's noise.
     device : torch.device
     weights, validation_weights : Tensor, optional
-        Weight of each row, with mean one over `rows`.
+        Weight of each row, with mean one over both together.
     label : str, default="fit"
         What the progress bar is called.
 
@@ -245,7 +246,7 @@ def train(
     # Losses not looked at yet, and the rows they are of.
     pending: list[tuple[torch.Tensor, torch.Tensor]] = []
     recent: list[torch.Tensor] = []
-    bar = _progress_bar(options, batch_size, label)
+    bar = _progress_bar(options, batch_size, len(rows), label)
 
     def learning_rate(step: int) -> float:
         rate = options.learning_rate * min(1.0, (step + 1) / max(1, options.warmup))
@@ -274,7 +275,7 @@ def train(
         )
         result.validation_curve.append(loss)
         if loss < best_loss:
-            best_loss, best_weights, since_best = loss, average.weights(), 0
+            best_loss, best_weights, since_best = loss, average.state(), 0
             result.best_iter = result.n_iter
         else:
             since_best += 1
@@ -356,18 +357,25 @@ def train(
             bar.close()
     assert result.n_iter > 0
     with torch.no_grad():
-        for p, kept in zip(average.source, best_weights or average.average, strict=True):
-            p.copy_(kept)
+        if best_weights is None:
+            average.follow_buffers(model)
+            best_weights = average.state()
+        for kept, current in zip(best_weights, (average.source, list(model.buffers())), strict=True):
+            for value, target in zip(kept, current, strict=True):
+                target.copy_(value)
     model.eval()
     return result
 
 
-def _progress_bar(options: TrainingOptions, batch_size: int, label: str) -> Any:
+def _progress_bar(options: TrainingOptions, batch_size: int, n_rows: int, label: str) -> Any:
     if not options.verbose:
         return None
     from tqdm.auto import tqdm
 
-    return tqdm(total=options.max_iter * batch_size, desc=label, unit="row", unit_scale=True)
+    # The last batch of a pass over the rows is shorter than the others.
+    passes, steps = divmod(options.max_iter, -(-n_rows // batch_size))
+    total = passes * n_rows + min(n_rows, steps * batch_size)
+    return tqdm(total=total, desc=label, unit="row", unit_scale=True)
 
 
 def _postfix(result: TrainingResult) -> dict[str, str]:

@@ -7,7 +7,9 @@ the entropy H, so the statistic is
     e = | 1/M sum_m -log p(x_m) - H |,
 
 and its distribution under the null is estimated from batches of M rows drawn, with replacement, from normal rows that
-the model has not been trained on.
+the model has not been trained on. H is itself an estimate from those rows; so each resampled batch is compared with an
+H of its own, drawn from the normal distribution of that estimate. (The paper compares with one H; with few normal
+rows beside the batch that test rejects too often.)
 """
 
 from __future__ import annotations
@@ -104,7 +106,10 @@ def typicality_test(
     statistic = abs(float(batch.mean()) - entropy)
     random = check_random_state(random_state)
     at_least = 0
+    standard_error = float(reference.std(ddof=1)) / np.sqrt(len(reference))
+    entropies = entropy + standard_error * random.normal(size=int(n_resamples))
     for rows in row_blocks(int(n_resamples), max(1, RESAMPLED_VALUES // len(batch))):
-        drawn = random.randint(len(reference), size=(rows.stop - rows.start, len(batch)))
-        at_least += int((np.abs(reference[drawn].mean(axis=1) - entropy) >= statistic).sum())
+        n = rows.stop - rows.start
+        means = reference[random.randint(len(reference), size=(n, len(batch)))].mean(axis=1)
+        at_least += int((np.abs(means - entropies[rows]) >= statistic).sum())
     return TypicalityResult(statistic, (1 + at_least) / (1 + int(n_resamples)), entropy)

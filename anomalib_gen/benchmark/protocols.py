@@ -14,8 +14,9 @@ before and after the split. Three protocols exist, and their results must never 
     The one-class protocol of DTE (Livernoche et al., ICLR 2024), kept for comparison with published figures
     only.
 
-All three standardise the columns with the mean and deviation of the training rows; a constant column gets
-scale one.
+All three standardise the columns with the mean and deviation of the training rows. A column whose computed deviation is
+exactly zero gets scale one; a constant such as 0.1 can come out at 1e-17 instead, and is then blown up, for all
+detectors alike. That is how the reference splits are defined, so it stays.
 """
 
 from __future__ import annotations

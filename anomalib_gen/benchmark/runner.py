@@ -77,7 +77,11 @@ class BenchmarkInterrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class _Cell:
-    """Everything that decides the result of a cell; its hash names the file."""
+    """What a cell is; its hash names the file.
+
+    Versions are recorded with the result but are no part of this: after an update or a change of code, start a new
+    folder, or the old figures stand.
+    """
 
     suite: str
     dataset: str

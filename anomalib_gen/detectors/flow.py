@@ -8,7 +8,9 @@ It is trained by maximum likelihood on rows with Gaussian noise of a random, kno
 
     min  E_{x, s, e} [ -log p(x + s e | s) ],   s log-uniform on [noise, max_noise],
 
-and scored at s = noise: the density of the data smoothed by a kernel of that width, in the units of X. A row is as
+and scored at s = noise: the density of the data smoothed by a kernel of that width, in the units of X. Columns whose
+values lie on a grid are smoothed over its cells as well, by noise of 1 / sqrt(12) of the typical gap between distinct
+values (dequantisation, _scaling.column_grain). A row is as
 abnormal as its log-density is low (anomaly.likelihood), or as far as it is from the entropy (anomaly.typicality).
 """
 
@@ -85,10 +87,12 @@ class FlowDetector(GenerativeDetector):
         Bins of each spline: 8, or 4 with more than 128 columns.
     noise : float, default=0.02
         Standard deviation of the noise at which rows are scored, in standard deviations of each column. It bounds
-        the density where columns repeat values or depend on each other exactly; raise it for coarse data.
+        the density where columns depend on each other exactly. On top of it, each column has noise of 1 / sqrt(12) of
+        the median gap between its distinct values: next to nothing for measurements, and for flags and counts what
+        spreads each value over its cell.
     max_noise : float or None, default=1.0
         Largest noise level in training. The flow is conditional on the level and learns all of them from `noise` up;
-        the larger ones regularise. None trains at `noise` alone.
+        the larger ones regularise. None trains at the level `noise` alone.
     anomaly : {"likelihood", "typicality"} or component, default="likelihood"
         The number per row; `score_samples` is minus that.
     learning_rate : float, default=5e-3
@@ -116,7 +120,8 @@ class FlowDetector(GenerativeDetector):
         normal rows score lower, so more of them will fall below. "auto" takes the 5 % quantile of the held-out
         rows instead (of the training rows, where none were held out): about one normal row in twenty is flagged.
     warm_start : bool, default=False
-        Whether `fit` continues from the weights, and in the scaling, of the previous call.
+        Whether `fit` continues from the weights, and in the scaling, of the previous call. Parameters that shape the
+        model (`transform`, its sizes, `noise`, `max_noise`) then keep the values of the first call.
     random_state : int, RandomState instance or None, default=None
         Seeds weights, row order and noise. An int gives the same detector at every call on the same machine.
     device : str or torch.device, default="auto"
@@ -135,6 +140,8 @@ class FlowDetector(GenerativeDetector):
         random 200,000 of them.
     n_iter_ : int
         Gradient steps taken.
+    best_iter_ : int
+        The step whose weights were kept.
     loss_curve_ : list of float
         Mean training loss between evaluations, in nats of standardised rows.
     validation_curve_ : list of float
@@ -154,8 +161,9 @@ class FlowDetector(GenerativeDetector):
     Notes
     -----
     Rows are standardised column by column and the log-Jacobian is added back, so `score_samples` is a log-density
-    in the units of X: rescaling a column by c shifts all scores by log c and changes nothing else. The density is
-    that of X plus Gaussian noise of `noise` standard deviations. Scores are finite for every finite row.
+    in the units of X: multiplying a column by c > 0 lowers all scores by log c and changes nothing else (a constant
+    column has no scale of its own and keeps its units). The density is that of X plus the noise described under
+    `noise`. Scores are finite for every finite row.
 
     References
     ----------
@@ -328,8 +336,9 @@ class FlowDetector(GenerativeDetector):
             ema_decay=self.ema_decay,
             eval_every=max(25, max_iter // 40),
             n_iter_no_change=self.n_iter_no_change,
-            # Weights that are trained already need no warm-up, and a stream of passes no end to its step size.
-            warmup=0 if one_pass else 50,
+            # A stream of passes has no end towards which the step size could fall; but each pass starts with an
+            # optimiser that knows no gradient scales yet, hence a short warm-up.
+            warmup=10 if one_pass else 50,
             schedule=not one_pass,
             verbose=int(self.verbose),
         )

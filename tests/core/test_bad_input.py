@@ -286,3 +286,8 @@ def test_a_device_that_is_not_there_is_refused_at_fitting(tiny, X, monkeypatch):
 def test_a_number_of_samples_is_a_positive_integer(fitted, n_samples):
     with pytest.raises(ValueError, match=f"n_samples must be a positive integer, got {n_samples!r}"):
         fitted.sample(n_samples)
+
+
+def test_a_series_is_refused_with_the_way_out(tiny):
+    with pytest.raises(ValueError, match="2-dimensional container"):
+        tiny().fit(pd.Series([1.0, 2.0, 3.0]))

@@ -686,3 +686,15 @@ def test_an_anomaly_that_hides_its_units_fails_before_training(tiny, X, monkeypa
     monkeypatch.setattr("anomalib_gen._base.train", lambda *args, **kwargs: pytest.fail("training began"))
     with pytest.raises(TypeError, match="'in_nats'"):
         tiny(anomaly=Unitless()).fit(X)
+
+
+def test_a_model_from_a_machine_of_another_precision_scores(fitted, X):
+    moved = pickle.loads(pickle.dumps(fitted))
+    moved.model_.float()
+    np.testing.assert_array_equal(moved.score_samples(X), fitted.score_samples(X))
+    assert moved.sample(2, random_state=0).shape == (2, 3)
+
+
+def test_the_best_step_is_told(tiny, X):
+    detector = tiny(max_iter=75).fit(X)
+    assert detector.best_iter_ == 25 * (1 + int(np.argmin(detector.validation_curve_)))

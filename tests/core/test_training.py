@@ -214,7 +214,7 @@ def test_the_average_is_the_weighted_sum_it_claims_to_be(decay):
         weights[t + 1] = 1 - d
     expected = weights @ np.concatenate([[5.0], values])
     assert weights.sum() == pytest.approx(1)
-    assert float(average.weights()[0]) == pytest.approx(expected, abs=1e-6)
+    assert float(average.state()[0][0]) == pytest.approx(expected, abs=1e-6)
     assert float(average.model.centre) == pytest.approx(expected, abs=1e-6)
     assert model.centre.item() == pytest.approx(values[-1])
 
