@@ -116,7 +116,9 @@ class BareLoop:
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
             if self.equal:
-                nn.utils.clip_grad_norm_(self.parameters, options.max_grad_norm)
+                # In the optimiser's order, as the detector does: a norm's rounding depends on it, and grows with steps.
+                ordered = [p for group in self.optimiser.param_groups for p in group["params"]]
+                nn.utils.clip_grad_norm_(ordered, options.max_grad_norm)
             self.optimiser.step()
             if self.equal:
                 decay = min(options.ema_decay, (1 + self.step) / (10 + self.step))
