@@ -43,7 +43,7 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     """Base class of all detectors.
 
     A subclass declares its parameters and gives `_make_model`, `_default_objective`, `_default_anomaly` and
-    `_training_options`; it names the strings its `objective` and `anomaly` accept in `_objectives` and
+    `_auto_max_iter`; it names the strings its `objective` and `anomaly` accept in `_objectives` and
     `_anomalies`.
     """
 
@@ -68,11 +68,19 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     }
 
     anomaly: Any
+    batch_size: int
     contamination: float | str
     device: Any
+    ema_decay: float
+    learning_rate: float
+    max_grad_norm: float
+    max_iter: int | str
+    n_iter_no_change: int
     random_state: Any
     validation_fraction: float
+    verbose: int
     warm_start: bool
+    weight_decay: float
 
     model_: nn.Module
     best_iter_: int
@@ -96,8 +104,33 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         """Return the anomaly that ``anomaly=None`` stands for."""
 
     @abstractmethod
+    def _auto_max_iter(self, steps_per_pass: int) -> int:
+        """Gradient steps that ``max_iter="auto"`` stands for, where one pass over the rows takes `steps_per_pass`."""
+
     def _training_options(self, n_rows: int, *, one_pass: bool) -> TrainingOptions:
-        """Return how to train on `n_rows` rows; once over them if `one_pass`."""
+        """How to train on `n_rows` rows; once over them if `one_pass`."""
+        steps_per_pass = -(-n_rows // self.batch_size)
+        if one_pass:
+            max_iter = steps_per_pass
+        elif self.max_iter == "auto":
+            max_iter = self._auto_max_iter(steps_per_pass)
+        else:
+            max_iter = int(self.max_iter)
+        return TrainingOptions(
+            max_iter=max_iter,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            ema_decay=self.ema_decay,
+            eval_every=max(25, max_iter // 40),
+            n_iter_no_change=self.n_iter_no_change,
+            # A stream of passes has no end towards which the step size could fall; but each pass starts with an
+            # optimiser that knows no gradient scales yet, hence a short warm-up.
+            warmup=10 if one_pass else 50,
+            schedule=not one_pass,
+            verbose=int(self.verbose),
+        )
 
     # Fitting ----------------------------------------------------------------------------------------------
 
@@ -192,6 +225,10 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         held_out = ArrayRows(X, index[held_out_index], scaler, device) if len(held_out_index) else None
         dry_run(model, objective, anomaly, rows.take(torch.arange(2)), device)
 
+        if hasattr(objective, "prepare"):
+            with _runtime.forked_rng(seeds[2], device):
+                objective.prepare(model, rows, _runtime.make_generator(seeds[2], device))
+
         def pick(positions: npt.NDArray[np.integer]) -> torch.Tensor | None:
             return None if weights is None else torch.from_numpy(weights[positions])
 
@@ -213,7 +250,7 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
             # Held-out rows are what scoring will meet; training rows look a little too normal.
             reference = rows if held_out is None else held_out
             block = _runtime.scoring_block_rows(int(np.prod(X.shape[1:])), device)
-            with torch.inference_mode():
+            with torch.no_grad():
                 dtype = _runtime.scoring_dtype(device)
                 anomaly.prepare(
                     model,
@@ -351,7 +388,7 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         generator = _runtime.make_generator(seed, device)
         block = _runtime.scoring_block_rows(int(np.prod(self.event_shape_)), device)
         drawn = np.empty((n_samples, *self.event_shape_))
-        with torch.inference_mode():
+        with torch.no_grad():
             for rows in _runtime.row_blocks(int(n_samples), block):
                 z = model.sample(rows.stop - rows.start, generator)
                 drawn[rows] = self._scaler.inverse_transform(z.cpu().double().numpy())

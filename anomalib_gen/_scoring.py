@@ -33,7 +33,8 @@ def score_in_blocks(
     dtype = _runtime.scoring_dtype(device)
     block_rows = _runtime.scoring_block_rows(int(np.prod(X.shape[1:])), device)
     values = np.empty(len(X))
-    with torch.inference_mode():
+    # Not inference mode: an anomaly may take gradients of the model with respect to the row.
+    with torch.no_grad():
         for rows in _runtime.row_blocks(len(X), block_rows):
             z = scaler.transform(X[rows])
             n = len(z)

@@ -28,7 +28,6 @@ from torch import nn
 
 from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._component import Component
-from anomalib_gen._training import TrainingOptions
 from anomalib_gen.anomaly import ANOMALIES, Likelihood
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, make_flow_transform
 from anomalib_gen.objectives import OBJECTIVES, MaximumLikelihood
@@ -317,28 +316,7 @@ class FlowDetector(GenerativeDetector):
             )
         return FlowModel(transform, features, noise_levels=levels, grain=torch.from_numpy(grain))
 
-    def _training_options(self, n_rows: int, *, one_pass: bool) -> TrainingOptions:
-        one = -(-n_rows // self.batch_size)
-        if one_pass:
-            max_iter = one
-        elif self.max_iter == "auto":
-            # Wide rows make steps dear and weights many; what they lack is rows, not steps.
-            enough = min(max(153_600 // self.n_features_in_, 200), 600)
-            max_iter = min(max(min(200 * one, enough), 2 * one, 200), 5000)
-        else:
-            max_iter = int(self.max_iter)
-        return TrainingOptions(
-            max_iter=max_iter,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
-            ema_decay=self.ema_decay,
-            eval_every=max(25, max_iter // 40),
-            n_iter_no_change=self.n_iter_no_change,
-            # A stream of passes has no end towards which the step size could fall; but each pass starts with an
-            # optimiser that knows no gradient scales yet, hence a short warm-up.
-            warmup=10 if one_pass else 50,
-            schedule=not one_pass,
-            verbose=int(self.verbose),
-        )
+    def _auto_max_iter(self, steps_per_pass: int) -> int:
+        # Wide rows make steps dear and weights many; what they lack is rows, not steps.
+        enough = min(max(153_600 // self.n_features_in_, 200), 600)
+        return min(max(min(200 * steps_per_pass, enough), 2 * steps_per_pass, 200), 5000)

@@ -12,7 +12,7 @@ al. 2017, arXiv:1705.07057). The monotone function is affine (RealNVP, MAF) or a
 
 Three parts are ours:
 
-- *Tails.* The outermost layer leaves |x| <= c alone and compresses what lies beyond,
+- *Tails.* The outermost layer leaves |x| <= c alone and compresses what lies beyond (networks.tails),
 
     t(x) = sign(x) (c + log(1 + |x| - c)),   log t'(x) = -log(1 + |x| - c),           (2)
 
@@ -47,10 +47,8 @@ from nflows.transforms.made import MADE, MaskedResidualBlock
 from torch import nn
 from torch.nn import functional as F
 
-from anomalib_gen.networks import ResidualMLP
+from anomalib_gen.networks import ResidualMLP, compress_tails, expand_tails
 
-TAIL_START = 5.0
-"""c of equation 2, in the standard deviations that rows are given in."""
 SPLINE_BOUND = 6.0
 """Splines act inside this box and are the identity outside."""
 CONDITIONER_BOUND = 12.0
@@ -63,27 +61,19 @@ FlowTransform = Callable[..., nn.Module]
 
 
 class CompressedTails(nft.Transform):
-    """The elementwise bijection of equation 2."""
-
-    def __init__(self, start: float = TAIL_START) -> None:
-        super().__init__()
-        self.start = start
+    """The elementwise bijection of equation 2, as an nflows layer."""
 
     def forward(
         self, x: torch.Tensor, context: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Map ``(B, D)`` to ``(B, D)`` and the log-determinant ``(B,)``."""
-        log_excess = torch.log1p((x.abs() - self.start).clamp(min=0))
-        y = x.clamp(-self.start, self.start) + x.sign() * log_excess
-        return y, -log_excess.sum(1)
+        return compress_tails(x)
 
     def inverse(
         self, y: torch.Tensor, context: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Undo `forward`; the log-determinant is that of the inverse."""
-        log_excess = (y.abs() - self.start).clamp(min=0)
-        x = y.clamp(-self.start, self.start) + y.sign() * torch.expm1(log_excess)
-        return x, log_excess.sum(1)
+        return expand_tails(y)
 
 
 class LULinear(nft.LULinear):

@@ -617,6 +617,9 @@ class Toy(GenerativeDetector):
     def _default_anomaly(self):
         return Energy()
 
+    def _auto_max_iter(self, steps_per_pass):
+        raise AssertionError("the options below say how many")
+
     def _training_options(self, n_rows, *, one_pass):
         return TrainingOptions(max_iter=5, batch_size=32, learning_rate=0.1)
 

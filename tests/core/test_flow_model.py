@@ -18,7 +18,6 @@ from anomalib_gen.models.flow import (
     FLOW_TRANSFORMS,
     LOG_RANGE,
     SPLINE_BOUND,
-    TAIL_START,
     BoundedConditioner,
     CompressedTails,
     FlowModel,
@@ -26,6 +25,7 @@ from anomalib_gen.models.flow import (
     make_flow_transform,
     rational_quadratic_spline,
 )
+from anomalib_gen.networks import TAIL_START
 from anomalib_gen.objectives import MaximumLikelihood
 
 FEATURES = (1, 2, 5)
