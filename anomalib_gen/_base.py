@@ -223,11 +223,10 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         model = model.to(device)
         rows = ArrayRows(X, index[train_index], scaler, device)
         held_out = ArrayRows(X, index[held_out_index], scaler, device) if len(held_out_index) else None
-        dry_run(model, objective, anomaly, rows.take(torch.arange(2)), device)
-
         if hasattr(objective, "prepare"):
             with _runtime.forked_rng(seeds[2], device):
                 objective.prepare(model, rows, _runtime.make_generator(seeds[2], device))
+        dry_run(model, objective, anomaly, rows.take(torch.arange(2)), device)
 
         def pick(positions: npt.NDArray[np.integer]) -> torch.Tensor | None:
             return None if weights is None else torch.from_numpy(weights[positions])

@@ -69,10 +69,11 @@ def dry_run(model: nn.Module, objective: Any, anomaly: Any, x: torch.Tensor, dev
     for argument, part in (("objective", objective), ("anomaly", anomaly)):
         try:
             with torch.no_grad(), _runtime.forked_rng(0, device):
-                if argument == "anomaly" and hasattr(part, "prepare"):
-                    part = copy.deepcopy(part)
-                    part.prepare(model, [x], generator)
-                values = part(model, x, generator)
+                # On a copy: what a part learns or keeps from these two rows is not for later.
+                trial = copy.deepcopy(part)
+                if argument == "anomaly" and hasattr(trial, "prepare"):
+                    trial.prepare(model, [x], generator)
+                values = trial(model, x, generator)
             if argument == "anomaly":
                 _ = part.in_nats
         except AttributeError as error:

@@ -198,7 +198,8 @@ def train(
         On `device`, in float32.
     objective : callable
         ``objective(model, x, generator) -> (B,)``. Where it has a method ``validate`` of the same form, that one
-        judges the held-out rows.
+        judges the held-out rows. Where it has ``set_progress(fraction)``, it is told before each step what share of
+        `max_iter` has passed, from 0 to below 1.
     rows, validation : Rows
         Training rows and, optionally, held-out rows.
     options : TrainingOptions
@@ -229,6 +230,7 @@ def train(
     generator = _runtime.make_generator(seed, device)
     order = torch.Generator().manual_seed(seed)
     judge = getattr(objective, "validate", objective)
+    set_progress = getattr(objective, "set_progress", None)
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [
@@ -297,6 +299,8 @@ def train(
                 permutation, cursor = torch.randperm(len(rows), generator=order), 0
             index = permutation[cursor : cursor + batch_size]
             rate = learning_rate(result.n_iter)
+            if set_progress is not None:
+                set_progress(result.n_iter / options.max_iter)
             for group in optimiser.param_groups:
                 group["lr"] = rate
             try:

@@ -639,6 +639,18 @@ def test_a_family_takes_names_objects_and_none(X):
     assert not hasattr(detector, "log_prob")
 
 
+def test_an_objective_may_learn_from_the_training_rows_first(X):
+    class Prepared(Energy):
+        def prepare(self, model, rows, generator):
+            self.n_ = len(rows)
+
+        def __call__(self, model, x, generator):
+            assert self.n_ == 180
+            return super().__call__(model, x, generator)
+
+    get_toy(objective=Prepared()).fit(X)
+
+
 @pytest.mark.parametrize("argument", ["objective", "anomaly"])
 def test_an_impossible_pair_fails_before_training_and_names_what_is_missing(X, argument, monkeypatch):
     monkeypatch.setattr("anomalib_gen._base.train", lambda *args, **kwargs: pytest.fail("training began"))

@@ -342,6 +342,22 @@ def test_an_objective_may_judge_held_out_rows_in_its_own_way():
     assert result.validation_curve == [7.0]
 
 
+def test_an_objective_is_told_how_far_training_is():
+    class Told:
+        def __init__(self):
+            self.seen = []
+
+        def set_progress(self, fraction):
+            self.seen.append(fraction)
+
+        def __call__(self, model, x, generator):
+            return distance(model, x, generator)
+
+    objective = Told()
+    run(Centre(), objective, make_rows(), max_iter=4)
+    assert objective.seen == [0.0, 0.25, 0.5, 0.75]
+
+
 def test_noise_at_evaluations_is_the_same_each_time():
     def noisy(model, x, generator):
         return distance(model, x, generator) * 0 + torch.rand(len(x), generator=generator)
