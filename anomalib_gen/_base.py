@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABCMeta, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.base import BaseEstimator, OutlierMixin, _fit_context
+from sklearn.base import BaseEstimator, _fit_context
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
@@ -27,9 +27,11 @@ from torch import nn
 from anomalib_gen import _runtime
 from anomalib_gen._component import Component, resolve_component
 from anomalib_gen._inputs import validate_rows
+from anomalib_gen._outlier import OutlierScores
 from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain, rows_per_block
 from anomalib_gen._scoring import dry_run, score_in_blocks
 from anomalib_gen._training import TrainingOptions, train
+from anomalib_gen.anomaly import Energy
 
 MAX_THRESHOLD_ROWS = 200_000
 """Training rows scored for `offset_`; beyond this a random subset is taken, whose quantile is as good."""
@@ -39,7 +41,7 @@ MIN_HELD_OUT, MAX_HELD_OUT = 5, 2048
 """Fewer held-out rows say nothing about when to stop; more cost time and say nothing new."""
 
 
-class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
+class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     """Base class of all detectors.
 
     A subclass declares its parameters and gives `_make_model`, `_default_objective`, `_default_anomaly` and
@@ -319,8 +321,11 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         check_is_fitted(self)
         return self._score(self._validate(X, reset=False))
 
-    def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
-        """Return ``score_samples(X) - offset_``: negative for outliers.
+    def energy(self, X: Any) -> npt.NDArray[np.float64]:
+        """Energy of rows, E(x) = -log p(x) up to a constant, whatever the detector's anomaly.
+
+        For a flow it is minus the exact log-likelihood. The energies of different families are on one scale and
+        compose, see `ComposedDetector`.
 
         Parameters
         ----------
@@ -329,35 +334,23 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         Returns
         -------
         ndarray of shape (n_samples,)
+            In nats, in the units of X.
         """
-        return self.score_samples(X) - self.offset_
+        check_is_fitted(self)
+        return self._energy(self._validate(X, reset=False))
 
-    def predict(self, X: Any) -> npt.NDArray[np.int64]:
-        """Label rows: +1 for inliers, -1 for outliers.
+    def _energy(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        return self._apply(Energy(), X)
 
-        Parameters
-        ----------
-        X : array-like or data frame of shape (n_samples, n_features)
-
-        Returns
-        -------
-        ndarray of shape (n_samples,)
-        """
-        return np.where(self.decision_function(X) >= 0, 1, -1)
-
-    def score(self, X: Any, y: Any = None) -> float:
-        """Mean of `score_samples`: how normal held-out rows look, for model selection without labels.
-
-        Parameters
-        ----------
-        X : array-like or data frame of shape (n_samples, n_features)
-        y : ignored
-
-        Returns
-        -------
-        float
-        """
-        return float(np.mean(self.score_samples(X)))
+    def _torch_energy(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return `energy` as a differentiable function of rows ``(n, D)`` on `device`, in the units of X."""
+        model: Any = self._model_on(device)
+        dtype = _runtime.scoring_dtype(device)
+        shift, scale = (
+            torch.as_tensor(value, dtype=dtype, device=device)
+            for value in (self._scaler.shift, self._scaler.scale)
+        )
+        return lambda x: model.energy((x - shift) / scale) - self._scaler.log_det
 
     def sample(self, n_samples: int = 1, *, random_state: Any = None) -> npt.NDArray[np.float64]:
         """Draw new rows from the model.

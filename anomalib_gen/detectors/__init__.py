@@ -1,5 +1,6 @@
 """Detectors: one file a family."""
 
+from anomalib_gen.detectors.composition import ComposedDetector
 from anomalib_gen.detectors.flow import FlowDetector
 
-__all__ = ["FlowDetector"]
+__all__ = ["ComposedDetector", "FlowDetector"]

@@ -397,6 +397,10 @@ class FlowModel(nn.Module):
         log_base = -0.5 * (u.square().sum(1) + self.features * math.log(2 * math.pi))
         return log_base + log_det + log_det_tails - self.spread.log().sum()
 
+    def energy(self, x: torch.Tensor) -> torch.Tensor:
+        """Minus the log-density at the smallest noise level: the energy of a model whose log Z is 0."""
+        return -self.log_prob(x)
+
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Draw ``(n, D)`` rows from the density at the smallest noise level."""
         reference = next(self.parameters())

@@ -23,7 +23,7 @@ LAYERS = [
     {"objectives", "anomaly"},
     {"_training"},
     {"_scaling"},
-    {"_inputs", "_scoring"},
+    {"_inputs", "_outlier", "_scoring"},
     {"_base"},
     {"detectors"},
     {"calibration", "explain", "inspection", "persistence"},
@@ -158,7 +158,7 @@ def test_import_is_light_and_changes_nothing_global():
 # Documentation --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["detectors.flow", "calibration"])
+@pytest.mark.parametrize("name", ["detectors.composition", "detectors.flow", "calibration"])
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"{NAME}.{name}"))
     assert result.attempted > 0

@@ -1,8 +1,9 @@
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from anomalib_gen import FlowDetector
+from anomalib_gen import ComposedDetector, FlowDetector
 
-DETECTORS = [FlowDetector(max_iter=10, hidden_features=16, random_state=0, device="cpu")]
+FLOW = FlowDetector(max_iter=10, hidden_features=16, random_state=0, device="cpu")
+DETECTORS = [FLOW, ComposedDetector([("a", FLOW), ("b", FLOW)], prefit=False)]
 
 # Training draws batches and noise, so a row of weight two is not the same as two rows of weight one;
 # scikit-learn excuses its own isolation forest for the same reason.

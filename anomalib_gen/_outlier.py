@@ -1,0 +1,68 @@
+"""What scikit-learn expects of an outlier detector beyond `score_samples` and `offset_`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import OutlierMixin
+
+
+class OutlierScores(OutlierMixin):
+    """Thresholded scores and labels of a detector that has `score_samples` and, once fitted, `offset_`."""
+
+    offset_: float
+
+    def score_samples(self, X: Any) -> npt.NDArray[np.float64]:
+        """Score rows; lower is more abnormal.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+        """
+        raise NotImplementedError
+
+    def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
+        """Return ``score_samples(X) - offset_``: negative for outliers.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+        """
+        return self.score_samples(X) - self.offset_
+
+    def predict(self, X: Any) -> npt.NDArray[np.int64]:
+        """Label rows: +1 for inliers, -1 for outliers.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+        """
+        return np.where(self.decision_function(X) >= 0, 1, -1)
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Mean of `score_samples`: how normal held-out rows look, for model selection without labels.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+        y : ignored
+
+        Returns
+        -------
+        float
+        """
+        return float(np.mean(self.score_samples(X)))

@@ -1,0 +1,447 @@
+r"""ComposedDetector: fitted detectors combined through their energies, without training.
+
+Every model here has an energy E_i(x) = -log p_i(x) up to a constant, in nats, so concepts that were learned apart can
+be put together (Hinton 2002, doi:10.1162/089976602760128018; Du, Li and Mordatch 2020, arXiv:2004.06030, section 3):
+
+    product (and)   E(x) = sum_i w_i E_i(x_i)                      p ~ prod_i p_i^w_i               (1)
+    mixture (or)    E(x) = -log sum_i pi_i exp(-E_i(x))            p ~ sum_i pi_i p_i               (2)
+
+A row is normal under a product if every member finds it normal, and under a mixture if one of them does. A negative
+weight in a product asks for rows that a member finds *abnormal* (not). The members of a product may look at different
+columns x_i of a row. Rows are drawn from a mixture by choosing a member, and from a product by Metropolis-adjusted
+Langevin chains on E (samplers.langevin).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.base import clone
+from sklearn.frozen import FrozenEstimator
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils.metaestimators import _BaseComposition
+from sklearn.utils.validation import check_is_fitted
+
+from anomalib_gen import _runtime
+from anomalib_gen._base import AUTO_FALSE_POSITIVES
+from anomalib_gen._inputs import validate_rows
+from anomalib_gen._outlier import OutlierScores
+from anomalib_gen.samplers import mala
+
+
+class ComposedDetector(OutlierScores, _BaseComposition):
+    """Outlier detection by the combined energies of several detectors.
+
+    Parameters
+    ----------
+    detectors : list of (str, detector)
+        Named members: detectors of this package, composed ones included.
+    rule : {"product", "mixture"}, default="product"
+        ``"product"`` adds the members' energies: a row must be normal to *all* of them. ``"mixture"`` adds their
+        densities: it must be normal to *one* of them.
+    weights : array-like of shape (n_detectors,) or None, default=None
+        Of the energies in a product, where a negative one turns a member around (not), or of the densities in a
+        mixture, where they are positive and are divided by their sum. None weights all alike: 1 each in a
+        product, 1 / n in a mixture.
+    columns : list of (list of int or str) or None, default=None
+        The columns that each member looks at, by position or, for data frames, by name. None gives every member
+        the columns it was fitted on, by name if it knows names, else all columns. Members of a mixture look at the
+        same columns, because densities over different ones cannot be compared.
+    prefit : bool, default=True
+        Whether the members are fitted already. `fit` then trains nothing and only sets `offset_`. If False, `fit`
+        fits clones of them; a `sklearn.frozen.FrozenEstimator` around a member excepts it, and keeps it
+        fitted through `clone` as well.
+    n_steps : int, default=500
+        Steps of each chain that `sample` runs for a product; the first half adapts the step size.
+    contamination : "auto" or float, default="auto"
+        Sets `offset_`: the share of the rows given to `fit` that fall below it. "auto" is 0.05. Rows that the
+        members were fitted on look a little too normal, so give `fit` other ones where you can.
+    random_state : int, RandomState instance or None, default=None
+        Seeds the fitting of clones; the same for each of them.
+
+    Attributes
+    ----------
+    detectors_ : list of detector
+        The fitted members.
+    weights_ : ndarray of shape (n_detectors,)
+        The weights in use.
+    offset_ : float
+        Threshold on `score_samples`.
+    n_features_in_ : int
+        Number of columns.
+    feature_names_in_ : ndarray of str
+        Names of the columns, where X had names.
+
+    See Also
+    --------
+    FlowDetector : A member with exact densities.
+    sklearn.ensemble.VotingClassifier : Combines labels rather than energies.
+
+    Notes
+    -----
+    Energies are in nats in the units of X, those of a flow exact, those of a variational autoencoder bounds, and those
+    of an energy model known up to a constant, which shifts a product's scores alike and tilts a mixture's towards
+    the member with the smaller one: give energy models in a mixture a log Z first (`EnergyDetector.normalize`).
+    With negative weights a product need not be a density: energies may fall without end where the member that is
+    turned around rises fastest. Scores are still finite; samples may leave the data.
+
+    References
+    ----------
+    .. [1] Hinton, G. E. (2002). Training products of experts by minimizing contrastive divergence. Neural
+       Computation, 14(8). doi:10.1162/089976602760128018.
+    .. [2] Du, Y., Li, S., Mordatch, I. (2020). Compositional visual generation with energy based models. NeurIPS.
+       arXiv:2004.06030.
+
+    Examples
+    --------
+    Each pair of columns was learned alone. A row that is a little odd in both is found by their product only.
+
+    >>> import numpy as np
+    >>> from sklearn.base import clone
+    >>> from anomalib_gen import ComposedDetector, FlowDetector
+    >>> X = np.random.default_rng(0).normal(size=(1000, 4))
+    >>> flow = FlowDetector(max_iter=100, contamination=0.01, random_state=0)
+    >>> left, right = clone(flow).fit(X[:, :2]), clone(flow).fit(X[:, 2:])
+    >>> both = ComposedDetector(
+    ...     [("left", left), ("right", right)], columns=[[0, 1], [2, 3]], contamination=0.01
+    ... ).fit(X)
+    >>> left.predict([[1.8, 1.8]]), right.predict([[1.8, 1.8]]), both.predict([[1.8, 1.8, 1.8, 1.8]])
+    (array([1]), array([1]), array([-1]))
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "detectors": [list],
+        "rule": [StrOptions({"product", "mixture"})],
+        "weights": ["array-like", None],
+        "columns": [list, None],
+        "prefit": ["boolean"],
+        "n_steps": [Interval(Integral, 2, None, closed="left")],
+        "contamination": [Interval(Real, 0, 0.5, closed="right"), StrOptions({"auto"})],
+        "random_state": ["random_state"],
+    }
+
+    def __init__(
+        self,
+        detectors: list[tuple[str, Any]],
+        *,
+        rule: str = "product",
+        weights: Any = None,
+        columns: list[Any] | None = None,
+        prefit: bool = True,
+        n_steps: int = 500,
+        contamination: float | str = "auto",
+        random_state: Any = None,
+    ) -> None:
+        self.detectors = detectors
+        self.rule = rule
+        self.weights = weights
+        self.columns = columns
+        self.prefit = prefit
+        self.n_steps = n_steps
+        self.contamination = contamination
+        self.random_state = random_state
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Get the parameters of this detector.
+
+        Parameters
+        ----------
+        deep : bool, default=True
+            Whether to add the members, by their names, and their parameters, as ``<name>__<parameter>``.
+
+        Returns
+        -------
+        dict of str to value
+        """
+        params: dict[str, Any] = self._get_params("detectors", deep=deep)
+        return params
+
+    def set_params(self, **params: Any) -> Self:
+        """Set parameters of this detector, its members by name, or theirs as ``<name>__<parameter>``.
+
+        Parameters
+        ----------
+        **params : dict
+
+        Returns
+        -------
+        self
+        """
+        self._set_params("detectors", **params)
+        return self
+
+    # Fitting ----------------------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Set the threshold on rows that are mostly normal; fit the members first if they are not.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+        y : ignored
+            For scikit-learn's conventions.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            If members, weights and columns do not fit together; the message says which.
+        """
+        self._validate_params()
+        members = self._check_members()
+        weights = self._check_weights(len(members))
+        rows = validate_rows(self, X, reset=True, min_rows=1 if self.prefit else 2)
+        columns = self._check_columns(members)
+        if not self.prefit:
+            seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+            members = [
+                member if frozen else _seeded(clone(member), seed).fit(_take(rows, chosen))
+                for member, frozen, chosen in zip(members, self._frozen(), columns, strict=True)
+            ]
+        self.detectors_, self.weights_, self._columns = members, weights, columns
+        share = AUTO_FALSE_POSITIVES if self.contamination == "auto" else float(self.contamination)
+        self.offset_ = float(np.quantile(-self._energy(rows), share))
+        return self
+
+    def _frozen(self) -> list[bool]:
+        return [isinstance(member, FrozenEstimator) for _, member in self.detectors]
+
+    def _check_members(self) -> list[Any]:
+        """Members without their names; what is frozen is taken out of its wrapper."""
+        if not self.detectors:
+            raise ValueError("detectors is empty; give at least one (name, detector).")
+        names = [name for name, _ in self.detectors]
+        self._validate_names(names)
+        members = [m.estimator if isinstance(m, FrozenEstimator) else m for _, m in self.detectors]
+        for name, member, frozen in zip(names, members, self._frozen(), strict=True):
+            if not HasMethods(["energy", "score_samples", "_torch_energy"]).is_satisfied_by(member):
+                raise ValueError(
+                    f"Member {name!r} is a {type(member).__name__}, which has no energy. "
+                    "Use detectors of anomalib_gen."
+                )
+            if self.prefit or frozen:
+                check_is_fitted(
+                    member,
+                    msg=f"Member {name!r} (%(name)s) is not fitted. Fit it, or set prefit=False to fit clones.",
+                )
+        return members
+
+    def _check_weights(self, n: int) -> npt.NDArray[np.float64]:
+        if self.weights is None:
+            weights = np.ones(n)
+        else:
+            weights = np.asarray(self.weights, dtype=np.float64)
+            if weights.shape != (n,) or not np.isfinite(weights).all():
+                raise ValueError(
+                    f"weights must be {n} finite numbers, one for each detector, got {self.weights!r}."
+                )
+        if not weights.any():
+            raise ValueError("weights are all zero: nothing would be left to score by.")
+        if self.rule == "mixture":
+            if not (weights > 0).all():
+                raise ValueError(f"weights of a mixture must be positive, got {self.weights!r}.")
+            weights = weights / weights.sum()
+        return weights
+
+    def _check_columns(self, members: list[Any]) -> list[npt.NDArray[np.int64]]:
+        """Positions of the columns that each member looks at."""
+        if self.columns is not None and len(self.columns) != len(members):
+            raise ValueError(
+                f"columns must be a list with one entry for each of the {len(members)} detectors, "
+                f"got {len(self.columns)}."
+            )
+        chosen = []
+        for k, ((name, _), member) in enumerate(zip(self.detectors, members, strict=True)):
+            wanted: Any = None if self.columns is None else self.columns[k]
+            if wanted is None and hasattr(self, "feature_names_in_"):
+                wanted = getattr(member, "feature_names_in_", None)
+            positions = self._positions(name, wanted)
+            width = getattr(member, "n_features_in_", len(positions))
+            if len(positions) != width and (self.prefit or self._frozen()[k]):
+                raise ValueError(
+                    f"Member {name!r} was fitted on {width} columns and is given {len(positions)}. "
+                    "Say which ones through columns."
+                )
+            chosen.append(positions)
+        if self.rule == "mixture" and any(not np.array_equal(positions, chosen[0]) for positions in chosen):
+            raise ValueError(
+                'The members of rule="mixture" must look at the same columns: densities over different ones '
+                "cannot be compared."
+            )
+        return chosen
+
+    def _positions(self, name: str, wanted: Any) -> npt.NDArray[np.int64]:
+        if wanted is None:
+            return np.arange(self.n_features_in_)
+        known = list(getattr(self, "feature_names_in_", []))
+        positions = []
+        for column in wanted:
+            if isinstance(column, str):
+                if column not in known:
+                    raise ValueError(
+                        f"columns of member {name!r} name {column!r}, which X lacks. Its columns: {known or 'unnamed'}."
+                    )
+                positions.append(known.index(column))
+            elif isinstance(column, Integral) and 0 <= int(column) < self.n_features_in_:
+                positions.append(int(column))
+            else:
+                raise ValueError(
+                    f"columns of member {name!r} hold {column!r}; names or positions from 0 to "
+                    f"{self.n_features_in_ - 1} are needed."
+                )
+        return np.array(positions, dtype=np.int64)
+
+    # Scoring ----------------------------------------------------------------------------------------------
+
+    def score_samples(self, X: Any) -> npt.NDArray[np.float64]:
+        """Minus the combined energy of each row; lower is more abnormal.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            In nats, in the units of X.
+        """
+        return -self.energy(X)
+
+    def energy(self, X: Any) -> npt.NDArray[np.float64]:
+        """Combined energy of rows, equation 1 or 2 of the module.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            In nats, in the units of X.
+        """
+        check_is_fitted(self)
+        return self._energy(validate_rows(self, X, reset=False, min_rows=1))
+
+    def member_energies(self, X: Any) -> npt.NDArray[np.float64]:
+        """Energies of rows under each member, which tell who objects to a row.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_detectors)
+            In nats, in the units of X, before weighting.
+        """
+        check_is_fitted(self)
+        return self._member_energies(validate_rows(self, X, reset=False, min_rows=1))
+
+    def _member_energies(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        # Rows are checked already; members that know names would only warn that these have none.
+        return np.column_stack(
+            [
+                member._energy(_take(rows, chosen))
+                for member, chosen in zip(self.detectors_, self._columns, strict=True)
+            ]
+        )
+
+    def _energy(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        combined = self._combine(torch.from_numpy(self._member_energies(rows)))
+        return combined.numpy()
+
+    def _combine(self, energies: torch.Tensor) -> torch.Tensor:
+        """Combine ``(n, n_detectors)`` to ``(n,)``."""
+        weights = torch.as_tensor(self.weights_, dtype=energies.dtype, device=energies.device)
+        if self.rule == "mixture":
+            return -torch.logsumexp(weights.log() - energies, dim=1)
+        # A mean of the members cannot overflow where their sum could, far out; saturate on the way back to the sum.
+        total, limit = weights.abs().sum(), torch.finfo(energies.dtype).max
+        return ((energies * (weights / total)).sum(1) * total).clamp(-limit, limit)
+
+    def _torch_energy(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return `energy` as a differentiable function of rows on `device`, in the units of X."""
+        members = [member._torch_energy(device) for member in self.detectors_]
+        columns = [torch.as_tensor(chosen, device=device) for chosen in self._columns]
+
+        def energy(x: torch.Tensor) -> torch.Tensor:
+            parts = [member(x[:, chosen]) for member, chosen in zip(members, columns, strict=True)]
+            return self._combine(torch.stack(parts, dim=1))
+
+        return energy
+
+    # Sampling ---------------------------------------------------------------------------------------------
+
+    def sample(self, n_samples: int = 1, *, random_state: Any = None) -> npt.NDArray[np.float64]:
+        """Draw new rows: from a mixture exactly, from a product by Langevin chains that start at members' samples.
+
+        Parameters
+        ----------
+        n_samples : int, default=1
+            For a product each row is the end of a chain of its own.
+        random_state : int, RandomState instance or None, default=None
+            None draws afresh at each call.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+            In the units and the order of X's columns.
+
+        Raises
+        ------
+        ValueError
+            If `n_samples` is not a positive integer, or if no member looks at some column.
+        """
+        check_is_fitted(self)
+        if not isinstance(n_samples, Integral) or n_samples < 1:
+            raise ValueError(f"n_samples must be a positive integer, got {n_samples!r}.")
+        unseen = np.setdiff1d(np.arange(self.n_features_in_), np.concatenate(self._columns))
+        if len(unseen):
+            raise ValueError(
+                f"No member looks at columns {unseen.tolist()}: nothing is known to draw them from."
+            )
+        random = check_random_state(random_state)
+        # Which member each row starts from; those of negative weight would start it where it must not stay.
+        chances = np.maximum(self.weights_, 0)
+        chances = chances / chances.sum() if chances.sum() else np.full(len(chances), 1 / len(chances))
+        start = np.empty((n_samples, self.n_features_in_))
+        order = random.choice(len(chances), size=n_samples, p=chances)
+        for k in np.argsort(chances, kind="stable"):  # the likeliest last: it fills what it sees for all rows
+            start[:, self._columns[k]] = self.detectors_[k].sample(n_samples, random_state=random)
+        for k in np.unique(order):
+            rows = np.flatnonzero(order == k)
+            start[np.ix_(rows, self._columns[k])] = self.detectors_[k].sample(len(rows), random_state=random)
+        if self.rule == "mixture":
+            return start
+        device = torch.device("cpu")
+        energy, x = self._torch_energy(device), torch.from_numpy(start)
+        # Chains move in units in which all columns are alike.
+        scale = x.std(0, correction=0)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        generator = _runtime.make_generator(int(random.randint(np.iinfo(np.int32).max)), device)
+        warmup = self.n_steps // 2
+        x, _ = mala(
+            energy, x, self.n_steps - warmup, step_size=0.1, scale=scale, n_warmup=warmup, generator=generator
+        )
+        return x.numpy()
+
+
+def _take(rows: npt.NDArray[Any], columns: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Columns of rows, without a copy where they are all of them."""
+    return rows if np.array_equal(columns, np.arange(rows.shape[1])) else rows[:, columns]
+
+
+def _seeded(detector: Any, seed: int) -> Any:
+    """Give a clone without a seed of its own one, so that the composed detector is repeatable."""
+    if "random_state" in detector.get_params() and detector.get_params()["random_state"] is None:
+        detector.set_params(random_state=seed)
+    return detector

@@ -1,0 +1,231 @@
+"""Composed detectors: energies that add up, columns that belong together, samples from what was composed."""
+
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from sklearn.base import clone
+from sklearn.ensemble import IsolationForest
+from sklearn.exceptions import NotFittedError
+from sklearn.frozen import FrozenEstimator
+from sklearn.model_selection import cross_val_predict
+
+from anomalib_gen import ComposedDetector
+
+
+class Gaussian(torch.nn.Module):
+    """A flow whose density is N(mean, deviation^2) exactly: x -> (x - mean) / deviation."""
+
+    def __init__(self, mean, deviation):
+        super().__init__()
+        self.mean = torch.nn.Parameter(torch.as_tensor(mean))
+        self.deviation = deviation
+
+    def forward(self, x, context=None):
+        log_det = -x.shape[1] * np.log(self.deviation)
+        return (x - self.mean) / self.deviation, torch.full_like(x[:, 0], log_det)
+
+    def inverse(self, u, context=None):
+        return u * self.deviation + self.mean, torch.zeros_like(u[:, 0])
+
+
+def gaussian(tiny, mean, deviation=1.0, features=1):
+    """A fitted detector whose density is known in closed form, in the units of X."""
+    rows = np.array([[-1.0], [1.0]]) * np.ones(
+        features
+    )  # mean 0 and deviation 1: standardising changes nothing
+    detector = tiny(
+        transform=lambda d, c: Gaussian([mean] * d, deviation), max_noise=None, noise=0.0, max_iter=1
+    ).fit(rows)
+    with torch.no_grad():
+        detector.model_.transform.mean.fill_(mean)
+        detector.model_.spread.fill_(1.0)
+    return detector
+
+
+@pytest.fixture
+def pair(tiny):
+    return gaussian(tiny, -1.0), gaussian(tiny, 2.0, 0.5)
+
+
+grid = np.linspace(-4, 4, 41)[:, None]
+
+
+def test_a_product_adds_energies_and_a_mixture_densities(pair):
+    a, b = pair
+    left, right = stats.norm(-1, 1), stats.norm(2, 0.5)
+    np.testing.assert_allclose(a.energy(grid), -left.logpdf(grid[:, 0]), rtol=1e-6)
+    product = ComposedDetector([("a", a), ("b", b)], weights=[1.0, 0.5]).fit(grid)
+    expected = left.logpdf(grid[:, 0]) + 0.5 * right.logpdf(grid[:, 0])
+    np.testing.assert_allclose(product.score_samples(grid), expected, rtol=1e-6)
+    mixture = ComposedDetector([("a", a), ("b", b)], rule="mixture", weights=[3, 1]).fit(grid)
+    expected = np.log(0.75 * left.pdf(grid[:, 0]) + 0.25 * right.pdf(grid[:, 0]))
+    np.testing.assert_allclose(mixture.score_samples(grid), expected, rtol=1e-6)
+    assert np.trapezoid(
+        np.exp(mixture.score_samples(fine := np.linspace(-9, 9, 2001)[:, None])), fine[:, 0]
+    ) == (pytest.approx(1, abs=1e-5))
+    np.testing.assert_allclose(
+        mixture.member_energies(grid), np.column_stack([a.energy(grid), b.energy(grid)])
+    )
+
+
+def test_a_negative_weight_turns_a_member_around(pair):
+    a, b = pair
+    composed = ComposedDetector([("a", a), ("not b", b)], weights=[1.0, -0.1]).fit(grid)
+    np.testing.assert_allclose(composed.energy(grid), a.energy(grid) - 0.1 * b.energy(grid))
+    gain = composed.score_samples(grid) - a.score_samples(grid)
+    assert grid[gain.argmin(), 0] == pytest.approx(2.0)
+
+
+def test_members_look_at_their_columns(tiny, X):
+    frame = pd.DataFrame(X, columns=["age", "height", "weight"])
+    a = tiny().fit(frame[["weight", "age"]])
+    b = tiny().fit(frame[["height"]])
+    expected = a.score_samples(frame[["weight", "age"]]) + b.score_samples(frame[["height"]])
+    by_name = ComposedDetector([("a", a), ("b", b)]).fit(frame)
+    np.testing.assert_allclose(by_name.score_samples(frame), expected)
+    said = ComposedDetector([("a", a), ("b", b)], columns=[["weight", "age"], [1]]).fit(frame)
+    np.testing.assert_allclose(said.score_samples(frame), expected)
+    with pytest.raises(ValueError, match="feature names"):
+        said.score_samples(frame[["weight", "age", "height"]])
+
+
+def test_the_conjunction_of_two_concepts_flags_what_neither_does(tiny):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(2000, 2))
+    pressure, heat = (tiny(contamination=0.01, max_iter=150).fit(rows[:, [j]]) for j in (0, 1))
+    both = ComposedDetector(
+        [("pressure", pressure), ("heat", heat)], columns=[[0], [1]], contamination=0.01
+    ).fit(rows)
+    odd = np.array([[2.3, 2.3], [-2.3, 2.3], [2.3, -2.3]])
+    assert (pressure.predict(odd[:, [0]]) == 1).all()
+    assert (heat.predict(odd[:, [1]]) == 1).all()
+    assert (both.predict(odd) == -1).all()
+    assert (both.predict(rows) == -1).mean() == pytest.approx(0.01, abs=0.001)
+
+
+def test_the_disjunction_accepts_what_one_of_two_accepts(tiny):
+    rng = np.random.default_rng(0)
+    day, night = rng.normal(0, 1, size=(500, 2)), rng.normal(8, 1, size=(500, 2))
+    by_day, by_night = tiny(max_iter=100).fit(day), tiny(max_iter=100).fit(night)
+    either = ComposedDetector([("day", by_day), ("night", by_night)], rule="mixture").fit(
+        np.concatenate([day, night])
+    )
+    assert (by_day.predict(night) == -1).all()
+    assert (either.predict(night) == 1).mean() > 0.9
+    assert (either.predict(day) == 1).mean() > 0.9
+    assert (either.predict([[4.0, 4.0], [0.0, 8.0]]) == -1).all()
+
+
+def test_samples_of_a_product_have_its_moments(tiny):
+    # N(-1, 1) N(2, 1/4) ~ N(1.4, 1/5)
+    composed = ComposedDetector(
+        [("a", gaussian(tiny, -1.0)), ("b", gaussian(tiny, 2.0, 0.5))], n_steps=60
+    ).fit(grid)
+    drawn = composed.sample(1000, random_state=0)
+    assert drawn.shape == (1000, 1)
+    assert drawn.mean() == pytest.approx(1.4, abs=4 * np.sqrt(0.2 / 1000))
+    assert drawn.var() == pytest.approx(0.2, rel=4 * np.sqrt(2 / 1000))
+    np.testing.assert_array_equal(drawn, composed.sample(1000, random_state=0))
+    assert not np.array_equal(drawn, composed.sample(1000))
+
+
+def test_samples_of_a_product_over_other_columns(tiny, X):
+    a, b = tiny(max_iter=60).fit(X[:, :2]), tiny(max_iter=60).fit(X[:, 2:])
+    composed = ComposedDetector([("a", a), ("b", b)], columns=[[0, 1], [2]], n_steps=50).fit(X)
+    drawn = composed.sample(300, random_state=0)
+    assert drawn.shape == (300, 3)
+    np.testing.assert_allclose(drawn.mean(axis=0), X.mean(axis=0), atol=0.5 * X.std(axis=0).max())
+    partly = ComposedDetector([("a", a)], columns=[[0, 1]]).fit(X)
+    with pytest.raises(ValueError, match=r"No member looks at columns \[2\]"):
+        partly.sample(3)
+
+
+def test_samples_of_a_mixture_are_in_proportion(pair):
+    a, b = pair
+    composed = ComposedDetector([("a", a), ("b", b)], rule="mixture", weights=[0.2, 0.8]).fit(grid)
+    drawn = composed.sample(4000, random_state=0)[:, 0]
+    cdf = lambda x: 0.2 * stats.norm(-1, 1).cdf(x) + 0.8 * stats.norm(2, 0.5).cdf(x)  # noqa: E731
+    assert stats.kstest(drawn, cdf).pvalue > 0.01
+
+
+def test_composed_detectors_compose(pair):
+    a, b = pair
+    either = ComposedDetector([("a", a), ("b", b)], rule="mixture").fit(grid)
+    nested = ComposedDetector([("either", either), ("a", a)], n_steps=20).fit(grid)
+    np.testing.assert_allclose(nested.energy(grid), either.energy(grid) + a.energy(grid))
+    assert np.isfinite(nested.sample(10, random_state=0)).all()
+
+
+def test_far_rows_stay_finite(pair):
+    a, b = pair
+    composed = ComposedDetector([("a", a), ("b", b)], weights=[1.0, -1.0]).fit(grid)
+    far = np.array([[1e30], [1e200], [1e308], [-1e308]])
+    assert np.isfinite(composed.score_samples(far)).all()
+
+
+def test_clones_are_fitted_if_asked(tiny, X):
+    members = [("a", tiny()), ("b", tiny(random_state=None))]
+    composed = ComposedDetector(members, prefit=False, random_state=0).fit(X)
+    assert not hasattr(members[0][1], "model_")
+    np.testing.assert_allclose(
+        composed.score_samples(X), sum(d.fit(X).score_samples(X) for d in (tiny(), composed.detectors_[1]))
+    )
+    again = ComposedDetector(members, prefit=False, random_state=0).fit(X)
+    np.testing.assert_array_equal(again.score_samples(X), composed.score_samples(X))
+    assert set(np.unique(cross_val_predict(composed, X, cv=2))) <= {-1, 1}
+
+
+def test_frozen_members_stay_fitted_through_clone(tiny, fitted, X):
+    composed = ComposedDetector([("kept", FrozenEstimator(fitted)), ("new", tiny())], prefit=False).fit(X)
+    assert composed.detectors_[0] is fitted
+    frozen = ComposedDetector([("kept", FrozenEstimator(fitted))])
+    np.testing.assert_array_equal(clone(frozen).fit(X).energy(X), fitted.energy(X))
+
+
+def test_parameters_of_members_are_nested(tiny, X):
+    composed = ComposedDetector([("a", tiny()), ("b", tiny())], prefit=False)
+    composed.set_params(a__max_iter=3, b=tiny(max_iter=4)).fit(X)
+    assert [member.n_iter_ for member in composed.detectors_] == [3, 4]
+    assert composed.get_params()["a__max_iter"] == 3
+
+
+def test_a_pickle_scores_the_same(fitted, X):
+    composed = ComposedDetector([("a", fitted)]).fit(X)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(composed)).predict(X), composed.predict(X))
+
+
+def test_bad_compositions_are_refused(tiny, fitted, X):
+    def fit(*members, **parameters):
+        return ComposedDetector([(f"m{k}", m) for k, m in enumerate(members)], **parameters).fit(X)
+
+    with pytest.raises(ValueError, match="detectors is empty"):
+        fit()
+    with pytest.raises(NotFittedError, match=r"Member 'm1' .* set prefit=False"):
+        fit(fitted, tiny())
+    with pytest.raises(ValueError, match="Member 'm0' is a IsolationForest, which has no energy"):
+        fit(IsolationForest().fit(X))
+    with pytest.raises(ValueError, match="weights must be 2 finite numbers"):
+        fit(fitted, fitted, weights=[1.0])
+    with pytest.raises(ValueError, match="all zero"):
+        fit(fitted, weights=[0.0])
+    with pytest.raises(ValueError, match="weights of a mixture must be positive"):
+        fit(fitted, fitted, rule="mixture", weights=[1.0, -1.0])
+    with pytest.raises(ValueError, match="one entry for each of the 1 detectors, got 2"):
+        fit(fitted, columns=[[0], [1]])
+    with pytest.raises(ValueError, match="'m0' was fitted on 3 columns and is given 2"):
+        fit(fitted, columns=[[0, 1]])
+    with pytest.raises(ValueError, match="hold 7; names or positions from 0 to 2"):
+        fit(fitted, columns=[[0, 1, 7]])
+    with pytest.raises(ValueError, match="name 'age', which X lacks"):
+        fit(fitted, columns=[["age", 1, 2]])
+    narrow = tiny().fit(X[:, :2])
+    with pytest.raises(ValueError, match="same columns"):
+        fit(narrow, narrow, rule="mixture", columns=[[0, 1], [1, 2]])
+    with pytest.raises(NotFittedError):
+        ComposedDetector([("a", fitted)]).score_samples(X)
+    with pytest.raises(ValueError, match="n_samples"):
+        fit(fitted).sample(0)
