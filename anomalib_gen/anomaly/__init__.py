@@ -3,9 +3,16 @@
 from collections.abc import Mapping
 
 from anomalib_gen._component import Component
+from anomalib_gen.anomaly.energy import Energy
 from anomalib_gen.anomaly.likelihood import Likelihood
+from anomalib_gen.anomaly.score_norm import ScoreNorm
 from anomalib_gen.anomaly.typicality import Typicality
 
-ANOMALIES: Mapping[str, type[Component]] = {"likelihood": Likelihood, "typicality": Typicality}
+ANOMALIES: Mapping[str, type[Component]] = {
+    "energy": Energy,
+    "likelihood": Likelihood,
+    "score-norm": ScoreNorm,
+    "typicality": Typicality,
+}
 
-__all__ = ["ANOMALIES", "Likelihood", "Typicality"]
+__all__ = ["ANOMALIES", "Energy", "Likelihood", "ScoreNorm", "Typicality"]

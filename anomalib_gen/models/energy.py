@@ -52,8 +52,7 @@ class TailedNormal(nn.Module):
         super().__init__()
         self.register_buffer("spread", spread)
 
-    @property
-    def log_z(self) -> float:
+    def log_partition(self) -> float:
         """Exact log-normaliser of `energy`: D/2 log 2 pi."""
         return 0.5 * len(self.spread) * math.log(2 * math.pi)
 

@@ -3,8 +3,24 @@
 from collections.abc import Mapping
 
 from anomalib_gen._component import Component
+from anomalib_gen.objectives.denoising_score_matching import DenoisingScoreMatching
+from anomalib_gen.objectives.gradient_penalty import GradientPenalty
 from anomalib_gen.objectives.likelihood import MaximumLikelihood
+from anomalib_gen.objectives.score_matching import ScoreMatching
+from anomalib_gen.objectives.sliced_score_matching import SlicedScoreMatching
 
-OBJECTIVES: Mapping[str, type[Component]] = {"likelihood": MaximumLikelihood}
+OBJECTIVES: Mapping[str, type[Component]] = {
+    "denoising-score-matching": DenoisingScoreMatching,
+    "likelihood": MaximumLikelihood,
+    "score-matching": ScoreMatching,
+    "sliced-score-matching": SlicedScoreMatching,
+}
 
-__all__ = ["OBJECTIVES", "MaximumLikelihood"]
+__all__ = [
+    "OBJECTIVES",
+    "DenoisingScoreMatching",
+    "GradientPenalty",
+    "MaximumLikelihood",
+    "ScoreMatching",
+    "SlicedScoreMatching",
+]
