@@ -1,0 +1,89 @@
+r"""How much chains are worth: effective sample size and convergence.
+
+N correlated draws with autocorrelations rho_t estimate a mean as well as N / tau independent ones, where
+
+    tau = 1 + 2 sum_{t >= 1} rho_t.                                                  (1)
+
+The sum of the estimates never settles. For a reversible chain the sums of neighbours P_k = rho_2k + rho_2k+1 are
+positive and fall, so the estimated ones are cut at the first that is not positive and kept from rising: Geyer's
+initial monotone sequence (1992, doi:10.1214/ss/1177011137, section 3.3), tau = -1 + 2 sum_k P_k. With M chains of N
+draws, rho_t compares the autocovariance within chains to the variance over all of them (Gelman et al. 2013, BDA3,
+equation 11.7; Vehtari et al. 2021, arXiv:1903.08008, equation 10), so chains that disagree are worth little:
+
+    W = mean of the variances within chains,  B / N = variance of the chains' means,
+    V = (N - 1) / N W + B / N,
+    rho_t = 1 - (W - mean over chains of their autocovariance at t) / V.             (2)
+
+Split R-hat is sqrt(V / W) after each chain was cut into halves (BDA3, equation 11.4): 1 when chains have converged.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+@torch.no_grad()
+def effective_sample_size(samples: torch.Tensor) -> torch.Tensor:
+    """Independent draws that chains are worth for each mean (equations 1 and 2).
+
+    Parameters
+    ----------
+    samples : Tensor
+        ``(N, B, *E)``: N draws of each of B chains, N at least 4.
+
+    Returns
+    -------
+    Tensor
+        ``(*E)``. At most N B log10(N B), since antithetic chains beat independent draws without limit; NaN where
+        samples are constant or not finite.
+    """
+    n, m = _check(samples)
+    chains = samples.double() if samples.device.type != "mps" else samples
+    centred = chains - chains.mean(0)
+    # The correlation theorem; zeros as many as draws keep the circle from closing.
+    spectrum = torch.fft.rfft(centred, n=2 * n, dim=0)
+    covariance = torch.fft.irfft(spectrum.abs().square(), n=2 * n, dim=0)[:n] / n
+    within, total = _variances(chains)
+    # (2) wants the unbiased variance W and autocovariances with the same factor.
+    rho = 1 - (within - covariance.mean(1) * n / (n - 1)) / total
+    rho[0] = 1.0
+    pairs = rho[: n - n % 2].reshape(n // 2, 2, *rho.shape[1:]).sum(1)
+    positive = (pairs > 0).cumprod(0)
+    monotone = torch.cummin(pairs, dim=0).values * positive
+    tau = (2 * monotone.sum(0) - 1).clamp(min=1 / torch.log10(torch.tensor(float(max(10, n * m)))))
+    valid = (total > 0) & total.isfinite()
+    return torch.where(valid, n * m / tau, torch.nan).to(samples.dtype)
+
+
+@torch.no_grad()
+def split_rhat(samples: torch.Tensor) -> torch.Tensor:
+    """Potential scale reduction of split chains; above about 1.01 they have not converged.
+
+    Parameters
+    ----------
+    samples : Tensor
+        ``(N, B, *E)``: N draws of each of B chains, N at least 4. Of an odd number the middle draw is left out.
+
+    Returns
+    -------
+    Tensor
+        ``(*E)``; NaN where samples are constant or not finite.
+    """
+    n, _ = _check(samples)
+    halves = torch.cat([samples[: n // 2], samples[n - n // 2 :]], dim=1)
+    within, total = _variances(halves)
+    return torch.where((within > 0) & total.isfinite(), (total / within).sqrt(), torch.nan)
+
+
+def _variances(chains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """W and V of equation 2, each ``(*E)``."""
+    n, m = chains.shape[:2]
+    within = chains.var(0).mean(0)
+    between = chains.mean(0).var(0) if m > 1 else torch.zeros_like(within)
+    return within, (n - 1) / n * within + between
+
+
+def _check(samples: torch.Tensor) -> tuple[int, int]:
+    if samples.ndim < 2 or samples.shape[0] < 4 or samples.shape[1] < 1:
+        raise ValueError(f"samples must be (N, B, *E) with N >= 4 and B >= 1, got {tuple(samples.shape)}.")
+    return samples.shape[0], samples.shape[1]
