@@ -1,5 +1,6 @@
 """Detectors: one file a family."""
 
+from anomalib_gen.detectors.energy import EnergyDetector
 from anomalib_gen.detectors.flow import FlowDetector
 
-__all__ = ["FlowDetector"]
+__all__ = ["EnergyDetector", "FlowDetector"]

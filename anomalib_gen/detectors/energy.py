@@ -17,13 +17,13 @@ chains; `normalize` estimates log Z by annealed importance sampling, after which
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
@@ -31,11 +31,12 @@ from torch import nn
 
 from anomalib_gen import _runtime
 from anomalib_gen._base import GenerativeDetector
-from anomalib_gen._component import Component, resolve_component
+from anomalib_gen._component import Component
 from anomalib_gen.anomaly import Energy, ScoreNorm
 from anomalib_gen.models.energy import EnergyModel
 from anomalib_gen.networks import MLP, ResidualMLP
 from anomalib_gen.objectives import OBJECTIVES
+from anomalib_gen.samplers import annealed_importance_sampling
 
 DEFAULT_OBJECTIVE = "denoising-score-matching"
 NETWORKS = ("mlp", "residual")
@@ -56,6 +57,8 @@ class EnergyDetector(GenerativeDetector):
         Hidden layers of the "mlp", or residual blocks (of two layers each).
     spectral_norm : float or None, default=None
         Bound on the spectral norm of every weight matrix, which bounds how steep f can be; None for no bound.
+    n_heads : int, default=4
+        Outputs of the network for the objectives that learn several density ratios ("telescoping"); others have one.
     objective : str or component, default="denoising-score-matching"
         How the energy is fitted.
 
@@ -171,6 +174,7 @@ class EnergyDetector(GenerativeDetector):
         "hidden_features": [Interval(Integral, 1, None, closed="left")],
         "n_layers": [Interval(Integral, 0, None, closed="left")],
         "spectral_norm": [Interval(Real, 0, None, closed="neither"), None],
+        "n_heads": [Interval(Integral, 1, None, closed="left")],
         "objective": [str, Component, None],
         "noise": [Interval(Real, 0, None, closed="left")],
         "max_noise": [Interval(Real, 0, None, closed="neither"), None],
@@ -183,6 +187,7 @@ class EnergyDetector(GenerativeDetector):
         hidden_features: int = 128,
         n_layers: int = 2,
         spectral_norm: float | None = None,
+        n_heads: int = 4,
         objective: Any = DEFAULT_OBJECTIVE,
         anomaly: Any = "energy",
         noise: float = 0.1,
@@ -205,6 +210,7 @@ class EnergyDetector(GenerativeDetector):
         self.hidden_features = hidden_features
         self.n_layers = n_layers
         self.spectral_norm = spectral_norm
+        self.n_heads = n_heads
         self.objective = objective
         self.anomaly = anomaly
         self.noise = noise
@@ -222,3 +228,129 @@ class EnergyDetector(GenerativeDetector):
         self.random_state = random_state
         self.device = device
         self.verbose = verbose
+
+    def energy(self, X: Any) -> npt.NDArray[np.float64]:
+        """Energy of rows, whatever the detector's anomaly.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            Minus the log-density up to a constant, in nats, in the units of X.
+        """
+        check_is_fitted(self)
+        return self._apply(Energy(), self._validate(X, reset=False))
+
+    def normalize(self, *, n_chains: int = 256, n_levels: int = 200, random_state: Any = None) -> Self:
+        """Estimate log Z by annealed importance sampling, so that `log_prob` has its constant.
+
+        Parameters
+        ----------
+        n_chains : int, default=256
+            Independent weighted Markov chains.
+        n_levels : int, default=200
+            Densities between the standard normal where they start and the model.
+        random_state : int, RandomState instance or None, default=None
+            None draws afresh at each call.
+
+        Returns
+        -------
+        self
+            With `log_normalizer_` and its 95 % interval `log_normalizer_interval_`. The next `fit` removes both.
+
+        Notes
+        -----
+        The units of the columns do not change log Z: what they add to every energy cancels in the integral over X.
+        A warning says when too few chains carry the weight; the estimate is then likely too low.
+        """
+        check_is_fitted(self)
+        device = self._scoring_device()
+        model: Any = self._model_on(device)
+        seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
+        result = annealed_importance_sampling(
+            model.energy,
+            base=model.reference(),
+            n_chains=n_chains,
+            n_levels=n_levels,
+            generator=_runtime.make_generator(seed, device),
+        )
+        self.log_normalizer_, self.log_normalizer_interval_ = result.log_z, result.interval
+        return self
+
+    def log_prob(self, X: Any) -> npt.NDArray[np.float64]:
+        """Log-density of rows, -E(x) - log Z, with the log Z that `normalize` found.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            In nats, in the units of X.
+
+        Raises
+        ------
+        NotFittedError
+            If `normalize` was not called since the last `fit`; also where an objective learns a constant by itself.
+        """
+        check_is_fitted(self)
+        if not hasattr(self, "log_normalizer_"):
+            raise NotFittedError("The energy has no constant yet: call normalize() before log_prob().")
+        return -self.energy(X) - self.log_normalizer_
+
+    def _fit(self, X: Any, sample_weight: Any, *, continued: bool, one_pass: bool) -> Self:
+        super()._fit(X, sample_weight, continued=continued, one_pass=one_pass)
+        # The constant of earlier weights.
+        for name in ("log_normalizer_", "log_normalizer_interval_"):
+            vars(self).pop(name, None)
+        return self
+
+    def _resolve_objective(self) -> Component:
+        objective = super()._resolve_objective()
+        if isinstance(self.objective, str):
+            # A name is shorthand for that objective at this detector's noise.
+            objective.set_params(data_noise=self.noise)
+        return objective
+
+    def _default_objective(self) -> Component:
+        component: Component = self._objectives[DEFAULT_OBJECTIVE](data_noise=self.noise)
+        return component
+
+    def _default_anomaly(self) -> Component:
+        return Energy()
+
+    def _make_model(self, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]) -> nn.Module:
+        (features,) = event_shape
+        objective = self._resolve_objective()
+        levels = None
+        if self.max_noise is not None and getattr(objective, "uses_noise_levels", False):
+            if not 0 < self.noise < self.max_noise:
+                raise ValueError(
+                    f"noise={self.noise!r} must be positive and below max_noise={self.max_noise!r}. "
+                    "For a single noise level, or none, set max_noise=None."
+                )
+            levels = (float(self.noise), float(self.max_noise))
+        n_heads = self.n_heads if getattr(objective, "uses_heads", False) else 1
+        context_features = 0 if levels is None else 1
+        if callable(self.network):
+            network = self.network(features, n_heads, context_features)
+        else:
+            sizes: dict[str, Any] = {
+                "hidden_features": self.hidden_features,
+                "context_features": context_features,
+                "spectral_norm": self.spectral_norm,
+            }
+            if self.network == "mlp":
+                network = MLP(features, n_heads, n_layers=self.n_layers, **sizes)
+            else:
+                network = ResidualMLP(features, n_heads, n_blocks=self.n_layers, **sizes)
+        return EnergyModel(
+            network, features, noise_levels=levels, grain=torch.from_numpy(grain), n_heads=n_heads
+        )
+
+    def _auto_max_iter(self, steps_per_pass: int) -> int:
+        return min(max(min(300 * steps_per_pass, 2000), 2 * steps_per_pass, 300), 5000)

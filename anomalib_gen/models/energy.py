@@ -32,9 +32,17 @@ import torch
 from torch import nn
 
 from anomalib_gen.networks import compress_tails, expand_tails
+from anomalib_gen.samplers import annealed_importance_sampling, annealed_langevin, mala
 
 NETWORK_BOUND = 12.0
 """Networks see their inputs clipped to this box in compressed units: 1,100 standard deviations."""
+
+LEVEL_RATIO = 1.3
+"""Ratio of the neighbouring noise levels through which `EnergyModel.sample` anneals."""
+STEPS_PER_LEVEL, LAST_STEPS = 20, 50
+"""Langevin steps at each of them, and Metropolis-adjusted ones at the end."""
+SAMPLE_LEVELS, MIN_CHAINS = 50, 64
+"""Temperatures, and chains at least, through which a model without noise levels is sampled."""
 
 
 class TailedNormal(nn.Module):
@@ -67,6 +75,10 @@ class TailedNormal(nn.Module):
         scale = self.scale(noise)
         y, log_det = compress_tails(x / scale)
         return 0.5 * y.square().sum(1) - log_det + scale.log().sum(-1)
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        """Log-density ``(B,)`` of rows ``(B, D)``."""
+        return -self.energy(x) - self.log_partition()
 
     def sample(self, n: int, generator: torch.Generator, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Draw ``(n, D)`` rows exactly."""
@@ -196,6 +208,48 @@ class EnergyModel(nn.Module):
         `x` requires a gradient, to `x`. Without (under ``torch.no_grad``) it is computed all the same.
         """
         return energy_score(lambda x: self.energy(x, noise), x)
+
+    def reference(self) -> TailedNormal:
+        """A normalised density like that of standardised rows with the noise of `energy`: where chains start."""
+        if self.noise_levels is None:
+            return TailedNormal(self.spread)
+        return TailedNormal((self.spread.square() + self.noise_levels[0] ** 2).sqrt())
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw ``(n, D)`` rows by Markov chains, from the density at the smallest noise level.
+
+        A model that is conditional on noise anneals from its largest level to its smallest by Langevin dynamics. Any
+        other is reached from `reference` by annealed importance sampling, whose chains are then drawn by their
+        weights. Metropolis-adjusted steps at the end mend what either has left.
+        """
+        if self.noise_levels is None:
+            result = annealed_importance_sampling(
+                self.energy,
+                base=self.reference(),
+                n_chains=max(n, MIN_CHAINS),
+                n_levels=SAMPLE_LEVELS,
+                generator=generator,
+            )
+            weights = (result.log_weights - result.log_weights.max()).exp()
+            chosen = torch.multinomial(weights, n, replacement=True, generator=generator)
+            x, step_size = result.x[chosen], 0.01
+        else:
+            low, high = self.noise_levels
+            n_levels = 1 + math.ceil(math.log(high / low) / math.log(LEVEL_RATIO))
+            sigmas = [high * (low / high) ** (k / max(1, n_levels - 1)) for k in range(n_levels)]
+            start = TailedNormal(self.spread).sample(n, generator, self.log_z.new_full((n,), high))
+            x, _ = annealed_langevin(
+                self.score,
+                start,
+                sigmas,
+                n_steps_per_level=STEPS_PER_LEVEL,
+                denoise=False,
+                generator=generator,
+            )
+            step_size = 0.1 * low**2
+        x, _ = mala(self.energy, x, LAST_STEPS, step_size=step_size, n_warmup=LAST_STEPS, generator=generator)
+        return x
 
 
 def energy_score(energy: Any, x: torch.Tensor) -> torch.Tensor:

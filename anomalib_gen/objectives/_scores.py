@@ -23,12 +23,12 @@ def draw_levels(model: Any, x: torch.Tensor, generator: torch.Generator) -> torc
 
 
 def noised_rows(
-    model: Any, x: torch.Tensor, noise: float, generator: torch.Generator
+    model: Any, x: torch.Tensor, data_noise: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows with noise, and the level of each where the model is conditional on it (else the noise is `noise`)."""
+    """Rows with noise, and the level of each where the model is conditional on it (else the noise is `data_noise`)."""
     levels = draw_levels(model, x, generator)
     if levels is None:
-        return smooth(model, x, noise, generator), None
+        return smooth(model, x, data_noise, generator), None
     x = smooth(model, x, 0.0, generator)
     return x + expand_as_rows(levels, x) * normal_like(x, generator), levels
 

@@ -35,7 +35,7 @@ class DenoisingScoreMatching(Component):
 
     Parameters
     ----------
-    noise : float, default=0.1
+    data_noise : float, default=0.1
         Standard deviation of the noise for a model that is not conditional on it, in standard deviations of the
         training data. A model with a `grain` has it added in quadrature.
 
@@ -51,8 +51,8 @@ class DenoisingScoreMatching(Component):
     uses_noise_levels = True
     """It trains a model that is conditional on noise at all of its levels."""
 
-    def __init__(self, *, noise: float = 0.1) -> None:
-        self.noise = noise
+    def __init__(self, *, data_noise: float = 0.1) -> None:
+        self.data_noise = data_noise
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""
@@ -78,7 +78,7 @@ class DenoisingScoreMatching(Component):
         """Rows to be noised, the level of each, and the noise's width."""
         levels = draw_levels(model, x, generator)
         if levels is None:
-            return x, None, noise_width(model, x, self.noise)
+            return x, None, noise_width(model, x, self.data_noise)
         # What the model is conditional on is the level; the grain is part of the data.
         x = smooth(model, x, 0.0, generator)
         return x, levels, expand_as_rows(levels, x)

@@ -32,7 +32,7 @@ class ScoreMatching(Component):
 
     Parameters
     ----------
-    noise : float, default=0.1
+    data_noise : float, default=0.1
         Standard deviation of the noise for a model that is not conditional on it, in standard deviations of the
         training data. A model with a `grain` first gets noise of that width on each column.
     trace : {"auto", "exact", "hutchinson"}, default="auto"
@@ -51,16 +51,16 @@ class ScoreMatching(Component):
     """It trains a model that is conditional on noise at all of its levels."""
 
     def __init__(
-        self, *, noise: float = 0.1, trace: str = "auto", n_probes: int = 1, probe: str = "rademacher"
+        self, *, data_noise: float = 0.1, trace: str = "auto", n_probes: int = 1, probe: str = "rademacher"
     ) -> None:
-        self.noise = noise
+        self.data_noise = data_noise
         self.trace = trace
         self.n_probes = n_probes
         self.probe = probe
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""
-        x, levels = noised_rows(model, x, self.noise, generator)
+        x, levels = noised_rows(model, x, self.data_noise, generator)
         directions, factor = self._directions(x, generator)
         score, curvatures = score_and_curvatures(model, x, levels, directions)
         loss = 0.5 * score.square().flatten(1).sum(1) + factor * curvatures.sum(0)
@@ -72,9 +72,9 @@ class ScoreMatching(Component):
         Its minimum is the same, the score of the smoothed density, and it varies far less. Without noise it says
         nothing, and the loss itself judges.
         """
-        if self.noise == 0 and getattr(model, "noise_levels", None) is None:
+        if self.data_noise == 0 and getattr(model, "noise_levels", None) is None:
             return self(model, x, generator)
-        return DenoisingScoreMatching(noise=self.noise).validate(model, x, generator)
+        return DenoisingScoreMatching(data_noise=self.data_noise).validate(model, x, generator)
 
     def _directions(self, x: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, float]:
         """Directions whose curvatures, summed and multiplied by the factor, are the trace or its estimate."""

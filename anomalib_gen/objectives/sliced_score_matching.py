@@ -27,7 +27,7 @@ class SlicedScoreMatching(Component):
 
     Parameters
     ----------
-    noise : float, default=0.1
+    data_noise : float, default=0.1
         Standard deviation of the noise for a model that is not conditional on it, in standard deviations of the
         training data. A model with a `grain` first gets noise of that width on each column.
     n_slices : int, default=1
@@ -49,19 +49,19 @@ class SlicedScoreMatching(Component):
     def __init__(
         self,
         *,
-        noise: float = 0.1,
+        data_noise: float = 0.1,
         n_slices: int = 1,
         probe: str = "rademacher",
         variance_reduced: bool = True,
     ) -> None:
-        self.noise = noise
+        self.data_noise = data_noise
         self.n_slices = n_slices
         self.probe = probe
         self.variance_reduced = variance_reduced
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""
-        x, levels = noised_rows(model, x, self.noise, generator)
+        x, levels = noised_rows(model, x, self.data_noise, generator)
         directions = random_directions(x, self.n_slices, self.probe, generator)
         score, curvatures = score_and_curvatures(model, x, levels, directions)
         if self.variance_reduced:
@@ -76,6 +76,6 @@ class SlicedScoreMatching(Component):
         Its minimum is the same, the score of the smoothed density, and it varies far less. Without noise it says
         nothing, and the loss itself judges.
         """
-        if self.noise == 0 and getattr(model, "noise_levels", None) is None:
+        if self.data_noise == 0 and getattr(model, "noise_levels", None) is None:
             return self(model, x, generator)
-        return DenoisingScoreMatching(noise=self.noise).validate(model, x, generator)
+        return DenoisingScoreMatching(data_noise=self.data_noise).validate(model, x, generator)
