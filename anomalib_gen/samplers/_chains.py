@@ -199,6 +199,11 @@ def normal_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
+def square_norm(x: torch.Tensor) -> torch.Tensor:
+    """Squared Euclidean norm of each row ``(B, *E)``, ``(B,)``."""
+    return x.flatten(1).square().sum(1)
+
+
 class DualAveraging:
     """Step size adaptation (equations 2 and 3), with the constants of Hoffman & Gelman (2014), section 3.2.1."""
 
