@@ -2,13 +2,19 @@
 
 from anomalib_gen.models.energy import EnergyModel, TailedNormal, energy_score
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, FlowTransform, make_flow_transform
+from anomalib_gen.models.noise import NOISES, GaussianNoise, MarginalNoise, NoiseBase, fit_noise
 
 __all__ = [
     "FLOW_TRANSFORMS",
+    "NOISES",
     "EnergyModel",
     "FlowModel",
     "FlowTransform",
+    "GaussianNoise",
+    "MarginalNoise",
+    "NoiseBase",
     "TailedNormal",
     "energy_score",
+    "fit_noise",
     "make_flow_transform",
 ]

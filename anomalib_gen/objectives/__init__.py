@@ -3,8 +3,25 @@
 from collections.abc import Mapping
 
 from anomalib_gen._component import Component
+from anomalib_gen.objectives.contrastive_divergence import ContrastiveDivergence
 from anomalib_gen.objectives.likelihood import MaximumLikelihood
+from anomalib_gen.objectives.noise_contrastive import NoiseContrastive
+from anomalib_gen.objectives.persistent_contrastive_divergence import PersistentContrastiveDivergence
+from anomalib_gen.objectives.telescoping import Telescoping
 
-OBJECTIVES: Mapping[str, type[Component]] = {"likelihood": MaximumLikelihood}
+OBJECTIVES: Mapping[str, type[Component]] = {
+    "contrastive-divergence": ContrastiveDivergence,
+    "likelihood": MaximumLikelihood,
+    "noise-contrastive": NoiseContrastive,
+    "persistent-contrastive-divergence": PersistentContrastiveDivergence,
+    "telescoping": Telescoping,
+}
 
-__all__ = ["OBJECTIVES", "MaximumLikelihood"]
+__all__ = [
+    "OBJECTIVES",
+    "ContrastiveDivergence",
+    "MaximumLikelihood",
+    "NoiseContrastive",
+    "PersistentContrastiveDivergence",
+    "Telescoping",
+]
