@@ -9,9 +9,11 @@ from anomalib_gen.models.closed_form import (
 )
 from anomalib_gen.models.energy import EnergyModel, TailedNormal, energy_score
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, FlowTransform, make_flow_transform
+from anomalib_gen.models.noise import NOISES, GaussianNoise, MarginalNoise, NoiseBase, fit_noise
 
 __all__ = [
     "FLOW_TRANSFORMS",
+    "NOISES",
     "BinaryRBM",
     "EnergyModel",
     "FlowModel",
@@ -19,8 +21,12 @@ __all__ = [
     "GaussianBernoulliRBM",
     "GaussianEnergy",
     "GaussianMixtureEnergy",
+    "GaussianNoise",
+    "MarginalNoise",
+    "NoiseBase",
     "QuadraticEnergy",
     "TailedNormal",
     "energy_score",
+    "fit_noise",
     "make_flow_transform",
 ]
