@@ -64,6 +64,11 @@ class EnergyDetector(GenerativeDetector):
 
         - ``"denoising-score-matching"``: at all noise levels from `noise` to `max_noise`; cheap, and needs no chains.
         - ``"score-matching"``, ``"sliced-score-matching"``: the same goal by second derivatives.
+        - ``"contrastive-divergence"``, ``"persistent-contrastive-divergence"``: approximate maximum likelihood, with
+          Markov chains from the rows or kept from step to step.
+        - ``"noise-contrastive"``, ``"telescoping"``: telling rows from noise, at once or over `n_heads` steps.
+
+        A name takes its noise on the rows from `noise`; an object brings its own.
     anomaly : {"energy", "score-norm"} or component, default="energy"
         The number per row; `score_samples` is minus that.
     noise : float, default=0.1
@@ -162,7 +167,7 @@ class EnergyDetector(GenerativeDetector):
     >>> detector = EnergyDetector(max_iter=100, random_state=0).fit(X)
     >>> detector.predict([[0.0, 0.0], [2.0, -2.0]])
     array([ 1, -1])
-    >>> detector.normalize(random_state=0).log_prob([[0.0, 0.0]]).shape
+    >>> detector.normalize(n_chains=64, n_levels=20, random_state=0).log_prob([[0.0, 0.0]]).shape
     (1,)
     """
 

@@ -45,7 +45,8 @@ class SpectralLinear(nn.Linear):
             # Not through the buffer, which the next call overwrites before this graph is walked back.
             sigma = u @ self.weight @ v
         else:
-            sigma = torch.linalg.matrix_norm(self.weight, 2)
+            # Detached, or its last bits would depend on whether gradients are recorded.
+            sigma = torch.linalg.matrix_norm(self.weight.detach(), 2)
         return F.linear(x, self.weight / (sigma / self.bound).clamp(min=1), self.bias)
 
 

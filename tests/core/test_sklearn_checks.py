@@ -1,8 +1,15 @@
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from anomalib_gen import FlowDetector
+from anomalib_gen import EnergyDetector, FlowDetector
 
-DETECTORS = [FlowDetector(max_iter=10, hidden_features=16, random_state=0, device="cpu")]
+SMALL = {"max_iter": 10, "hidden_features": 16, "random_state": 0, "device": "cpu"}
+DETECTORS = [
+    FlowDetector(**SMALL),
+    EnergyDetector(**SMALL),
+    EnergyDetector(objective="sliced-score-matching", anomaly="score-norm", network="mlp", **SMALL),
+    EnergyDetector(objective="contrastive-divergence", spectral_norm=2.0, **SMALL),
+    EnergyDetector(objective="noise-contrastive", **SMALL),
+]
 
 # Training draws batches and noise, so a row of weight two is not the same as two rows of weight one;
 # scikit-learn excuses its own isolation forest for the same reason.
