@@ -311,7 +311,8 @@ class EnergyDetector(GenerativeDetector):
         super()._fit(X, sample_weight, continued=continued, one_pass=one_pass)
         # The constant of earlier weights.
         for name in ("log_normalizer_", "log_normalizer_interval_"):
-            vars(self).pop(name, None)
+            if hasattr(self, name):
+                delattr(self, name)
         return self
 
     def _resolve_objective(self) -> Component:
