@@ -103,7 +103,7 @@ def energy_and_score(
         energies = energy(x, *args)
         # Differentiating with respect to x alone leaves the parameters' .grad untouched.
         (gradient,) = torch.autograd.grad(energies.sum(), x, create_graph=create_graph)
-    return (energies, -gradient) if create_graph else (energies.detach(), -gradient)
+        return (energies, -gradient) if create_graph else (energies.detach(), -gradient)
 
 
 def score_of(

@@ -222,7 +222,7 @@ def annealed_importance_sampling(
     def make_kernel(scale: torch.Tensor, step_size: float) -> Kernel:
         if transition == "mala":
             return mala_kernel(scale=scale, generator=generator)
-        return hmc_kernel(n_leapfrog=n_leapfrog(step_size), scale=scale, jitter=0.2, generator=generator)
+        return hmc_kernel(n_leapfrog=n_leapfrog(step_size), scale=scale, jitter=0.5, generator=generator)
 
     with torch.no_grad():
         if betas is None:
