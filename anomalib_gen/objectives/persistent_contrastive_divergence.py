@@ -9,6 +9,9 @@ As the weights move little at a time the chains stay near the model's density an
 is nearly that of the likelihood. The chains live in a buffer larger than a batch (Du and Mordatch 2019,
 arXiv:1903.08689, section 3.2); each step picks some at random, runs them k steps and puts them back. A small share
 starts anew from noise, so that no mode keeps a chain for ever, and a part that has gone astray is replaced in time.
+The first steps of a new chain are still noise, and teach the model to avoid it more than the data do: the 5 % of Du and
+Mordatch go with 60 long steps, and with 10 short ones the energy comes out too steep. Hence 1 %.
+
 The noise is the product of the data's marginals: values of each column, from independent rows. It is as wide as the
 data in every column, and discrete where they are.
 """
@@ -41,10 +44,11 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
         Weight of the squared energies.
     transition : {"auto", "langevin", "mala", "gibbs"} or callable, default="auto"
         The chain, as for `ContrastiveDivergence`.
-    buffer_size : int, default=10000
-        Chains kept; a batch must not be larger.
-    p_restart : float, default=0.05
-        Probability that a chain starts anew from noise when it is picked.
+    buffer_size : int, default=1024
+        Chains kept; a batch must not be larger. Of too many, each moves too seldom to follow the model.
+    p_restart : float, default=0.01
+        Probability that a chain starts anew from noise when it is picked. A chain lives for ``n_steps / p_restart``
+        steps on average; times the step size, that must be several squared widths of the data.
 
     References
     ----------
@@ -61,8 +65,8 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
         data_noise: float = 0.1,
         alpha: float = 1e-3,
         transition: str | Transition = "auto",
-        buffer_size: int = 10_000,
-        p_restart: float = 0.05,
+        buffer_size: int = 1024,
+        p_restart: float = 0.01,
     ) -> None:
         super().__init__(
             n_steps=n_steps,

@@ -56,6 +56,9 @@ class Telescoping(Component):
     Rhodes, B., Xu, K., Gutmann, M. U. (2020). Telescoping density-ratio estimation. NeurIPS. arXiv:2006.12204.
     """
 
+    uses_heads = True
+    """Asks for a model with several heads."""
+
     def __init__(self, *, noise: Any = "gaussian", data_noise: float = 0.1, power: float = 2.0) -> None:
         self.noise = noise
         self.data_noise = data_noise
