@@ -37,7 +37,7 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
     n_steps : int, default=10
         Steps of a chain each time it is picked.
     step_size : float or None, default=None
-        h of Langevin's step; None takes ``data_noise**2 / 2``.
+        h of Langevin's step; None takes ``data_noise**2 / 4``.
     data_noise : float, default=0.1
         Deviation of the noise on the data, in standard deviations of the training data.
     alpha : float, default=0.001

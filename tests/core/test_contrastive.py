@@ -200,6 +200,34 @@ def test_recovers_a_gaussian(make, transition):
     torch.testing.assert_close(torch.linalg.inv(model.precision).detach(), smoothed, rtol=0, atol=0.08)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.45])
+def test_steepness_of_a_column_without_width(share):
+    """P (1 - h P / 2) = 1 / sigma^2 has a solution up to h = sigma^2 / 2, and the default is half of that."""
+    sigma = 0.1
+    steepness = (1 - math.sqrt(1 - 2 * share)) / share
+    x = torch.zeros(50_000, 1, dtype=torch.float64)
+    model = Gaussian(torch.zeros(1, dtype=torch.float64), torch.full((1, 1), sigma**2 / steepness).double())
+    objective = ContrastiveDivergence(
+        n_steps=3, data_noise=sigma, alpha=0.0, step_size=None if share == 0.25 else share * sigma**2
+    )
+
+    def pull(factor):
+        """Gradient by the root, in units of sigma."""
+        root = model.root.detach().clone()
+        with torch.no_grad():
+            model.root.mul_(factor)
+        loss = objective(model, x, make_generator(0, CPU)).mean()
+        (gradient,) = torch.autograd.grad(loss, model.root)
+        with torch.no_grad():
+            model.root.copy_(root)
+        return gradient.item() / sigma
+
+    # Steeper than that is pushed back, flatter is pushed on, and in between there is rest.
+    assert pull(1.05) > 0.005
+    assert pull(0.95) < -0.005
+    assert abs(pull(1.0)) < 0.02
+
+
 def test_alpha_flattens_by_the_stated_power():
     """E (1 + 4 alpha) = -log p + const, where the constant is free."""
 

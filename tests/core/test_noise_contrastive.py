@@ -9,6 +9,7 @@ from scipy import stats
 from sklearn.base import clone
 from torch import nn
 
+from anomalib_gen import EnergyDetector
 from anomalib_gen._runtime import make_generator
 from anomalib_gen.models import EnergyModel, FlowModel, GaussianNoise, MarginalNoise, NoiseBase, fit_noise
 from anomalib_gen.models.noise import NOISES, fit_flow_noise
@@ -110,6 +111,15 @@ def grid(low, high, n, features):
 # Noise distributions ----------------------------------------------------------------------------------------
 
 
+def line(name):
+    """Fine where a density costs little; a flow is smooth."""
+    return grid(-60, 60, 6001 if name == "flow" else 48_001, 1)
+
+
+def plane(name):
+    return grid(-14, 30, 441 if name == "flow" else 1101, 2)
+
+
 @functools.cache
 def fitted(name, features):
     """A flow takes a second to fit."""
@@ -121,7 +131,7 @@ def fitted(name, features):
 def test_noise_integrates_to_one(name, features):
     noise = fitted(name, features)
     # Beyond the compressed tails' start at 5 a density falls slowly: log-spaced panels would be needed in 2-D.
-    points, cell = grid(-60, 60, 6001, 1) if features == 1 else grid(-14, 30, 441, 2)
+    points, cell = line(name) if features == 1 else plane(name)
     with torch.no_grad():
         mass = float(noise.log_prob(points).exp().sum()) * cell
     assert mass == pytest.approx(1, abs=0.002 if features == 1 else 0.01)
@@ -131,7 +141,7 @@ def test_noise_integrates_to_one(name, features):
 def test_noise_samples_are_of_its_density(name):
     """In 1-D against the integrated density, in 2-D by the mean of importance weights on half-spaces."""
     noise = fitted(name, 1)
-    points, cell = grid(-60, 60, 6001, 1)
+    points, cell = line(name)
     with torch.no_grad():
         cdf = noise.log_prob(points).exp().cumsum(0) * cell
         drawn = noise.sample(4000, make_generator(1, CPU))[:, 0]
@@ -140,7 +150,7 @@ def test_noise_samples_are_of_its_density(name):
 
         noise = fitted(name, 2)
         drawn = noise.sample(8000, make_generator(1, CPU))
-        points, cell = grid(-14, 30, 441, 2)
+        points, cell = plane(name)
         density = noise.log_prob(points).exp() * cell
     for direction in ([1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, -1.0]):
         d = torch.tensor(direction, dtype=F64)
@@ -361,7 +371,7 @@ def test_telescoping_learns_a_normalised_density_with_a_network():
         torch.manual_seed(0)
         model = EnergyModel(ResidualMLP(2, 4, hidden_features=32, n_blocks=1), 2, n_heads=4)
     descend(model, Telescoping(), x, n_steps=400, learning_rate=5e-3, batch=256, names=trainable(model))
-    points, cell = grid(-14, 30, 601, 2)
+    points, cell = plane("flow")
     with torch.no_grad():
         mass = float((-model.energy(points.float())).exp().sum()) * cell
         fitted = float(-model.energy(x).mean())
@@ -454,6 +464,24 @@ def test_the_generator_determines_everything(make, noise):
     first = losses(0)
     assert torch.equal(first, losses(0))
     assert (first != losses(1)).any()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["contrastive-divergence", "persistent-contrastive-divergence", "noise-contrastive", "telescoping"],
+)
+def test_the_energy_detector_takes_them_by_name(name):
+    X = two_clouds(120).numpy()
+    detector = EnergyDetector(
+        objective=name, hidden_features=8, n_layers=1, max_iter=15, random_state=0, device="cpu", n_heads=3
+    )
+    scores = detector.fit(X).score_samples(X)
+    assert scores.shape == (120,)
+    assert scores.min() < scores.max()
+    assert detector.model_.n_heads == (3 if name == "telescoping" else 1)
+    again = clone(detector).fit(X).score_samples(X)
+    assert (again == scores).all()
+    assert math.isfinite(detector.partial_fit(X).score_samples(X[:2]).sum())
 
 
 def test_are_components():
