@@ -85,6 +85,8 @@ class ContrastiveDivergence(Component):
     Du, Y., Mordatch, I. (2019). Implicit generation and modeling with energy-based models. NeurIPS. arXiv:1903.08689.
     """
 
+    _auto_transition = "langevin"
+    _auto_step = 0.25
     means_: torch.Tensor | None
     values_: int
 
@@ -176,8 +178,8 @@ class ContrastiveDivergence(Component):
             for _ in range(self.n_steps):
                 x = model.gibbs(x, generator)
             return x
-        h = self.data_noise**2 / 4 if self.step_size is None else self.step_size
-        if self.transition == "mala":
+        h = self._auto_step * self.data_noise**2 if self.step_size is None else self.step_size
+        if "mala" in (self.transition, self._auto_transition if self.transition == "auto" else None):
             return mala(model.energy, x, self.n_steps, step_size=h, generator=generator)[0]
         return ula(model.score, x, self.n_steps, step_size=h, generator=generator)[0]
 
