@@ -156,7 +156,7 @@ class NoiseBase(nn.Module):
 
 
 def fit_flow_noise(
-    x: torch.Tensor, generator: torch.Generator, *, n_steps: int = 300, batch_size: int = 256
+    x: torch.Tensor, generator: torch.Generator, *, n_steps: int = 200, batch_size: int = 256
 ) -> FlowModel:
     """Fit a small coupling flow to rows by maximum likelihood, and freeze it.
 

@@ -25,6 +25,8 @@ def noise_width(model: Any, x: torch.Tensor, data_noise: float) -> torch.Tensor:
 
 def smooth(model: Any, x: torch.Tensor, data_noise: float, generator: torch.Generator) -> torch.Tensor:
     """Rows with noise of `noise_width`, ``(B, *E)``."""
+    if data_noise == 0 and getattr(model, "grain", None) is None:
+        return x
     return x + noise_width(model, x, data_noise) * normal_like(x, generator)
 
 

@@ -57,7 +57,7 @@ class Telescoping(Component):
     """
 
     uses_heads = True
-    """It trains a model of several heads."""
+    """Asks for a model with several heads."""
 
     def __init__(self, *, noise: Any = "gaussian", data_noise: float = 0.1, power: float = 2.0) -> None:
         self.noise = noise

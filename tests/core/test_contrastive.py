@@ -193,11 +193,39 @@ def test_every_weight_but_log_z_gets_a_gradient(make):
 def test_recovers_a_gaussian(make, transition):
     model = Gaussian(torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64) / 2)
     objective = make(n_steps=5, step_size=0.05, alpha=0.0, transition=transition)
-    descend(model, objective, gaussian_rows(5000), n_steps=400, learning_rate=0.03)
+    descend(model, objective, gaussian_rows(5000), n_steps=300, learning_rate=0.03, batch=400)
     assert objective.diverged() is None
     smoothed = COVARIANCE + 0.1**2 * torch.eye(2, dtype=torch.float64)
     torch.testing.assert_close(model.mean.data, MEAN, rtol=0, atol=0.06)
     torch.testing.assert_close(torch.linalg.inv(model.precision).detach(), smoothed, rtol=0, atol=0.08)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.45])
+def test_steepness_of_a_column_without_width(share):
+    """P (1 - h P / 2) = 1 / sigma^2 has a solution up to h = sigma^2 / 2, and the default is half of that."""
+    sigma = 0.1
+    steepness = (1 - math.sqrt(1 - 2 * share)) / share
+    x = torch.zeros(50_000, 1, dtype=torch.float64)
+    model = Gaussian(torch.zeros(1, dtype=torch.float64), torch.full((1, 1), sigma**2 / steepness).double())
+    objective = ContrastiveDivergence(
+        n_steps=3, data_noise=sigma, alpha=0.0, step_size=None if share == 0.25 else share * sigma**2
+    )
+
+    def pull(factor):
+        """Gradient by the root, in units of sigma."""
+        root = model.root.detach().clone()
+        with torch.no_grad():
+            model.root.mul_(factor)
+        loss = objective(model, x, make_generator(0, CPU)).mean()
+        (gradient,) = torch.autograd.grad(loss, model.root)
+        with torch.no_grad():
+            model.root.copy_(root)
+        return gradient.item() / sigma
+
+    # Steeper than that is pushed back, flatter is pushed on, and in between there is rest.
+    assert pull(1.05) > 0.005
+    assert pull(0.95) < -0.005
+    assert abs(pull(1.0)) < 0.02
 
 
 def test_alpha_flattens_by_the_stated_power():
@@ -220,8 +248,8 @@ def test_alpha_flattens_by_the_stated_power():
         learning_rate=0.03,
     )
     inflated = (
-        float(torch.linalg.det(torch.linalg.inv(model.precision)) / torch.linalg.det(COVARIANCE)) ** 0.5
-    )
+        torch.linalg.det(torch.linalg.inv(model.precision)) / torch.linalg.det(COVARIANCE)
+    ).item() ** 0.5
     assert inflated == pytest.approx(1 + 4 * alpha, abs=0.06)
     # The mean energy is pulled to zero.
     assert abs(float(model.energy(gaussian_rows(5000)).mean())) < 0.1
@@ -383,21 +411,21 @@ def train_energy(objective, *, n_steps, learning_rate, seed=0):
 @pytest.mark.parametrize("make", BOTH)
 def test_silent_at_the_defaults(make):
     objective = make()
-    model, rows = train_energy(objective, n_steps=300, learning_rate=1e-3)
+    model, rows = train_energy(objective, n_steps=150, learning_rate=2e-3)
     assert objective.diverged() is None
     x = next(rows.blocks(1000))
-    judged = [objective.validate(m, x, make_generator(0, CPU)).mean() for m in (model, energy_model(2))]
-    assert float(judged[0]) < float(judged[1]) - 0.05
+    judged = [
+        objective.validate(m, x, make_generator(0, CPU)).mean().item() for m in (model, energy_model(2))
+    ]
+    assert judged[0] < judged[1] - 0.03
 
 
 @pytest.mark.parametrize("make", BOTH)
 def test_an_unstable_setting_is_told(make):
     objective = make(step_size=3.0, data_noise=0.01, alpha=0.0)
-    try:
+    with pytest.warns(UserWarning, match="diverged and was stopped") as told:
         train_energy(objective, n_steps=400, learning_rate=0.1)
-    except FloatingPointError:
-        pytest.fail("the loss overflowed before anything was told")
-    assert "Markov chains" in objective.diverged()
+    assert "Markov chains" in str(told[0].message)
 
 
 def test_what_divergence_is_told_by():
@@ -430,6 +458,6 @@ def test_are_components():
         "data_noise": 0.1,
         "alpha": 1e-3,
         "transition": "auto",
-        "buffer_size": 10_000,
+        "buffer_size": 1024,
         "p_restart": 0.2,
     }
