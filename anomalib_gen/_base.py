@@ -109,6 +109,16 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     def _auto_max_iter(self, steps_per_pass: int) -> int:
         """Gradient steps that ``max_iter="auto"`` stands for, where one pass over the rows takes `steps_per_pass`."""
 
+    def _resolve_objective(self) -> Component:
+        """Return the objective of a fit, a component of its own."""
+        component: Component = resolve_component(
+            getattr(self, "objective", None),
+            known=self._objectives,
+            argument="objective",
+            default=self._default_objective,
+        )
+        return component
+
     def _training_options(self, n_rows: int, *, one_pass: bool) -> TrainingOptions:
         """How to train on `n_rows` rows; once over them if `one_pass`."""
         steps_per_pass = -(-n_rows // self.batch_size)
@@ -192,12 +202,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     def _fit(self, X: Any, sample_weight: Any, *, continued: bool, one_pass: bool) -> Self:
         X = self._validate(X, reset=not continued, min_rows=2)
         device = _runtime.resolve_device(self.device)
-        objective = resolve_component(
-            getattr(self, "objective", None),
-            known=self._objectives,
-            argument="objective",
-            default=self._default_objective,
-        )
+        objective = self._resolve_objective()
         anomaly = resolve_component(
             self.anomaly, known=self._anomalies, argument="anomaly", default=self._default_anomaly
         )

@@ -199,7 +199,8 @@ def train(
     objective : callable
         ``objective(model, x, generator) -> (B,)``. Where it has a method ``validate`` of the same form, that one
         judges the held-out rows. Where it has ``set_progress(fraction)``, it is told before each step what share of
-        `max_iter` has passed, from 0 to below 1.
+        `max_iter` has passed, from 0 to below 1. Where it has ``diverged() -> str | None``, that is asked whenever
+        the loss is looked at; a reason ends the training, and the best weights before that are kept.
     rows, validation : Rows
         Training rows and, optionally, held-out rows.
     options : TrainingOptions
@@ -218,19 +219,22 @@ def train(
     Raises
     ------
     FloatingPointError
-        If the loss stops being finite; the message has the step, the learning rate and the likely cause.
+        If the loss stops being finite; the message has the step, the learning rate and the likely cause. Also if the
+        objective diverged before there were finite weights to keep.
     RuntimeError
         If not even a batch of one row fits into memory.
 
     Warns
     -----
     UserWarning
-        If memory ran out and the batch was halved, or if the user interrupted the training.
+        If memory ran out and the batch was halved, if the objective diverged, or if the user interrupted the
+        training.
     """
     generator = _runtime.make_generator(seed, device)
     order = torch.Generator().manual_seed(seed)
     judge = getattr(objective, "validate", objective)
     set_progress = getattr(objective, "set_progress", None)
+    diverged = getattr(objective, "diverged", lambda: None)
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [
@@ -264,6 +268,8 @@ def train(
             recent.clear()
         if validation is None:
             result.best_iter = result.n_iter
+            if hasattr(objective, "diverged"):
+                best_weights = average.state()
             return False
         average.follow_buffers(model)
         loss = evaluate(
@@ -282,6 +288,23 @@ def train(
         else:
             since_best += 1
         return since_best >= options.n_iter_no_change
+
+    def keep_after_divergence(reason: str) -> None:
+        """Make sure that there are weights to keep, and warn."""
+        nonlocal best_weights
+        if best_weights is None:
+            average.follow_buffers(model)
+            best_weights = average.state()
+            result.best_iter = result.n_iter
+            if not all(bool(torch.isfinite(value).all()) for value in best_weights[0]):
+                raise FloatingPointError(f"Training diverged within {result.n_iter} steps: {reason}.")
+        if not result.loss_curve:
+            result.loss_curve.append(float(torch.stack(recent).mean()))
+        warnings.warn(
+            f"Training diverged and was stopped at step {result.n_iter}: {reason}. The detector keeps the weights of "
+            f"step {result.best_iter}, the best so far.",
+            stacklevel=6,  # whoever called `fit`
+        )
 
     def check() -> None:
         finite = torch.isfinite(torch.stack([loss for loss, _ in pending]))
@@ -333,7 +356,10 @@ def train(
             result.n_iter += 1
             pending.append((loss.detach(), index))
             recent.append(loss.detach())
-            if len(pending) >= check_every:
+            if len(pending) >= check_every or result.n_iter == options.max_iter:
+                if reason := diverged():
+                    keep_after_divergence(reason)
+                    break
                 check()
             if bar is not None:
                 bar.update(len(index))

@@ -84,3 +84,39 @@ def test_gpu_script_needs_neither_rich_nor_typer(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "title\na  b\n1  2" in done.stdout
+
+
+def test_stability_script_runs(tmp_path):
+    out = tmp_path / "stability.json"
+    run("ebm_stability.py", "--output", out)
+    found = json.loads(out.read_text())["runs"]
+    assert len(found) == 4
+    assert all(one["diverged"] == "no" for one in found)
+
+
+@pytest.mark.slow
+def test_contrastive_objectives_stay_stable_on_a_mixture(tmp_path):
+    out = tmp_path / "stability.json"
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(FOLDER / "ebm_stability.py"),
+            "--table",
+            "mixture",
+            "--steps",
+            "2000",
+            "--output",
+            str(out),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=1800,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for one in json.loads(out.read_text())["runs"]:
+        assert one["diverged"] == "no"
+        assert one["steps"] == 2000
+        assert max(map(abs, one["median_energy"])) < 20
+        assert one["judge"][1] < one["judge"][0]

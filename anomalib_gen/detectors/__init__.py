@@ -1,6 +1,7 @@
 """Detectors: one file a family."""
 
 from anomalib_gen.detectors.composition import ComposedDetector
+from anomalib_gen.detectors.energy import EnergyDetector
 from anomalib_gen.detectors.flow import FlowDetector
 
-__all__ = ["ComposedDetector", "FlowDetector"]
+__all__ = ["ComposedDetector", "EnergyDetector", "FlowDetector"]

@@ -1,5 +1,32 @@
 """Models: what a network means. Each gives a `torch.nn.Module` its density, score or energy."""
 
+from anomalib_gen.models.closed_form import (
+    BinaryRBM,
+    GaussianBernoulliRBM,
+    GaussianEnergy,
+    GaussianMixtureEnergy,
+    QuadraticEnergy,
+)
+from anomalib_gen.models.energy import EnergyModel, TailedNormal, energy_score
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, FlowTransform, make_flow_transform
+from anomalib_gen.models.noise import NOISES, GaussianNoise, MarginalNoise, NoiseBase, fit_noise
 
-__all__ = ["FLOW_TRANSFORMS", "FlowModel", "FlowTransform", "make_flow_transform"]
+__all__ = [
+    "FLOW_TRANSFORMS",
+    "NOISES",
+    "BinaryRBM",
+    "EnergyModel",
+    "FlowModel",
+    "FlowTransform",
+    "GaussianBernoulliRBM",
+    "GaussianEnergy",
+    "GaussianMixtureEnergy",
+    "GaussianNoise",
+    "MarginalNoise",
+    "NoiseBase",
+    "QuadraticEnergy",
+    "TailedNormal",
+    "energy_score",
+    "fit_noise",
+    "make_flow_transform",
+]

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from anomalib_gen.networks.spectral import make_linear
+
 
 class ResidualMLP(nn.Module):
     """Residual multilayer perceptron.
@@ -28,6 +30,9 @@ class ResidualMLP(nn.Module):
         Residual blocks of two linear layers each.
     context_features : int, default=0
         Width of the conditioning vector; 0 means none.
+    spectral_norm : float, optional
+        Bound c on the spectral norm of every weight matrix but those of the context; None for no bound. The network
+        is then Lipschitz with constant ``1.1 c^2 (1 + 1.21 c^2)^n_blocks``, 1.1 being that of the SiLU.
     zero_output : bool, default=True
         Start with an output that is zero everywhere, so that what the network steers starts neutral.
     """
@@ -40,17 +45,23 @@ class ResidualMLP(nn.Module):
         hidden_features: int = 64,
         n_blocks: int = 2,
         context_features: int = 0,
+        spectral_norm: float | None = None,
         zero_output: bool = True,
     ) -> None:
         super().__init__()
-        self.input = nn.Linear(n_inputs, hidden_features)
+        self.input = make_linear(n_inputs, hidden_features, spectral_norm=spectral_norm)
         self.context = nn.ModuleList(
             nn.Linear(context_features, hidden_features, bias=False)
             for _ in range(n_blocks + 1 if context_features else 0)
         )
-        self.first = nn.ModuleList(nn.Linear(hidden_features, hidden_features) for _ in range(n_blocks))
-        self.second = nn.ModuleList(nn.Linear(hidden_features, hidden_features) for _ in range(n_blocks))
-        self.output = nn.Linear(hidden_features, n_outputs)
+        self.first, self.second = (
+            nn.ModuleList(
+                make_linear(hidden_features, hidden_features, spectral_norm=spectral_norm)
+                for _ in range(n_blocks)
+            )
+            for _ in range(2)
+        )
+        self.output = make_linear(hidden_features, n_outputs, spectral_norm=spectral_norm)
         if zero_output:
             nn.init.zeros_(self.output.weight)
             nn.init.zeros_(self.output.bias)

@@ -3,8 +3,36 @@
 from collections.abc import Mapping
 
 from anomalib_gen._component import Component
+from anomalib_gen.objectives.contrastive_divergence import ContrastiveDivergence
+from anomalib_gen.objectives.denoising_score_matching import DenoisingScoreMatching
+from anomalib_gen.objectives.gradient_penalty import GradientPenalty
 from anomalib_gen.objectives.likelihood import MaximumLikelihood
+from anomalib_gen.objectives.noise_contrastive import NoiseContrastive
+from anomalib_gen.objectives.persistent_contrastive_divergence import PersistentContrastiveDivergence
+from anomalib_gen.objectives.score_matching import ScoreMatching
+from anomalib_gen.objectives.sliced_score_matching import SlicedScoreMatching
+from anomalib_gen.objectives.telescoping import Telescoping
 
-OBJECTIVES: Mapping[str, type[Component]] = {"likelihood": MaximumLikelihood}
+OBJECTIVES: Mapping[str, type[Component]] = {
+    "contrastive-divergence": ContrastiveDivergence,
+    "denoising-score-matching": DenoisingScoreMatching,
+    "likelihood": MaximumLikelihood,
+    "noise-contrastive": NoiseContrastive,
+    "persistent-contrastive-divergence": PersistentContrastiveDivergence,
+    "score-matching": ScoreMatching,
+    "sliced-score-matching": SlicedScoreMatching,
+    "telescoping": Telescoping,
+}
 
-__all__ = ["OBJECTIVES", "MaximumLikelihood"]
+__all__ = [
+    "OBJECTIVES",
+    "ContrastiveDivergence",
+    "DenoisingScoreMatching",
+    "GradientPenalty",
+    "MaximumLikelihood",
+    "NoiseContrastive",
+    "PersistentContrastiveDivergence",
+    "ScoreMatching",
+    "SlicedScoreMatching",
+    "Telescoping",
+]

@@ -103,7 +103,7 @@ def energy_and_score(
         energies = energy(x, *args)
         # Differentiating with respect to x alone leaves the parameters' .grad untouched.
         (gradient,) = torch.autograd.grad(energies.sum(), x, create_graph=create_graph)
-    return (energies, -gradient) if create_graph else (energies.detach(), -gradient)
+        return (energies, -gradient) if create_graph else (energies.detach(), -gradient)
 
 
 def score_of(
@@ -197,6 +197,11 @@ def where_rows(condition: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> 
 def normal_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Standard normal noise of the shape, precision and device of `x`."""
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
+def square_norm(x: torch.Tensor) -> torch.Tensor:
+    """Squared Euclidean norm of each row ``(B, *E)``, ``(B,)``."""
+    return x.flatten(1).square().sum(1)
 
 
 class DualAveraging:

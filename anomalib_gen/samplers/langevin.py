@@ -44,6 +44,7 @@ from anomalib_gen.samplers._chains import (
     normal_like,
     progress,
     run_chains,
+    square_norm,
     stack,
     state_at,
     where_rows,
@@ -205,7 +206,7 @@ def mala_kernel(*, scale: torch.Tensor | None, generator: torch.Generator) -> Ke
         proposal = state_at(energy, state.x + h * c * c * state.score + math.sqrt(2 * h) * c * noise)
         # The noise that leads back; |forward|^2 / 2 = |z' - z - h c s|^2 / (4 h).
         back = -noise - math.sqrt(h / 2) * c * (state.score + proposal.score)
-        log_ratio = state.energy - proposal.energy + 0.5 * (_square_norm(noise) - _square_norm(back))
+        log_ratio = state.energy - proposal.energy + 0.5 * (square_norm(noise) - square_norm(back))
         return metropolis(state, proposal, log_ratio, generator=generator)
 
     return kernel
@@ -279,7 +280,3 @@ def annealed_langevin(
         divergences=divergences,
         samples=stack(samples, x) if thin is not None else None,
     )
-
-
-def _square_norm(x: torch.Tensor) -> torch.Tensor:
-    return x.flatten(1).square().sum(1)

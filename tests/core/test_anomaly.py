@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy import stats
 
-from anomalib_gen import FlowDetector
+from anomalib_gen import EnergyDetector, FlowDetector
 from anomalib_gen._runtime import make_generator
-from anomalib_gen.anomaly import Likelihood, Typicality
+from anomalib_gen.anomaly import ANOMALIES, Likelihood, Typicality
 
 CPU = torch.device("cpu")
 
@@ -94,12 +94,12 @@ def test_a_row_counts_alone(anomaly):
 def test_only_a_density_has_the_units_of_the_data():
     """Stretching a column by c shifts log-densities by log c; the distance from the entropy stays."""
     X = np.random.default_rng(0).normal(size=(100, 2))
-    shift = {"likelihood": math.log(1e3), "typicality": 0.0}
-    assert shift.keys() == FlowDetector._anomalies.keys()
+    nats = math.log(1e3)
+    shift = {"likelihood": nats, "typicality": 0.0, "energy": nats, "score_norm": 0.0}
+    assert shift.keys() == ANOMALIES.keys()
     for name, expected in shift.items():
-        detector = FlowDetector(
-            anomaly=name, transform="realnvp", hidden_features=8, max_iter=5, random_state=0, device="cpu"
-        )
+        family = FlowDetector if name in FlowDetector._anomalies else EnergyDetector
+        detector = family(anomaly=name, hidden_features=8, max_iter=5, random_state=0, device="cpu")
         before = detector.fit(X).score_samples(X)
         after = detector.fit(X * [1, 1e-3]).score_samples(X * [1, 1e-3])
         np.testing.assert_allclose(after - before, expected, atol=1e-4)

@@ -158,7 +158,9 @@ def test_import_is_light_and_changes_nothing_global():
 # Documentation --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["detectors.composition", "detectors.flow", "calibration"])
+@pytest.mark.parametrize(
+    "name", ["detectors.composition", "detectors.energy", "detectors.flow", "calibration"]
+)
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"{NAME}.{name}"))
     assert result.attempted > 0

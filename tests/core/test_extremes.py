@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from anomalib_gen import EnergyDetector
+
 TRANSFORMS = ["nsf-autoregressive", "nsf-coupling", "maf", "realnvp"]
 POWERS = np.array([2, 3, 6, 10, 30, 100, 200, 300, 308])
 
@@ -97,3 +99,59 @@ def test_saturation_in_float32_is_finite_too(tiny, rows, transform, monkeypatch)
         assert np.isfinite(scores).all()
         # Beyond 3.4e38 standard deviations all rows are alike.
         assert (np.diff(scores) <= 0).all()
+
+
+# Energies -------------------------------------------------------------------------------------------------
+
+ENERGIES = [
+    {},
+    {"max_noise": None},
+    {"anomaly": "score_norm"},
+    {"anomaly": "score_norm", "max_noise": None},
+    {"objective": "score-matching", "network": "mlp", "max_noise": None},
+    {"objective": "contrastive-divergence"},
+    {"objective": "noise-contrastive"},
+    {"objective": "telescoping"},
+]
+
+
+def make_energy(**parameters):
+    settings = {
+        "hidden_features": 16,
+        "max_iter": 60,
+        "contamination": 0.1,
+        "random_state": 0,
+        "device": "cpu",
+    }
+    return EnergyDetector(**{**settings, **parameters})
+
+
+@pytest.mark.parametrize("parameters", ENERGIES, ids=str)
+def test_energies_rise_along_every_ray_to_the_end_of_the_range(rows, parameters):
+    detector = make_energy(**parameters).fit(rows)
+    worst = detector.score_samples(rows).min()
+    powers = np.append(10.0**POWERS, np.finfo(np.float64).max)
+    for direction in directions(rows.shape[1]):
+        scores = detector.score_samples(powers[:, None] * direction)
+        assert np.isfinite(scores).all(), direction
+        assert (np.diff(scores) < 0).all(), (direction, scores)
+        assert scores[0] < worst, (direction, scores[0], worst)
+
+
+@pytest.mark.parametrize("value", [1e30, 1e308])
+def test_an_extreme_value_among_the_training_rows_of_an_energy(rows, value):
+    spoilt = rows.copy()
+    spoilt[17, 0] = value
+    detector = make_energy().fit(spoilt)
+    scores = detector.score_samples(spoilt)
+    assert np.isfinite(scores).all()
+    assert scores.argmin() == 17
+    assert np.isfinite(detector.loss_curve_).all()
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+def test_the_units_of_the_columns_do_not_matter_to_an_energy(rows, scale):
+    expected = make_energy().fit(rows).energy(rows) + rows.shape[1] * np.log(scale)
+    np.testing.assert_allclose(
+        make_energy().fit(scale * rows).energy(scale * rows), expected, rtol=1e-4, atol=1e-4
+    )

@@ -1,9 +1,17 @@
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from anomalib_gen import ComposedDetector, FlowDetector
+from anomalib_gen import ComposedDetector, EnergyDetector, FlowDetector
 
-FLOW = FlowDetector(max_iter=10, hidden_features=16, random_state=0, device="cpu")
-DETECTORS = [FLOW, ComposedDetector([("a", FLOW), ("b", FLOW)], prefit=False)]
+SMALL = {"max_iter": 10, "hidden_features": 16, "random_state": 0, "device": "cpu"}
+FLOW = FlowDetector(**SMALL)
+DETECTORS = [
+    FLOW,
+    ComposedDetector([("a", FLOW), ("b", FLOW)], prefit=False),
+    EnergyDetector(**SMALL),
+    EnergyDetector(objective="sliced-score-matching", anomaly="score_norm", network="mlp", **SMALL),
+    EnergyDetector(objective="contrastive-divergence", spectral_norm=2.0, **SMALL),
+    EnergyDetector(objective="noise-contrastive", **SMALL),
+]
 
 # Training draws batches and noise, so a row of weight two is not the same as two rows of weight one;
 # scikit-learn excuses its own isolation forest for the same reason.

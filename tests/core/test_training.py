@@ -670,3 +670,58 @@ def test_held_out_rows_are_judged_with_the_current_buffers():
         validation=rows,
     )
     assert result.validation_curve == [5, 10, 15, 20]
+
+
+# Divergence -----------------------------------------------------------------------------------------------
+
+
+class Diverging:
+    """The distance, until it says at step k that it diverged, whatever the loss is by then."""
+
+    def __init__(self, step, factor=1.0):
+        self.step, self.factor, self.calls = step, factor, 0
+
+    def __call__(self, model, x, generator):
+        self.calls += torch.is_grad_enabled()
+        return distance(model, x, generator) * (self.factor if self.calls >= self.step else 1.0)
+
+    def diverged(self):
+        return "the chains left the data" if self.calls >= self.step else None
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_divergence_stops_with_a_diagnosis_and_the_best_weights_so_far(held_out):
+    # After step 50 the loss pushes the centre away; the weights of step 50 are kept.
+    rows = make_rows()
+    validation = {"validation": make_rows(20)} if held_out else {}
+    steady, model = Centre(), Centre()
+    run(steady, distance, rows, max_iter=200, eval_every=25, schedule=False, **validation)
+    with pytest.warns(
+        UserWarning, match=r"diverged and was stopped at step 60: the chains left.* of step 50,"
+    ):
+        result = run(
+            model, Diverging(60, -1e3), rows, max_iter=200, eval_every=25, schedule=False, **validation
+        )
+    assert (result.n_iter, result.best_iter) == (60, 50)
+    assert len(result.loss_curve) == 2
+    np.testing.assert_allclose(model.centre.detach(), steady.centre.detach(), atol=0.1)
+    assert not model.training
+
+
+def test_divergence_before_the_first_evaluation_keeps_what_there_is():
+    model = Centre()
+    with pytest.warns(UserWarning, match="at step 3: .* of step 3,"):
+        result = run(model, Diverging(3), make_rows(), validation=make_rows(20))
+    assert result.n_iter == result.best_iter == 3
+    assert len(result.loss_curve) == 1
+    assert torch.isfinite(model.centre).all()
+
+
+def test_divergence_to_no_number_raises_with_the_diagnosis():
+    with pytest.raises(FloatingPointError, match="diverged within 1 steps: the chains left the data"):
+        run(Centre(), Diverging(1, math.nan), make_rows())
+
+
+def test_steady_objectives_train_on():
+    result = run(Centre(), Diverging(10**6), make_rows(), max_iter=40)
+    assert result.n_iter == 40

@@ -1,0 +1,204 @@
+"""Annealed importance sampling finds normalising constants that are known, and its interval covers them."""
+
+import math
+
+import pytest
+import torch
+
+from anomalib_gen._runtime import make_generator
+from anomalib_gen.samplers import GaussianBase, annealed_importance_sampling
+from anomalib_gen.samplers.ais import log_mean_interval
+
+CPU = torch.device("cpu")
+
+
+def generator(seed=0):
+    return make_generator(seed, CPU)
+
+
+def gaussian(d, seed=0):
+    """An unnormalised Gaussian off the origin, scales 0.4 to 2.5 and correlated; and its log Z."""
+    q = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator(seed)))[0]
+    r = (q * torch.logspace(-0.3, 0.3, d).double()) @ q.T
+    scale = torch.logspace(-0.4, 0.4, d).double() / r.diagonal().sqrt()
+    covariance = scale[:, None] * r * scale
+    precision = covariance.inverse()
+    mean = 0.3 * torch.randn(d, dtype=torch.float64, generator=generator(seed + 1))
+
+    def energy(x):
+        return 0.5 * (((x - mean) @ precision) * (x - mean)).sum(1) + 1.5
+
+    return energy, 0.5 * (d * math.log(2 * math.pi) + float(torch.logdet(covariance))) - 1.5
+
+
+def run(energy, d, seed=0, **options):
+    return annealed_importance_sampling(
+        energy, event_shape=(d,), generator=generator(seed), n_pilot=32, **options
+    )
+
+
+@pytest.mark.parametrize(("d", "n_levels"), [(2, 60), (10, 100), (50, 150)])
+def test_log_z_of_a_gaussian_and_coverage(d, n_levels):
+    energy, log_z = gaussian(d)
+    result = run(energy, d, n_chains=1000, n_levels=n_levels)
+    assert abs(result.log_z - log_z) < 0.1
+    assert result.interval[0] < result.log_z < result.interval[1]
+    # The weights are independent given the pilot: 20 groups of 50 chains are 20 runs.
+    intervals = [log_mean_interval(group, 0.95)[1] for group in result.log_weights.reshape(20, 50)]
+    assert sum(low <= log_z <= high for low, high in intervals) >= 16
+    assert len(result.betas) == n_levels + 1
+    assert (result.betas.diff() > 0).all()
+    assert 0.6 < result.acceptance.mean() < 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("d", "n_levels"), [(2, 60), (10, 100), (50, 200)])
+def test_interval_covers_in_independent_runs(d, n_levels):
+    energy, log_z = gaussian(d)
+    results = [run(energy, d, seed, n_chains=100, n_levels=n_levels) for seed in range(100)]
+    covered = sum(r.interval[0] <= log_z <= r.interval[1] for r in results)
+    errors = torch.tensor([r.log_z - log_z for r in results])
+    ess = sum(r.effective_sample_size for r in results) / 100
+    print(f"d={d}: covered {covered} of 100, error {errors.mean():.3f} +- {errors.std():.3f}, ESS {ess:.0f}")
+    assert covered >= 90
+
+
+def test_mala_as_the_transition():
+    energy, log_z = gaussian(2)
+    result = run(energy, 2, n_chains=1000, n_levels=100, transition="mala", n_transitions=2)
+    assert abs(result.log_z - log_z) < 0.1
+    assert result.n_evaluations == 1 + 100 * 3
+
+
+def test_given_betas_and_base():
+    energy, log_z = gaussian(2)
+    base = GaussianBase(torch.tensor([0.2, -0.3]).double(), torch.tensor([0.5, 2.0]).double())
+    betas = torch.linspace(0, 1, 31).tolist()
+    result = annealed_importance_sampling(
+        energy, base=base, betas=betas, n_chains=1000, generator=generator()
+    )
+    assert abs(result.log_z - log_z) < 0.1
+    torch.testing.assert_close(result.betas, torch.tensor(betas).double())
+
+
+def test_base_is_normalised():
+    mean, scale = torch.randn(2, 3, generator=generator()).double(), torch.rand(2, 3).double() + 0.1
+    x = GaussianBase(mean, scale).sample(5, generator())
+    expected = torch.distributions.Normal(mean, scale).log_prob(x).flatten(1).sum(1)
+    torch.testing.assert_close(GaussianBase(mean, scale).log_prob(x), expected)
+    torch.testing.assert_close(
+        GaussianBase(mean, 2.0).log_prob(x),
+        torch.distributions.Normal(mean, 2.0).log_prob(x).flatten(1).sum(1),
+    )
+
+
+def test_an_energy_that_is_the_base_has_equal_weights():
+    base = GaussianBase(torch.zeros(4).double())
+    result = annealed_importance_sampling(
+        lambda x: -base.log_prob(x) - 3.0, base=base, n_chains=20, n_levels=10, generator=generator()
+    )
+    assert result.log_z == pytest.approx(3.0, abs=1e-10)
+    assert result.effective_sample_size == pytest.approx(20)
+
+
+def test_a_mixture_of_two_modes():
+    def energy(x):  # normalised, times e^2
+        parts = [torch.distributions.Normal(m, 0.5).log_prob(x).sum(1) for m in (-2.0, 2.0)]
+        return -torch.logaddexp(parts[0] + math.log(0.3), parts[1] + math.log(0.7)) - 2
+
+    base = GaussianBase(torch.zeros(2).double(), 3.0)
+    result = annealed_importance_sampling(
+        energy, base=base, n_chains=1000, n_levels=60, n_pilot=32, generator=generator()
+    )
+    assert abs(result.log_z - 2) < 0.1
+    share = (result.log_weights.softmax(0) * (result.x[:, 0] > 0)).sum()
+    assert abs(float(share) - 0.7) < 0.06
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_where_the_energy_is_not_finite_there_is_no_mass(bad):
+    def half(x):
+        return torch.where(x[:, 0] > 0, 0.5 * x.square().sum(1), bad)
+
+    result = run(half, 2, n_chains=2000, n_levels=20)
+    assert abs(result.log_z - math.log(math.pi)) < 0.1
+    assert (result.log_weights == -math.inf).any()
+    assert result.interval[0] < math.log(math.pi) < result.interval[1]
+
+
+def test_nothing_finite_at_all_is_an_error():
+    with pytest.raises(FloatingPointError, match="No weight"):
+        run(lambda x: x.sum(1) * math.nan, 2, n_chains=10, n_levels=3)
+
+
+def test_few_effective_chains_come_with_a_warning():
+    with pytest.warns(UserWarning, match="worth"):
+        run(lambda x: 50 * (x - 5).square().sum(1), 10, n_chains=30, n_levels=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_events_of_any_shape_and_precision(dtype):
+    shape = (2, 3, 3)
+    base = GaussianBase(torch.zeros(shape, dtype=dtype))
+    result = annealed_importance_sampling(
+        lambda x: 0.5 * (x / 0.7).square().flatten(1).sum(1),
+        base=base,
+        n_chains=400,
+        n_levels=60,
+        generator=generator(),
+    )
+    assert result.x.shape == (400, *shape)
+    assert result.x.dtype == dtype
+    assert result.log_weights.dtype == torch.float64
+    assert not result.log_weights.requires_grad
+    assert abs(result.log_z - 18 * math.log(0.7 * math.sqrt(2 * math.pi))) < 0.15
+
+
+def test_the_generator_decides_and_the_global_one_is_left_alone():
+    before = torch.get_rng_state()
+    energy, _ = gaussian(2)
+    a, b, c = (run(energy, 2, seed, n_chains=40, n_levels=20).log_weights for seed in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_parameters_get_no_gradient():
+    network = torch.nn.Linear(2, 1).double()
+    run(lambda x: x.square().sum(1) + network(x)[:, 0], 2, n_chains=20, n_levels=5)
+    assert network.weight.grad is None
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.8])
+@pytest.mark.parametrize("n", [50, 200])
+def test_interval_of_log_normal_weights(n, spread):
+    # Their mean is exactly one.
+    draws = torch.randn(1000, n, dtype=torch.float64, generator=generator()) * spread - spread**2 / 2
+    intervals = [log_mean_interval(group, 0.95)[1] for group in draws]
+    covered = sum(low <= 0 <= high for low, high in intervals)
+    assert 915 <= covered <= 985
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"transition": "gibbs"},
+        {"n_chains": 1},
+        {"n_pilot": 4},
+        {"confidence": 1.0},
+        {"betas": [0.0, 0.7, 0.5, 1.0]},
+        {"betas": [0.1, 1.0]},
+        {"event_shape": None},
+    ],
+)
+def test_mistakes_are_refused(options):
+    settings = {"event_shape": (2,), **options}
+    with pytest.raises(ValueError, match=r"must|Give"):
+        annealed_importance_sampling(
+            lambda x: x.square().sum(1), n_levels=3, **settings, generator=generator()
+        )
+
+
+def test_progress_is_shown_on_request(capsys):
+    run(lambda x: x.square().sum(1), 2, n_chains=40, n_levels=10, verbose=1)
+    assert "AIS" in capsys.readouterr().err
