@@ -4,11 +4,11 @@ from importlib.metadata import PackageNotFoundError as _NotInstalled
 from importlib.metadata import version as _version
 
 from anomalib_gen.calibration import TypicalityResult, typicality_test
-from anomalib_gen.detectors import FlowDetector
+from anomalib_gen.detectors import FlowDetector, VAEDetector
 
 try:
     __version__ = _version("anomalib-gen")
 except _NotInstalled:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["FlowDetector", "TypicalityResult", "__version__", "typicality_test"]
+__all__ = ["FlowDetector", "TypicalityResult", "VAEDetector", "__version__", "typicality_test"]

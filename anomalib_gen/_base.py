@@ -107,6 +107,18 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
     def _auto_max_iter(self, steps_per_pass: int) -> int:
         """Gradient steps that ``max_iter="auto"`` stands for, where one pass over the rows takes `steps_per_pass`."""
 
+    def _make_scaler(
+        self,
+        X: npt.NDArray[Any],
+        rows: npt.NDArray[np.integer] | None,
+        weights: npt.NDArray[np.float64] | None,
+    ) -> Standardizer:
+        """Scaling between the units of X and those of the model; a family of discrete rows may take none."""
+        return Standardizer.fit(X, rows, weights)
+
+    def _note_rows(self, X: npt.NDArray[Any], index: npt.NDArray[np.integer]) -> None:
+        """Set what else a family tells of the rows at `index` that it was just fitted to."""
+
     def _training_options(self, n_rows: int, *, one_pass: bool) -> TrainingOptions:
         """How to train on `n_rows` rows; once over them if `one_pass`."""
         steps_per_pass = -(-n_rows // self.batch_size)
@@ -216,7 +228,7 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         if continued:
             scaler, model = self._scaler, copy.deepcopy(self.model_).float()
         else:
-            scaler = Standardizer.fit(X, None if len(index) == len(X) else index, weights)
+            scaler = self._make_scaler(X, None if len(index) == len(X) else index, weights)
             with _runtime.forked_rng(seeds[1]):
                 grain = column_grain(X, index[train_index], scaler)
                 model = self._make_model(X.shape[1:], grain).float()
@@ -265,6 +277,7 @@ class GenerativeDetector(OutlierMixin, BaseEstimator, metaclass=ABCMeta):
         self.event_shape_ = X.shape[1:]
         self.model_, self.anomaly_ = model, anomaly
         self._scaler, self._scoring_seed = scaler, seeds[3]
+        self._note_rows(X, index)
         if self.contamination != "auto":
             judged, share = index, self.contamination
         else:

@@ -28,9 +28,9 @@ from torch import nn
 
 from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._component import Component
-from anomalib_gen.anomaly import ANOMALIES, Likelihood
+from anomalib_gen.anomaly import Likelihood, Typicality
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, make_flow_transform
-from anomalib_gen.objectives import OBJECTIVES, MaximumLikelihood
+from anomalib_gen.objectives import MaximumLikelihood
 
 AUTO_LAYERS = {"nsf-autoregressive": 2, "nsf-coupling": 4, "maf": 5, "realnvp": 6}
 """A coupling layer sees half of the columns and an affine one is stiff, so those need more layers."""
@@ -188,8 +188,8 @@ class FlowDetector(GenerativeDetector):
     (3, 2)
     """
 
-    _objectives: ClassVar[Any] = OBJECTIVES
-    _anomalies: ClassVar[Any] = ANOMALIES
+    _objectives: ClassVar[Any] = {"likelihood": MaximumLikelihood}
+    _anomalies: ClassVar[Any] = {"likelihood": Likelihood, "typicality": Typicality}
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **GenerativeDetector._parameter_constraints,
         "transform": [StrOptions(set(FLOW_TRANSFORMS)), callable],

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from anomalib_gen._component import Component
+from anomalib_gen.objectives.elbo import EvidenceLowerBound
 from anomalib_gen.objectives.likelihood import MaximumLikelihood
 
-OBJECTIVES: Mapping[str, type[Component]] = {"likelihood": MaximumLikelihood}
+OBJECTIVES: Mapping[str, type[Component]] = {"elbo": EvidenceLowerBound, "likelihood": MaximumLikelihood}
 
-__all__ = ["OBJECTIVES", "MaximumLikelihood"]
+__all__ = ["OBJECTIVES", "EvidenceLowerBound", "MaximumLikelihood"]
