@@ -36,5 +36,5 @@ class NegativeELBO(Component):
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Anomaly of each row of ``(B, *E)``, as ``(B,)``."""
         q = model.encode(x)
-        bounds = [model.elbo(x, e, q) for e in model.draw_noise(self.n_draws, generator)]
+        bounds = [model.elbo(x, e, q) for e in model.draw_balanced_noise(self.n_draws, generator)]
         return -torch.stack(bounds).mean(0)

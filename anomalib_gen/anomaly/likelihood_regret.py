@@ -19,6 +19,9 @@ import torch
 
 from anomalib_gen._component import Component
 
+BETAS = (0.8, 0.9)
+"""Adam's memory: short, because what is climbed has no noise and the steps are few."""
+
 
 class LikelihoodRegret(Component):
     """Gain in the evidence lower bound by refitting the posterior of each row, in nats (equation 1).
@@ -28,7 +31,7 @@ class LikelihoodRegret(Component):
     n_steps : int, default=100
         Steps of Adam. Each costs a pass through the decoder and back for each draw: this is by far the slowest anomaly
         of an autoencoder.
-    learning_rate : float, default=0.1
+    learning_rate : float, default=0.4
         First step size; it falls to zero along half a cosine.
     n_draws : int, default=4
         Draws of z.
@@ -41,7 +44,7 @@ class LikelihoodRegret(Component):
 
     in_nats = False
 
-    def __init__(self, *, n_steps: int = 100, learning_rate: float = 0.1, n_draws: int = 4) -> None:
+    def __init__(self, *, n_steps: int = 100, learning_rate: float = 0.4, n_draws: int = 4) -> None:
         self.n_steps = n_steps
         self.learning_rate = learning_rate
         self.n_draws = n_draws
@@ -49,13 +52,13 @@ class LikelihoodRegret(Component):
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Anomaly of each row of ``(B, *E)``, as ``(B,)``."""
         encoded = model.encode(x)
-        noise = model.draw_noise(self.n_draws, generator)
+        noise = model.draw_balanced_noise(self.n_draws, generator)
 
         def bound(q: Any) -> torch.Tensor:
             return torch.stack([model.elbo(x, e, q) for e in noise]).mean(0)
 
         parts = [part.detach().clone().requires_grad_() for part in encoded]
-        optimiser = torch.optim.Adam(parts, lr=self.learning_rate)
+        optimiser = torch.optim.Adam(parts, lr=self.learning_rate, betas=BETAS)
         start = best = bound(encoded).detach()
         for step in range(self.n_steps):
             optimiser.param_groups[0]["lr"] = (

@@ -37,5 +37,5 @@ class ReconstructionProbability(Component):
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Anomaly of each row of ``(B, *E)``, as ``(B,)``."""
         q = model.encode(x)
-        noise = model.draw_noise(self.n_draws, generator)
+        noise = model.draw_balanced_noise(self.n_draws, generator)
         return -torch.stack([model.log_likelihood(x, q.draw(e)) for e in noise]).mean(0)

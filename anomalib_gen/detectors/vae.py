@@ -97,7 +97,7 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         - ``"kl"``: the other part, the divergence of the posterior from the prior.
         - ``"reconstruction_error"``: mean squared error of the reconstruction, in standardised columns.
         - ``"likelihood_regret"``: what the bound gains if each row's posterior is refitted; slow.
-    learning_rate : float, default=2e-3
+    learning_rate : float, default=1e-2
         Peak step size of AdamW, after a short warm-up and before a cosine decay.
     weight_decay : float, default=1e-4
         AdamW's decoupled weight decay, on weight matrices only.
@@ -226,7 +226,7 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         n_blocks: int = 1,
         objective: Any = None,
         anomaly: Any = "elbo",
-        learning_rate: float = 2e-3,
+        learning_rate: float = 1e-2,
         weight_decay: float = 1e-4,
         batch_size: int = 256,
         max_iter: int | str = "auto",

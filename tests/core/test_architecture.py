@@ -158,7 +158,7 @@ def test_import_is_light_and_changes_nothing_global():
 # Documentation --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["detectors.flow", "calibration"])
+@pytest.mark.parametrize("name", ["detectors.flow", "detectors.vae", "calibration"])
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"{NAME}.{name}"))
     assert result.attempted > 0

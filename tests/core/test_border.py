@@ -26,7 +26,7 @@ from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._component import Component
 from anomalib_gen._training import TrainingOptions
 from anomalib_gen.anomaly import Likelihood, Typicality
-from anomalib_gen.objectives import OBJECTIVES
+from anomalib_gen.objectives import MaximumLikelihood
 
 
 def same_scaling(a, b):
@@ -588,7 +588,7 @@ class Energy(Component):
 class Toy(GenerativeDetector):
     """The distance from a trained centre."""
 
-    _objectives = {**OBJECTIVES, "energy": Energy}  # noqa: RUF012
+    _objectives = {"energy": Energy, "likelihood": MaximumLikelihood}  # noqa: RUF012
     _anomalies = {"energy": Energy, "likelihood": Likelihood}  # noqa: RUF012
     _parameter_constraints = {  # noqa: RUF012
         **{

@@ -1,8 +1,11 @@
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from anomalib_gen import FlowDetector
+from anomalib_gen import FlowDetector, VAEDetector
 
-DETECTORS = [FlowDetector(max_iter=10, hidden_features=16, random_state=0, device="cpu")]
+DETECTORS = [
+    FlowDetector(max_iter=10, hidden_features=16, random_state=0, device="cpu"),
+    VAEDetector(max_iter=10, hidden_features=16, random_state=0, device="cpu"),
+]
 
 # Training draws batches and noise, so a row of weight two is not the same as two rows of weight one;
 # scikit-learn excuses its own isolation forest for the same reason.
