@@ -195,4 +195,5 @@ def test_public_methods_are_found():
     found = set(public_objects())
     methods = ("fit", "partial_fit", "score_samples", "decision_function", "predict", "log_prob", "sample")
     assert {f"{NAME}.FlowDetector.{method}" for method in methods} <= found
+    assert {f"{NAME}.VAEDetector.{method}" for method in ("elbo", "transform", "interpolate")} <= found
     assert f"{NAME}.typicality_test" in found

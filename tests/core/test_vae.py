@@ -57,12 +57,14 @@ def test_the_density_integrates_to_one_in_the_units_of_X(observation):
     detector = make(
         observation=observation, n_components=2, hidden_features=32, max_iter=200, learning_rate=0.01
     ).fit(ring * scale + shift)
-    grid = np.linspace(-4, 4, 81)
+    grid = np.linspace(-4, 4, 65)
     points = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2) * scale + shift
-    total = np.exp(detector.log_prob(points, n_draws=100)).sum() * (0.1**2 * scale.prod())
-    assert total == pytest.approx(1, abs=0.04)
+    total = np.exp(detector.log_prob(points, n_draws=500)).sum() * (0.125**2 * scale.prod())
+    assert total == pytest.approx(
+        1, abs=0.05
+    )  # the same draws for all points: their error does not average out
     # The bound is one on that density.
-    assert np.exp(detector.elbo(points)).sum() * (0.1**2 * scale.prod()) < total
+    assert np.exp(detector.elbo(points)).sum() * (0.125**2 * scale.prod()) < total
 
 
 @pytest.mark.parametrize("anomaly", ANOMALIES, ids=str)
