@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError as _NotInstalled
 from importlib.metadata import version as _version
 
 from anomalib_gen.calibration import TypicalityResult, typicality_test
-from anomalib_gen.detectors import ComposedDetector, EnergyDetector, FlowDetector
+from anomalib_gen.detectors import ComposedDetector, EnergyDetector, FlowDetector, VAEDetector
 
 try:
     __version__ = _version("anomalib-gen")
@@ -16,6 +16,7 @@ __all__ = [
     "EnergyDetector",
     "FlowDetector",
     "TypicalityResult",
+    "VAEDetector",
     "__version__",
     "typicality_test",
 ]

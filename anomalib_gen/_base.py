@@ -119,6 +119,18 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         )
         return component
 
+    def _make_scaler(
+        self,
+        X: npt.NDArray[Any],
+        rows: npt.NDArray[np.integer] | None,
+        weights: npt.NDArray[np.float64] | None,
+    ) -> Standardizer:
+        """Scaling between the units of X and those of the model; a family of discrete rows may take none."""
+        return Standardizer.fit(X, rows, weights)
+
+    def _note_rows(self, X: npt.NDArray[Any], index: npt.NDArray[np.integer]) -> None:
+        """Set what else a family tells of the rows at `index` that it was just fitted to."""
+
     def _training_options(self, n_rows: int, *, one_pass: bool) -> TrainingOptions:
         """How to train on `n_rows` rows; once over them if `one_pass`."""
         steps_per_pass = -(-n_rows // self.batch_size)
@@ -223,7 +235,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         if continued:
             scaler, model = self._scaler, copy.deepcopy(self.model_).float()
         else:
-            scaler = Standardizer.fit(X, None if len(index) == len(X) else index, weights)
+            scaler = self._make_scaler(X, None if len(index) == len(X) else index, weights)
             with _runtime.forked_rng(seeds[1]):
                 grain = column_grain(X, index[train_index], scaler)
                 model = self._make_model(X.shape[1:], grain).float()
@@ -272,6 +284,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         self.event_shape_ = X.shape[1:]
         self.model_, self.anomaly_ = model, anomaly
         self._scaler, self._scoring_seed = scaler, seeds[3]
+        self._note_rows(X, index)
         if self.contamination != "auto":
             judged, share = index, self.contamination
         else:
@@ -329,8 +342,8 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     def energy(self, X: Any) -> npt.NDArray[np.float64]:
         """Energy of rows, E(x) = -log p(x) up to a constant, whatever the detector's anomaly.
 
-        For a flow it is minus the exact log-likelihood. The energies of different families are on one scale and
-        compose, see `ComposedDetector`.
+        For a flow it is minus the exact log-likelihood, for a variational autoencoder minus the evidence lower bound.
+        The energies of different families are on one scale and compose, see `ComposedDetector`.
 
         Parameters
         ----------
@@ -344,18 +357,27 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         check_is_fitted(self)
         return self._energy(self._validate(X, reset=False))
 
+    def _energy_anomaly(self) -> Any:
+        """The anomaly that is the family's energy."""
+        return Energy()
+
     def _energy(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        return self._apply(Energy(), X)
+        return self._apply(self._energy_anomaly(), X)
 
     def _torch_energy(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return `energy` as a differentiable function of rows ``(n, D)`` on `device`, in the units of X."""
-        model: Any = self._model_on(device)
-        dtype = _runtime.scoring_dtype(device)
+        model, anomaly = self._model_on(device), self._energy_anomaly()
+        dtype, seed = _runtime.scoring_dtype(device), self._scoring_seed
         shift, scale = (
             torch.as_tensor(value, dtype=dtype, device=device)
             for value in (self._scaler.shift, self._scaler.scale)
         )
-        return lambda x: model.energy((x - shift) / scale) - self._scaler.log_det
+
+        def energy(x: torch.Tensor) -> torch.Tensor:
+            values: torch.Tensor = anomaly(model, (x - shift) / scale, _runtime.make_generator(seed, device))
+            return values - self._scaler.log_det
+
+        return energy
 
     def sample(self, n_samples: int = 1, *, random_state: Any = None) -> npt.NDArray[np.float64]:
         """Draw new rows from the model.

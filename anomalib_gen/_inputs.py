@@ -60,6 +60,28 @@ def validate_rows(detector: Any, X: Any, *, reset: bool, min_rows: int) -> npt.N
     return checked
 
 
+def require_binary(detector: Any, X: npt.NDArray[Any]) -> None:
+    """Refuse a checked table ``(n, D)`` with values other than 0 and 1, naming the columns.
+
+    Raises
+    ------
+    ValueError
+        With a value of each such column.
+    """
+    bad: dict[int, float] = {}
+    for block in row_blocks(len(X), rows_per_block(X.shape[1])):
+        other = (X[block] != 0) & (X[block] != 1)
+        for j in np.flatnonzero(other.any(axis=0)):
+            bad.setdefault(int(j), float(X[block][other[:, j], j][0]))
+    if bad:
+        names = getattr(detector, "feature_names_in_", None)
+        shown = [f"{j if names is None else repr(str(names[j]))} (e.g. {bad[j]:g})" for j in sorted(bad)]
+        raise ValueError(
+            f"observation='bernoulli' needs zeros and ones, but there are other values in {name_columns(shown)}. "
+            "Choose another observation, or turn those columns into flags."
+        )
+
+
 def name_columns(shown: Sequence[str]) -> str:
     """Return ``column 'a'`` or ``columns 'a', 'b' and 3 more`` from columns as they are to be shown."""
     more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""

@@ -199,8 +199,9 @@ def train(
     objective : callable
         ``objective(model, x, generator) -> (B,)``. Where it has a method ``validate`` of the same form, that one
         judges the held-out rows. Where it has ``set_progress(fraction)``, it is told before each step what share of
-        `max_iter` has passed, from 0 to below 1. Where it has ``diverged() -> str | None``, that is asked whenever
-        the loss is looked at; a reason ends the training, and the best weights before that are kept.
+        `max_iter` has passed, from 0 to below 1; not so without a `schedule`, as in a stream of passes. Where it has
+        ``diverged() -> str | None``, that is asked whenever the loss is looked at; a reason ends the training, and
+        the best weights before that are kept.
     rows, validation : Rows
         Training rows and, optionally, held-out rows.
     options : TrainingOptions
@@ -233,8 +234,9 @@ def train(
     generator = _runtime.make_generator(seed, device)
     order = torch.Generator().manual_seed(seed)
     judge = getattr(objective, "validate", objective)
-    set_progress = getattr(objective, "set_progress", None)
     diverged = getattr(objective, "diverged", lambda: None)
+    # Without an end in sight there is no progress towards it.
+    set_progress = getattr(objective, "set_progress", None) if options.schedule else None
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [

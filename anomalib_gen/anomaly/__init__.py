@@ -3,16 +3,40 @@
 from collections.abc import Mapping
 
 from anomalib_gen._component import Component
+from anomalib_gen.anomaly.elbo import NegativeELBO
 from anomalib_gen.anomaly.energy import Energy
+from anomalib_gen.anomaly.iwae import ImportanceWeighted
+from anomalib_gen.anomaly.kl import KLDivergence
 from anomalib_gen.anomaly.likelihood import Likelihood
+from anomalib_gen.anomaly.likelihood_regret import LikelihoodRegret
+from anomalib_gen.anomaly.reconstruction_error import ReconstructionError
+from anomalib_gen.anomaly.reconstruction_probability import ReconstructionProbability
 from anomalib_gen.anomaly.score_norm import ScoreNorm
 from anomalib_gen.anomaly.typicality import Typicality
 
 ANOMALIES: Mapping[str, type[Component]] = {
+    "elbo": NegativeELBO,
     "energy": Energy,
+    "iwae": ImportanceWeighted,
+    "kl": KLDivergence,
     "likelihood": Likelihood,
+    "likelihood_regret": LikelihoodRegret,
+    "reconstruction_error": ReconstructionError,
+    "reconstruction_probability": ReconstructionProbability,
     "score_norm": ScoreNorm,
     "typicality": Typicality,
 }
 
-__all__ = ["ANOMALIES", "Energy", "Likelihood", "ScoreNorm", "Typicality"]
+__all__ = [
+    "ANOMALIES",
+    "Energy",
+    "ImportanceWeighted",
+    "KLDivergence",
+    "Likelihood",
+    "LikelihoodRegret",
+    "NegativeELBO",
+    "ReconstructionError",
+    "ReconstructionProbability",
+    "ScoreNorm",
+    "Typicality",
+]

@@ -3,5 +3,6 @@
 from anomalib_gen.detectors.composition import ComposedDetector
 from anomalib_gen.detectors.energy import EnergyDetector
 from anomalib_gen.detectors.flow import FlowDetector
+from anomalib_gen.detectors.vae import VAEDetector
 
-__all__ = ["ComposedDetector", "EnergyDetector", "FlowDetector"]
+__all__ = ["ComposedDetector", "EnergyDetector", "FlowDetector", "VAEDetector"]

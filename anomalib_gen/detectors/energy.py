@@ -171,7 +171,9 @@ class EnergyDetector(GenerativeDetector):
     (1,)
     """
 
-    _objectives: ClassVar[Any] = {name: part for name, part in OBJECTIVES.items() if name != "likelihood"}
+    _objectives: ClassVar[Any] = {
+        name: part for name, part in OBJECTIVES.items() if name not in ("elbo", "likelihood")
+    }
     _anomalies: ClassVar[Any] = {"energy": Energy, "score_norm": ScoreNorm}
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **GenerativeDetector._parameter_constraints,

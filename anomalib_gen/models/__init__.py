@@ -10,10 +10,13 @@ from anomalib_gen.models.closed_form import (
 from anomalib_gen.models.energy import EnergyModel, TailedNormal, energy_score
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, FlowTransform, make_flow_transform
 from anomalib_gen.models.noise import NOISES, GaussianNoise, MarginalNoise, NoiseBase, fit_noise
+from anomalib_gen.models.observation import OBSERVATIONS, Observation
+from anomalib_gen.models.vae import NetworkFactory, Posterior, VAEModel
 
 __all__ = [
     "FLOW_TRANSFORMS",
     "NOISES",
+    "OBSERVATIONS",
     "BinaryRBM",
     "EnergyModel",
     "FlowModel",
@@ -23,9 +26,13 @@ __all__ = [
     "GaussianMixtureEnergy",
     "GaussianNoise",
     "MarginalNoise",
+    "NetworkFactory",
     "NoiseBase",
+    "Observation",
+    "Posterior",
     "QuadraticEnergy",
     "TailedNormal",
+    "VAEModel",
     "energy_score",
     "fit_noise",
     "make_flow_transform",

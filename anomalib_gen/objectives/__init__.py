@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from anomalib_gen._component import Component
 from anomalib_gen.objectives.contrastive_divergence import ContrastiveDivergence
 from anomalib_gen.objectives.denoising_score_matching import DenoisingScoreMatching
+from anomalib_gen.objectives.elbo import EvidenceLowerBound
 from anomalib_gen.objectives.gradient_penalty import GradientPenalty
 from anomalib_gen.objectives.likelihood import MaximumLikelihood
 from anomalib_gen.objectives.noise_contrastive import NoiseContrastive
@@ -16,6 +17,7 @@ from anomalib_gen.objectives.telescoping import Telescoping
 OBJECTIVES: Mapping[str, type[Component]] = {
     "contrastive-divergence": ContrastiveDivergence,
     "denoising-score-matching": DenoisingScoreMatching,
+    "elbo": EvidenceLowerBound,
     "likelihood": MaximumLikelihood,
     "noise-contrastive": NoiseContrastive,
     "persistent-contrastive-divergence": PersistentContrastiveDivergence,
@@ -28,6 +30,7 @@ __all__ = [
     "OBJECTIVES",
     "ContrastiveDivergence",
     "DenoisingScoreMatching",
+    "EvidenceLowerBound",
     "GradientPenalty",
     "MaximumLikelihood",
     "NoiseContrastive",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from anomalib_gen import EnergyDetector, FlowDetector
+from anomalib_gen import EnergyDetector, FlowDetector, VAEDetector
 from anomalib_gen._runtime import make_generator
 from anomalib_gen.anomaly import ANOMALIES, Likelihood, Typicality
 
@@ -95,10 +95,13 @@ def test_only_a_density_has_the_units_of_the_data():
     """Stretching a column by c shifts log-densities by log c; the distance from the entropy stays."""
     X = np.random.default_rng(0).normal(size=(100, 2))
     nats = math.log(1e3)
-    shift = {"likelihood": nats, "typicality": 0.0, "energy": nats, "score_norm": 0.0}
+    shift = {
+        **dict.fromkeys(("likelihood", "energy", "elbo", "iwae", "reconstruction_probability"), nats),
+        **dict.fromkeys(("typicality", "score_norm", "kl", "likelihood_regret", "reconstruction_error"), 0.0),
+    }
     assert shift.keys() == ANOMALIES.keys()
     for name, expected in shift.items():
-        family = FlowDetector if name in FlowDetector._anomalies else EnergyDetector
+        family = next(f for f in (FlowDetector, EnergyDetector, VAEDetector) if name in f._anomalies)
         detector = family(anomaly=name, hidden_features=8, max_iter=5, random_state=0, device="cpu")
         before = detector.fit(X).score_samples(X)
         after = detector.fit(X * [1, 1e-3]).score_samples(X * [1, 1e-3])

@@ -159,7 +159,7 @@ def test_import_is_light_and_changes_nothing_global():
 
 
 @pytest.mark.parametrize(
-    "name", ["detectors.composition", "detectors.energy", "detectors.flow", "calibration"]
+    "name", ["detectors.composition", "detectors.energy", "detectors.flow", "detectors.vae", "calibration"]
 )
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"{NAME}.{name}"))
@@ -197,4 +197,5 @@ def test_public_methods_are_found():
     found = set(public_objects())
     methods = ("fit", "partial_fit", "score_samples", "decision_function", "predict", "log_prob", "sample")
     assert {f"{NAME}.FlowDetector.{method}" for method in methods} <= found
+    assert {f"{NAME}.VAEDetector.{method}" for method in ("elbo", "transform", "interpolate")} <= found
     assert f"{NAME}.typicality_test" in found

@@ -13,7 +13,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import cross_val_predict
 
-from anomalib_gen import ComposedDetector
+from anomalib_gen import ComposedDetector, EnergyDetector, VAEDetector
 
 
 class Gaussian(torch.nn.Module):
@@ -158,6 +158,28 @@ def test_composed_detectors_compose(pair):
     nested = ComposedDetector([("either", either), ("a", a)], n_steps=20).fit(grid)
     np.testing.assert_allclose(nested.energy(grid), either.energy(grid) + a.energy(grid))
     assert np.isfinite(nested.sample(10, random_state=0)).all()
+
+
+def test_energies_of_all_families_are_on_one_scale(fitted, X):
+    small = {"hidden_features": 16, "max_iter": 30, "random_state": 0, "device": "cpu"}
+    vae, energy = VAEDetector(**small).fit(X), EnergyDetector(**small).fit(X)
+    np.testing.assert_array_equal(fitted.energy(X), -fitted.log_prob(X))
+    np.testing.assert_array_equal(vae.energy(X), -vae.score_samples(X))
+    np.testing.assert_array_equal(energy.energy(X), -energy.score_samples(X))
+    members = [("flow", fitted), ("vae", vae), ("energy", energy)]
+    composed = ComposedDetector(members, n_steps=10).fit(X)
+    np.testing.assert_allclose(composed.energy(X), fitted.energy(X) + vae.energy(X) + energy.energy(X))
+    for _, member in [*members, ("all", composed)]:
+        # What sampling follows is the energy that scores.
+        differentiable = member._torch_energy(torch.device("cpu"))
+        np.testing.assert_allclose(differentiable(torch.tensor(X)).detach(), member.energy(X), rtol=1e-9)
+    assert composed.sample(5, random_state=0).shape == (5, 3)
+    # Stretching a column by c adds log c to every energy, whatever the family.
+    for member in (fitted, vae, energy):
+        stretched = clone(member).fit(X * [1, 1, 1e3])
+        np.testing.assert_allclose(
+            stretched.energy(X * [1, 1, 1e3]) - member.energy(X), np.log(1e3), atol=1e-3
+        )
 
 
 def test_far_rows_stay_finite(pair):

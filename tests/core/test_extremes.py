@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from anomalib_gen import EnergyDetector
+from anomalib_gen import EnergyDetector, VAEDetector
 
 TRANSFORMS = ["nsf-autoregressive", "nsf-coupling", "maf", "realnvp"]
+OBSERVATIONS = ["gaussian", "student-t", "discretised-logistic"]
+FAMILIES = [*TRANSFORMS, *OBSERVATIONS]
 POWERS = np.array([2, 3, 6, 10, 30, 100, 200, 300, 308])
 
 
@@ -19,6 +21,19 @@ def directions(n_features):
     return np.concatenate([axes, diagonals, np.ones((1, n_features)), anywhere])
 
 
+@pytest.fixture
+def make(tiny):
+    """Factory of small detectors of any family, by what tells its members apart."""
+
+    def make(member, **parameters):
+        if member in TRANSFORMS:
+            return tiny(transform=member, **parameters)
+        settings = {"hidden_features": 8, "max_iter": 20, "random_state": 0, "device": "cpu"}
+        return VAEDetector(observation=member, **{**settings, **parameters})
+
+    return make
+
+
 @pytest.fixture(scope="module", params=[1, 2, 6])
 def rows(request):
     n_features = request.param
@@ -26,9 +41,9 @@ def rows(request):
     return rng.normal(size=(200, n_features)) @ (np.eye(n_features) + np.tri(n_features) / 2)
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_scores_fall_along_every_ray_to_the_end_of_the_range(tiny, rows, transform):
-    detector = tiny(transform=transform, max_iter=60).fit(rows)
+@pytest.mark.parametrize("member", FAMILIES)
+def test_scores_fall_along_every_ray_to_the_end_of_the_range(make, rows, member):
+    detector = make(member, max_iter=60).fit(rows)
     worst = detector.score_samples(rows).min()
     for direction in directions(rows.shape[1]):
         scores = detector.score_samples(10.0 ** POWERS[:, None] * direction)
@@ -38,10 +53,10 @@ def test_scores_fall_along_every_ray_to_the_end_of_the_range(tiny, rows, transfo
         assert (detector.predict(10.0 ** POWERS[:, None] * direction) == -1).all()
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_the_largest_numbers_are_scored(tiny, rows, transform):
+@pytest.mark.parametrize("member", FAMILIES)
+def test_the_largest_numbers_are_scored(make, rows, member):
     largest = np.finfo(np.float64).max
-    detector = tiny(transform=transform).fit(rows)
+    detector = make(member).fit(rows)
     ends = np.array([[largest], [-largest]]) * np.ones(rows.shape[1])
     scores = detector.score_samples(ends)
     assert np.isfinite(scores).all()
@@ -54,19 +69,20 @@ def test_the_largest_numbers_are_scored(tiny, rows, transform):
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30, 1e300])
-def test_the_units_of_the_columns_do_not_matter(tiny, rows, scale):
-    expected = tiny().fit(rows).score_samples(rows) - rows.shape[1] * np.log(scale)
-    scaled = tiny().fit(scale * rows)
+@pytest.mark.parametrize("member", ["realnvp", *OBSERVATIONS])
+def test_the_units_of_the_columns_do_not_matter(make, rows, member, scale):
+    expected = make(member).fit(rows).score_samples(rows) - rows.shape[1] * np.log(scale)
+    scaled = make(member).fit(scale * rows)
     np.testing.assert_allclose(scaled.score_samples(scale * rows), expected, rtol=1e-4, atol=1e-4)
     assert np.isfinite(scaled.sample(5, random_state=0)).all()
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("member", FAMILIES)
 @pytest.mark.parametrize("value", [1e30, -1e200, 1e308])
-def test_an_extreme_value_among_the_training_rows(tiny, rows, transform, value):
+def test_an_extreme_value_among_the_training_rows(make, rows, member, value):
     spoilt = rows.copy()
     spoilt[17, 0] = value
-    detector = tiny(transform=transform).fit(spoilt)
+    detector = make(member).fit(spoilt)
     scores = detector.score_samples(spoilt)
     assert np.isfinite(scores).all()
     assert scores.argmin() == 17
@@ -74,26 +90,28 @@ def test_an_extreme_value_among_the_training_rows(tiny, rows, transform, value):
     assert np.isfinite(detector.loss_curve_).all()
 
 
-def test_columns_over_the_whole_range(tiny):
+@pytest.mark.parametrize("member", ["realnvp", *OBSERVATIONS])
+def test_columns_over_the_whole_range(make, member):
     rng = np.random.default_rng(0)
     rows = rng.uniform(-1, 1, size=(100, 2)) * np.finfo(np.float64).max
-    detector = tiny().fit(rows)
+    detector = make(member).fit(rows)
     assert np.isfinite(detector.score_samples(rows)).all()
     assert np.isfinite(detector.offset_)
 
 
-def test_values_next_to_zero_keep_their_shape(tiny, rows):
+@pytest.mark.parametrize("member", ["realnvp", *OBSERVATIONS])
+def test_values_next_to_zero_keep_their_shape(make, rows, member):
     # Subnormal numbers have too few digits for more than a finite answer.
-    assert np.isfinite(tiny().fit(1e-320 * rows).score_samples(1e-320 * rows)).all()
+    assert np.isfinite(make(member).fit(1e-320 * rows).score_samples(1e-320 * rows)).all()
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_saturation_in_float32_is_finite_too(tiny, rows, transform, monkeypatch):
+@pytest.mark.parametrize("member", FAMILIES)
+def test_saturation_in_float32_is_finite_too(make, rows, member, monkeypatch):
     import torch
 
     monkeypatch.setattr("anomalib_gen._runtime.scoring_dtype", lambda device: torch.float32)
     monkeypatch.setattr("anomalib_gen._runtime.scoring_block_rows", lambda size, device: 64)
-    detector = tiny(transform=transform).fit(rows)
+    detector = make(member).fit(rows)
     for direction in directions(rows.shape[1])[:6]:
         scores = detector.score_samples(10.0 ** POWERS[:, None] * direction)
         assert np.isfinite(scores).all()

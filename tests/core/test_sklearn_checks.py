@@ -1,11 +1,12 @@
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from anomalib_gen import ComposedDetector, EnergyDetector, FlowDetector
+from anomalib_gen import ComposedDetector, EnergyDetector, FlowDetector, VAEDetector
 
 SMALL = {"max_iter": 10, "hidden_features": 16, "random_state": 0, "device": "cpu"}
 FLOW = FlowDetector(**SMALL)
 DETECTORS = [
     FLOW,
+    VAEDetector(**SMALL),
     ComposedDetector([("a", FLOW), ("b", FLOW)], prefit=False),
     EnergyDetector(**SMALL),
     EnergyDetector(objective="sliced-score-matching", anomaly="score_norm", network="mlp", **SMALL),
