@@ -82,7 +82,8 @@ def test_the_units_of_the_columns_do_not_matter(make, rows, member, scale):
 def test_an_extreme_value_among_the_training_rows(make, rows, member, value):
     spoilt = rows.copy()
     spoilt[17, 0] = value
-    detector = make(member).fit(spoilt)
+    # An autoencoder's first steps are spent on the scale of all other rows.
+    detector = make(member, max_iter=20 if member in TRANSFORMS else 200).fit(spoilt)
     scores = detector.score_samples(spoilt)
     assert np.isfinite(scores).all()
     assert scores.argmin() == 17
