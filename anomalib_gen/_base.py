@@ -273,7 +273,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
                 anomaly.prepare(
                     model,
                     (x.to(dtype) for x in reference.blocks(block)),
-                    _runtime.make_generator(seeds[3], device),
+                    _runtime.scoring_generator(seeds[3]),
                 )
 
         history = continued and hasattr(self, "n_iter_")
@@ -374,7 +374,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         )
 
         def energy(x: torch.Tensor) -> torch.Tensor:
-            values: torch.Tensor = anomaly(model, (x - shift) / scale, _runtime.make_generator(seed, device))
+            values: torch.Tensor = anomaly(model, (x - shift) / scale, _runtime.scoring_generator(seed))
             return values - self._scaler.log_det
 
         return energy

@@ -65,6 +65,22 @@ def make_generator(seed: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(seed)
 
 
+def scoring_generator(seed: int) -> torch.Generator:
+    """Return the generator that anomalies draw from: on the CPU, whatever the device.
+
+    Devices turn a seed into different numbers. With noise from one place a row has the same score, up to rounding, on
+    every machine.
+    """
+    return make_generator(seed, torch.device("cpu"))
+
+
+def normal_noise(shape: tuple[int, ...], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal noise from a generator on whichever device, in the precision and on the device of `like`."""
+    exact = torch.float32 if generator.device.type == "mps" else torch.float64
+    noise = torch.randn(shape, generator=generator, dtype=exact, device=generator.device)
+    return noise.to(device=like.device, dtype=like.dtype)
+
+
 @contextmanager
 def forked_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed torch's global generators inside the block and restore them after.

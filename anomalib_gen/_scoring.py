@@ -44,7 +44,7 @@ def score_in_blocks(
                 z = np.clip(np.resize(z, (block_rows, *z.shape[1:])), -limit, limit)
             x = torch.from_numpy(z).to(device=device, dtype=dtype)
             # The same noise for every block, so that a row's score does not depend on its place.
-            a = anomaly(model, x, _runtime.make_generator(seed, device))
+            a = anomaly(model, x, _runtime.scoring_generator(seed))
             values[rows] = a[:n].cpu().double().numpy()
     if anomaly.in_nats:
         values -= scaler.log_det
@@ -64,9 +64,11 @@ def dry_run(model: nn.Module, objective: Any, anomaly: Any, x: torch.Tensor, dev
     TypeError
         If one of them needs what the model lacks, or does not return one number per row.
     """
-    generator = _runtime.make_generator(0, device)
     model.eval()
-    for argument, part in (("objective", objective), ("anomaly", anomaly)):
+    for argument, part, generator in (
+        ("objective", objective, _runtime.make_generator(0, device)),
+        ("anomaly", anomaly, _runtime.scoring_generator(0)),
+    ):
         try:
             with torch.no_grad(), _runtime.forked_rng(0, device):
                 # On a copy: what a part learns or keeps from these two rows is not for later.

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from anomalib_gen._runtime import normal_noise
 from anomalib_gen.models.observation import Observation
 
 ENCODER_BOUND = 8.0
@@ -153,8 +154,7 @@ class VAEModel(nn.Module):
         """Draw standard normal noise ``(n, L)``: a latent vector for each of n passes over all rows."""
         if n < 1:
             raise ValueError(f"n_draws must be at least 1, got {n}.")
-        like = next(self.parameters())
-        return torch.randn((n, self.n_components), generator=generator, dtype=like.dtype, device=like.device)
+        return normal_noise((n, self.n_components), next(self.parameters()), generator)
 
     def draw_balanced_noise(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Noise ``(n, L)`` of mean 0 and variance 1 in each dimension, for the expectation in equation 2.

@@ -316,3 +316,16 @@ def test_per_row_numbers_broadcast_over_events():
 )
 def test_out_of_memory_is_told_from_other_errors(error, expected):
     assert _runtime.is_out_of_memory(error) is expected
+
+
+def test_scoring_noise_is_the_same_in_every_precision():
+    drawn = [
+        _runtime.normal_noise((4, 3), torch.empty(0, dtype=dtype), _runtime.scoring_generator(3))
+        for dtype in (torch.float64, torch.float32)
+    ]
+    assert [noise.dtype for noise in drawn] == [torch.float64, torch.float32]
+    torch.testing.assert_close(drawn[0].float(), drawn[1])
+
+
+def test_the_generator_of_scores_is_on_the_cpu():
+    assert _runtime.scoring_generator(0).device == CPU
