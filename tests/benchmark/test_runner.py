@@ -137,7 +137,7 @@ if __name__ == "__main__":
 """
 
 
-def wait_until(condition, seconds=40):
+def wait_until(condition, seconds=150):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"

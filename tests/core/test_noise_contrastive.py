@@ -346,8 +346,8 @@ def scaled_newton(model, objective, x, noise_rows):
 
 
 def test_telescoping_reaches_a_narrow_gaussian_that_one_stage_misses():
-    """N(1, 0.02^2) in two dimensions under N(0, 1): the log-ratio at its centre is 8.8 nats."""
-    width, center = 0.02, torch.ones(2, dtype=F64)
+    """N(1, 0.005^2) in two dimensions under N(0, 1): the log-ratio at its centre is 11.6 nats."""
+    width, center = 0.005, torch.ones(2, dtype=F64)
     x = center + width * torch.randn(4000, 2, generator=make_generator(1, CPU), dtype=F64)
     truth = Normal(center, width).log_prob(x)
     noise = Normal(torch.zeros(2, dtype=F64), 1.0)
@@ -360,9 +360,10 @@ def test_telescoping_reaches_a_narrow_gaussian_that_one_stage_misses():
         scaled_newton(model, objective, x, 400)
         return float((-model.energy(x).detach() - truth).mean().abs())
 
-    errors = {n_heads: error(n_heads) for n_heads in (1, 8)}
-    assert errors[8] < 0.3
-    assert errors[1] > 3 * errors[8]
+    errors = {n_heads: error(n_heads) for n_heads in (1, 4)}
+    assert errors[4] < 0.2
+    # Not one of the noise rows falls where the data are: their ratio can be anything.
+    assert errors[1] > 5
 
 
 def test_telescoping_learns_a_normalised_density_with_a_network():
