@@ -5,6 +5,7 @@ Needs numpy and torch alone; rich draws the tables where it is installed.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -33,6 +34,10 @@ class Watched:
         if torch.is_grad_enabled() == self.training:
             self.look(model, x, generator)
         return self.part(model, x, generator)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watched:
+        # The dry run works on a copy of the part; who looks stays the same.
+        return Watched(copy.deepcopy(self.part, memo), self.look, training=self.training)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.part, name)
