@@ -81,6 +81,11 @@ def normal_noise(shape: tuple[int, ...], like: torch.Tensor, generator: torch.Ge
     return noise.to(device=like.device, dtype=like.dtype)
 
 
+def normal_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal noise of the shape, precision and device of `x`, from a generator on that device."""
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
 @contextmanager
 def forked_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed torch's global generators inside the block and restore them after.

@@ -7,7 +7,7 @@ from anomalib_gen.models.closed_form import (
     GaussianMixtureEnergy,
     QuadraticEnergy,
 )
-from anomalib_gen.models.energy import EnergyModel, TailedNormal, energy_score
+from anomalib_gen.models.energy import EnergyModel, TailedNormal
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, FlowTransform, make_flow_transform
 from anomalib_gen.models.noise import NOISES, GaussianNoise, MarginalNoise, NoiseBase, fit_noise
 from anomalib_gen.models.observation import OBSERVATIONS, Observation
@@ -33,7 +33,6 @@ __all__ = [
     "QuadraticEnergy",
     "TailedNormal",
     "VAEModel",
-    "energy_score",
     "fit_noise",
     "make_flow_transform",
 ]

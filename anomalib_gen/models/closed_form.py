@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from anomalib_gen.models.energy import energy_score
+from anomalib_gen.samplers import score_of
 
 MAX_ENUMERATED = 20
 """Units whose states are enumerated for an exact log Z: a million states."""
@@ -38,7 +38,7 @@ class ClosedFormEnergy(nn.Module):
 
     def score(self, x: torch.Tensor) -> torch.Tensor:
         """Gradient of log p, ``(B, D)``."""
-        return energy_score(self.energy, x)
+        return score_of(self.energy, create_graph=torch.is_grad_enabled())(x)
 
     def log_partition(self) -> torch.Tensor:
         """Exact log Z, a scalar."""

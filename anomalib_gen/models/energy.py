@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from anomalib_gen.networks import compress_tails, expand_tails
-from anomalib_gen.samplers import annealed_importance_sampling, annealed_langevin, mala
+from anomalib_gen.samplers import annealed_importance_sampling, annealed_langevin, mala, score_of
 
 NETWORK_BOUND = 12.0
 """Networks see their inputs clipped to this box in compressed units: 1,100 standard deviations."""
@@ -207,7 +207,7 @@ class EnergyModel(nn.Module):
         While gradients are recorded the result can be differentiated further, with respect to the weights and, if
         `x` requires a gradient, to `x`. Without (under ``torch.no_grad``) it is computed all the same.
         """
-        return energy_score(lambda x: self.energy(x, noise), x)
+        return score_of(self.energy, create_graph=torch.is_grad_enabled())(x, noise)
 
     def reference(self) -> TailedNormal:
         """A normalised density like that of standardised rows with the noise of `energy`: where chains start."""
@@ -250,16 +250,3 @@ class EnergyModel(nn.Module):
             step_size = 0.1 * low**2
         x, _ = mala(self.energy, x, LAST_STEPS, step_size=step_size, n_warmup=LAST_STEPS, generator=generator)
         return x
-
-
-def energy_score(energy: Any, x: torch.Tensor) -> torch.Tensor:
-    """Minus the gradient of ``energy(x) -> (B,)`` with respect to each row of x ``(B, *E)``, by autograd.
-
-    It assumes that the energy of a row depends on that row alone. It can be differentiated further wherever
-    gradients are recorded, and works where they are not.
-    """
-    recording = torch.is_grad_enabled()
-    with torch.enable_grad():
-        x = x if recording and x.requires_grad else x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(energy(x).sum(), x, create_graph=recording)
-    return -gradient

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from anomalib_gen._runtime import expand_as_rows
-from anomalib_gen.objectives._smoothing import normal_like, smooth
+from anomalib_gen._runtime import expand_as_rows, normal_like
+from anomalib_gen.objectives._smoothing import smooth
 
 
 def draw_levels(model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor | None:

@@ -6,10 +6,7 @@ from typing import Any
 
 import torch
 
-
-def normal_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw standard normal noise in the shape, type and place of `x`."""
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+from anomalib_gen._runtime import normal_like
 
 
 def noise_width(model: Any, x: torch.Tensor, data_noise: float) -> torch.Tensor:

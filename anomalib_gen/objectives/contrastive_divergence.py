@@ -42,7 +42,8 @@ from typing import Any
 import torch
 
 from anomalib_gen._component import Component
-from anomalib_gen.objectives._smoothing import noise_width, normal_like, smooth
+from anomalib_gen._runtime import normal_like
+from anomalib_gen.objectives._smoothing import noise_width, smooth
 from anomalib_gen.samplers import mala, ula
 
 Transition = Callable[[Any, torch.Tensor, torch.Generator], torch.Tensor]

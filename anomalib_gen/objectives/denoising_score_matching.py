@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from anomalib_gen._component import Component
-from anomalib_gen._runtime import expand_as_rows
+from anomalib_gen._runtime import expand_as_rows, normal_like
 from anomalib_gen.objectives._scores import draw_levels, score_at
-from anomalib_gen.objectives._smoothing import noise_width, normal_like, smooth
+from anomalib_gen.objectives._smoothing import noise_width, smooth
 
 JUDGED_ROWS = 512
 """Held-out rows are repeated with fresh noise up to about this number: few rows leave a rough judge."""

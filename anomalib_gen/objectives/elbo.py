@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from anomalib_gen._component import Component
+from anomalib_gen._runtime import normal_like
 
 VALIDATION_DRAWS = 4
 """Draws of z a held-out row is judged by."""
@@ -77,11 +78,11 @@ class EvidenceLowerBound(Component):
         self._check()
         q = model.encode(x)
         if self.n_draws == 1:
-            log_likelihood = model.log_likelihood(x, q.draw(_normal_like(q.mean, generator)))
+            log_likelihood = model.log_likelihood(x, q.draw(normal_like(q.mean, generator)))
             return self.weight * self._charged(q.kl()) - log_likelihood
         log_terms = []
         for _ in range(self.n_draws):
-            noise = _normal_like(q.mean, generator)
+            noise = normal_like(q.mean, generator)
             z = q.draw(noise)
             log_ratio = (0.5 * (noise.square() - z.square()) + q.log_std).sum(1)
             log_terms.append(model.log_likelihood(x, z) + self.weight * log_ratio)
@@ -91,7 +92,7 @@ class EvidenceLowerBound(Component):
         """Loss by which training is judged, ``(B,)``: minus the bound, with as many draws as it has in training."""
         q = model.encode(x)
         draws = max(VALIDATION_DRAWS, self.n_draws)
-        noise = [_normal_like(q.mean, generator) for _ in range(draws)]
+        noise = [normal_like(q.mean, generator) for _ in range(draws)]
         if self.n_draws == 1:
             return -torch.stack([model.elbo(x, e, q) for e in noise]).mean(0)
         return math.log(draws) - torch.logsumexp(torch.stack([model.log_weight(x, e, q) for e in noise]), 0)
@@ -112,7 +113,3 @@ class EvidenceLowerBound(Component):
                 f"{self!r}: free bits need the divergence in closed form, which several draws do without. "
                 "Set n_draws=1 or free_bits=0."
             )
-
-
-def _normal_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)

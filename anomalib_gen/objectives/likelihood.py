@@ -12,13 +12,13 @@ ones teach the shape. The levels are log-uniform, because what matters is their 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from anomalib_gen._component import Component
-from anomalib_gen._runtime import expand_as_rows
+from anomalib_gen._runtime import expand_as_rows, normal_like
+from anomalib_gen.objectives._scores import draw_levels
 
 
 class MaximumLikelihood(Component):
@@ -47,21 +47,14 @@ class MaximumLikelihood(Component):
         """Loss of each row of ``(B, D)``, as ``(B,)``."""
         grain = getattr(model, "grain", None)
         if grain is not None:
-            x = x + grain * _normal_like(x, generator)
-        levels = getattr(model, "noise_levels", None)
-        if levels is None:
-            if self.noise == 0:
-                return -model.log_prob(x)
-            return -model.log_prob(x + self.noise * _normal_like(x, generator))
-        low, high = (math.log(level) for level in levels)
-        uniform = torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device)
-        noise = torch.exp(low + (high - low) * uniform)
-        return -model.log_prob(x + expand_as_rows(noise, x) * _normal_like(x, generator), noise)
+            x = x + grain * normal_like(x, generator)
+        noise = draw_levels(model, x, generator)
+        if noise is not None:
+            return -model.log_prob(x + expand_as_rows(noise, x) * normal_like(x, generator), noise)
+        if self.noise == 0:
+            return -model.log_prob(x)
+        return -model.log_prob(x + self.noise * normal_like(x, generator))
 
     def validate(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss by which training is judged: minus the log-density of the rows as they are, ``(B,)``."""
         return -model.log_prob(x)
-
-
-def _normal_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)

@@ -194,11 +194,6 @@ def where_rows(condition: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> 
     return torch.where(expand_as_rows(condition, yes), yes, no)
 
 
-def normal_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Standard normal noise of the shape, precision and device of `x`."""
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-
-
 def square_norm(x: torch.Tensor) -> torch.Tensor:
     """Squared Euclidean norm of each row ``(B, *E)``, ``(B,)``."""
     return x.flatten(1).square().sum(1)

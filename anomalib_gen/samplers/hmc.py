@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from anomalib_gen._runtime import expand_as_rows
+from anomalib_gen._runtime import expand_as_rows, normal_like
 from anomalib_gen.samplers._chains import (
     ChainState,
     Energy,
@@ -27,7 +27,6 @@ from anomalib_gen.samplers._chains import (
     Move,
     SamplerInfo,
     metropolis,
-    normal_like,
     run_chains,
     square_norm,
     state_at,

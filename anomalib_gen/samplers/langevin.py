@@ -31,7 +31,7 @@ from itertools import pairwise
 
 import torch
 
-from anomalib_gen._runtime import expand_as_rows
+from anomalib_gen._runtime import expand_as_rows, normal_like
 from anomalib_gen.samplers._chains import (
     ChainState,
     Energy,
@@ -41,7 +41,6 @@ from anomalib_gen.samplers._chains import (
     Score,
     check_steps,
     metropolis,
-    normal_like,
     progress,
     run_chains,
     square_norm,
