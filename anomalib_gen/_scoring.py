@@ -33,8 +33,8 @@ def score_in_blocks(
     dtype = _runtime.scoring_dtype(device)
     block_rows = _runtime.scoring_block_rows(int(np.prod(X.shape[1:])), device)
     values = np.empty(len(X))
-    # Not inference mode: an anomaly may take gradients of the model with respect to the row.
-    with torch.no_grad():
+    # An anomaly that takes gradients leaves inference mode by itself (samplers.score_of does).
+    with torch.inference_mode():
         for rows in _runtime.row_blocks(len(X), block_rows):
             z = scaler.transform(X[rows])
             n = len(z)
@@ -70,7 +70,8 @@ def dry_run(model: nn.Module, objective: Any, anomaly: Any, x: torch.Tensor, dev
         ("anomaly", anomaly, _runtime.scoring_generator(0)),
     ):
         try:
-            with torch.no_grad(), _runtime.forked_rng(0, device):
+            grads = torch.no_grad() if argument == "objective" else torch.inference_mode()
+            with grads, _runtime.forked_rng(0, device):
                 # On a copy: what a part learns or keeps from these two rows is not for later.
                 trial = copy.deepcopy(part)
                 if argument == "anomaly" and hasattr(trial, "prepare"):

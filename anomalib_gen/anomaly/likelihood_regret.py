@@ -51,6 +51,10 @@ class LikelihoodRegret(Component):
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Anomaly of each row of ``(B, *E)``, as ``(B,)``."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self._regret(model, x.clone(), generator)
+
+    def _regret(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         encoded = model.encode(x)
         noise = model.draw_balanced_noise(self.n_draws, generator)
 

@@ -100,6 +100,8 @@ def energy_and_score(
     with torch.inference_mode(False), torch.enable_grad():
         if not (create_graph and x.requires_grad):
             x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+        # What was made in inference mode cannot be saved for a backward pass.
+        args = tuple(a.clone() if isinstance(a, torch.Tensor) and a.is_inference() else a for a in args)
         energies = energy(x, *args)
         # Differentiating with respect to x alone leaves the parameters' .grad untouched.
         (gradient,) = torch.autograd.grad(energies.sum(), x, create_graph=create_graph)
