@@ -41,6 +41,21 @@ MIN_HELD_OUT, MAX_HELD_OUT = 5, 2048
 """Fewer held-out rows say nothing about when to stop; more cost time and say nothing new."""
 
 
+def _rows_in_use(
+    X: npt.NDArray[Any], sample_weight: Any
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64] | None]:
+    """Positions of the rows with a positive weight, and their weights, of mean 1; None where there are none."""
+    if sample_weight is None:
+        return np.arange(len(X)), None
+    weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+    index = np.flatnonzero(weights)
+    if len(index) < 2:
+        raise ValueError(
+            f"sample_weight leaves {len(index)} rows with a positive weight; at least 2 are needed."
+        )
+    return index, weights[index] * (len(index) / weights.sum())
+
+
 class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     """Base class of all detectors.
 
@@ -85,11 +100,13 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     weight_decay: float
 
     model_: nn.Module
+    anomaly_: Component
     best_iter_: int
     n_iter_: int
     loss_curve_: list[float]
     validation_curve_: list[float]
     _scaler: Standardizer
+    _seeds: list[int]
 
     # What a family provides -------------------------------------------------------------------------------
 
@@ -214,22 +231,11 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     def _fit(self, X: Any, sample_weight: Any, *, continued: bool, one_pass: bool) -> Self:
         X = self._validate(X, reset=not continued, min_rows=2)
         device = _runtime.resolve_device(self.device)
-        objective = self._resolve_objective()
-        anomaly = resolve_component(
-            self.anomaly, known=self._anomalies, argument="anomaly", default=self._default_anomaly
-        )
+        objective, anomaly = self._resolve_objective(), self._resolve_anomaly()
         random = check_random_state(self.random_state)
         seeds = [int(seed) for seed in random.randint(np.iinfo(np.int32).max, size=4)]
 
-        index, weights = np.arange(len(X)), None
-        if sample_weight is not None:
-            weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-            index = np.flatnonzero(weights)
-            if len(index) < 2:
-                raise ValueError(
-                    f"sample_weight leaves {len(index)} rows with a positive weight; at least 2 are needed."
-                )
-            weights = weights[index] * (len(index) / weights.sum())
+        index, weights = _rows_in_use(X, sample_weight)
         train_index, held_out_index = self._split(len(index), np.random.RandomState(seeds[0]))
 
         if continued:
@@ -245,7 +251,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         if hasattr(objective, "prepare"):
             with _runtime.forked_rng(seeds[2], device):
                 objective.prepare(model, rows, _runtime.make_generator(seeds[2], device))
-        dry_run(model, objective, anomaly, rows.take(torch.arange(2)), device)
+        dry_run(model, rows.take(torch.arange(2)), device, objective=objective, anomaly=anomaly)
 
         def pick(positions: npt.NDArray[np.integer]) -> torch.Tensor | None:
             return None if weights is None else torch.from_numpy(weights[positions])
@@ -264,34 +270,87 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
                 label=type(self).__name__,
             )
         model = model.to(_runtime.scoring_dtype(device))
-        if hasattr(anomaly, "prepare"):
-            # Held-out rows are what scoring will meet; training rows look a little too normal.
-            reference = rows if held_out is None else held_out
-            block = _runtime.scoring_block_rows(int(np.prod(X.shape[1:])), device)
-            with torch.no_grad():
-                dtype = _runtime.scoring_dtype(device)
-                anomaly.prepare(
-                    model,
-                    (x.to(dtype) for x in reference.blocks(block)),
-                    _runtime.scoring_generator(seeds[3]),
-                )
-
         history = continued and hasattr(self, "n_iter_")
         self.loss_curve_ = (self.loss_curve_ if history else []) + result.loss_curve
         self.validation_curve_ = (self.validation_curve_ if history else []) + result.validation_curve
         self.best_iter_ = (self.n_iter_ if history else 0) + result.best_iter
         self.n_iter_ = (self.n_iter_ if history else 0) + result.n_iter
         self.event_shape_ = X.shape[1:]
-        self.model_, self.anomaly_ = model, anomaly
-        self._scaler, self._scoring_seed = scaler, seeds[3]
+        self.model_, self._scaler, self._seeds = model, scaler, seeds
         self._note_rows(X, index)
+        # Held-out rows are what scoring will meet; training rows look a little too normal.
+        self._set_anomaly(anomaly, X, index, held_out_index, rows if held_out is None else held_out)
+        return self
+
+    def with_anomaly(self, anomaly: Any, X: Any, sample_weight: Any = None) -> Self:
+        """Return a detector with the same model and another anomaly, without training again.
+
+        It is what `fit` would have given with that anomaly and the same seed, at the cost of scoring.
+
+        Parameters
+        ----------
+        anomaly : str, component or None
+            As the parameter of that name.
+        X : array-like or data frame of shape (n_samples, n_features)
+            The rows that `fit` saw: what the anomaly learns and the threshold `offset_` come from them.
+        sample_weight : array-like of shape (n_samples,), optional
+            The weights that `fit` saw.
+
+        Returns
+        -------
+        detector of the same class
+            A fitted one, with a copy of the model.
+        """
+        check_is_fitted(self)
+        X = self._validate(X, reset=False, min_rows=2)
+        other = copy.copy(self).set_params(anomaly=anomaly)
+        other._validate_params()
+        part, device = other._resolve_anomaly(), self._scoring_device()
+        index, _ = _rows_in_use(X, sample_weight)
+        train_index, held_out_index = self._split(len(index), np.random.RandomState(self._seeds[0]))
+        reference = held_out_index if len(held_out_index) else train_index
+        rows = ArrayRows(X, index[reference], self._scaler, device)
+        dtype = _runtime.scoring_dtype(device)
+        dry_run(self._model_on(device), rows.take(torch.arange(2)).to(dtype), device, anomaly=part)
+        other._set_anomaly(part, X, index, held_out_index, rows)
+        return other
+
+    def _resolve_anomaly(self) -> Component:
+        component: Component = resolve_component(
+            self.anomaly, known=self._anomalies, argument="anomaly", default=self._default_anomaly
+        )
+        return component
+
+    def _set_anomaly(
+        self,
+        anomaly: Component,
+        X: npt.NDArray[Any],
+        index: npt.NDArray[np.integer],
+        held_out_index: npt.NDArray[np.integer],
+        reference: ArrayRows,
+    ) -> None:
+        """Let the anomaly learn from the rows of `reference`, and set the threshold."""
+        if hasattr(anomaly, "prepare"):
+            device = reference.device
+            dtype = _runtime.scoring_dtype(device)
+            block = _runtime.scoring_block_rows(int(np.prod(X.shape[1:])), device)
+            with torch.no_grad():
+                anomaly.prepare(
+                    self._model_on(device),
+                    (x.to(dtype) for x in reference.blocks(block)),
+                    _runtime.scoring_generator(self._scoring_seed),
+                )
+        self.anomaly_ = anomaly
         if self.contamination != "auto":
             judged, share = index, self.contamination
         else:
-            judged = index[held_out_index if len(held_out_index) else train_index]
+            judged = index[held_out_index] if len(held_out_index) else index
             share = AUTO_FALSE_POSITIVES
-        self.offset_ = self._quantile(X, judged, float(share), np.random.RandomState(seeds[0]))
-        return self
+        self.offset_ = self._quantile(X, judged, float(share), np.random.RandomState(self._seeds[0]))
+
+    @property
+    def _scoring_seed(self) -> int:
+        return self._seeds[3]
 
     def _split(
         self, n: int, random: np.random.RandomState

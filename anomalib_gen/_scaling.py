@@ -163,7 +163,7 @@ class ArrayRows:
         scaler: Standardizer,
         device: torch.device,
     ) -> None:
-        self._X, self._index, self._scaler, self._device = X, index, scaler, device
+        self._X, self._index, self._scaler, self.device = X, index, scaler, device
         size = int(np.prod(X.shape[1:]))
         budget = RESIDENT_BYTES
         if device.type == "cuda":
@@ -181,12 +181,12 @@ class ArrayRows:
     def _cut(self, positions: npt.NDArray[np.integer]) -> torch.Tensor:
         z = self._scaler.transform(self._X[positions])
         limit = float(np.finfo(np.float32).max)
-        return torch.from_numpy(np.clip(z, -limit, limit).astype(np.float32)).to(self._device)
+        return torch.from_numpy(np.clip(z, -limit, limit).astype(np.float32)).to(self.device)
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Rows of the given positions, ``(B, *E)``."""
         if self._resident is not None:
-            return self._resident[index.to(self._device)]
+            return self._resident[index.to(self.device)]
         return self._cut(self._index[index.numpy()])
 
     def blocks(self, rows_per_block: int) -> Iterator[torch.Tensor]:

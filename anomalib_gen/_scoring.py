@@ -56,8 +56,8 @@ def score_in_blocks(
     return values
 
 
-def dry_run(model: nn.Module, objective: Any, anomaly: Any, x: torch.Tensor, device: torch.device) -> None:
-    """Try objective and anomaly on the two rows `x`, so that a pair that cannot work fails before training.
+def dry_run(model: nn.Module, x: torch.Tensor, device: torch.device, **parts: Any) -> None:
+    """Try an `objective` or an `anomaly` on the two rows `x`, so that one that cannot work fails before training.
 
     Raises
     ------
@@ -65,10 +65,9 @@ def dry_run(model: nn.Module, objective: Any, anomaly: Any, x: torch.Tensor, dev
         If one of them needs what the model lacks, or does not return one number per row.
     """
     model.eval()
-    for argument, part, generator in (
-        ("objective", objective, _runtime.make_generator(0, device)),
-        ("anomaly", anomaly, _runtime.scoring_generator(0)),
-    ):
+    for argument, part in parts.items():
+        on_device = argument == "objective"
+        generator = _runtime.make_generator(0, device) if on_device else _runtime.scoring_generator(0)
         try:
             grads = torch.no_grad() if argument == "objective" else torch.inference_mode()
             with grads, _runtime.forked_rng(0, device):

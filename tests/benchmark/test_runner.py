@@ -99,6 +99,19 @@ def test_failed_cells_run_again_only_when_asked(tables, tmp_path, helpers):
         assert len(log.read_text().splitlines()) == fits
 
 
+def test_views_of_one_model_share_its_fit(tables, tmp_path):
+    flow = "anomalib_gen.FlowDetector(max_iter=20, device='cpu', anomaly='{}')"
+    views = [f"{name}={flow.format(name)}" for name in ("likelihood", "typicality")]
+    arguments = {"suite": "clean", "datasets": tables[:2], "seeds": (0, 1)}
+    shared = run_benchmark(views, output=tmp_path / "shared", **arguments).set_index("detector")
+    alone = run_benchmark(views[1:], output=tmp_path / "alone", **arguments).set_index("detector")
+    seconds = shared["fit_seconds"]
+    assert seconds["likelihood"].tolist() == seconds["typicality"].tolist()
+    assert seconds["typicality"].nunique() == 4
+    assert shared.loc["typicality", "auroc"].tolist() == alone["auroc"].tolist()
+    assert shared.loc["typicality", "auroc"].tolist() != shared.loc["likelihood", "auroc"].tolist()
+
+
 def test_a_split_without_anomalies_is_a_failure_of_its_cells(tmp_path):
     rng = np.random.default_rng(0)
     path = tmp_path / "rare.npz"

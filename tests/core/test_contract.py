@@ -124,6 +124,36 @@ def test_a_clone_and_a_pickle_are_the_same_detector(trained, family, parts, X):
     )
 
 
+def anomalies():
+    for family in FAMILIES:
+        for name in family._anomalies:
+            yield pytest.param(family, name, id=f"{family.__name__}-{name}")
+
+
+@pytest.mark.parametrize("contamination", ["auto", 0.1])
+@pytest.mark.parametrize(("family", "name"), list(anomalies()))
+def test_another_anomaly_is_as_if_fitted_with_it(trained, family, name, contamination, X):
+    weights = np.arange(len(X)) % 3
+    first = small(family).set_params(contamination=contamination).fit(X, sample_weight=weights)
+    before = first.score_samples(X)
+    other = first.with_anomaly(name, X, sample_weight=weights)
+    refitted = small(family, anomaly=name).set_params(contamination=contamination)
+    refitted.fit(X, sample_weight=weights)
+    np.testing.assert_array_equal(other.score_samples(X), refitted.score_samples(X))
+    assert other.offset_ == refitted.offset_
+    assert other.anomaly == name
+    np.testing.assert_array_equal(first.score_samples(X), before)
+    assert first.anomaly != name or name == family().anomaly
+
+
+@each_family
+def test_another_anomaly_must_be_known(trained, family, X):
+    with pytest.raises(ValueError, match="anomaly='no such' is unknown"):
+        trained(family, {}).with_anomaly("no such", X)
+    with pytest.raises(NotFittedError):
+        small(family).with_anomaly(None, X)
+
+
 @each_combination
 def test_every_weight_learns(family, parts, X, monkeypatch):
     """No parameter may be without a gradient through the whole of training."""
