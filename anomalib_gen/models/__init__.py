@@ -7,6 +7,7 @@ from anomalib_gen.models.closed_form import (
     GaussianMixtureEnergy,
     QuadraticEnergy,
 )
+from anomalib_gen.models.denoiser import Denoiser, NetworkDenoiser, ScoreDenoiser
 from anomalib_gen.models.energy import EnergyModel, TailedNormal
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, FlowTransform, make_flow_transform
 from anomalib_gen.models.noise import NOISES, GaussianNoise, MarginalNoise, NoiseBase, fit_noise
@@ -18,6 +19,7 @@ __all__ = [
     "NOISES",
     "OBSERVATIONS",
     "BinaryRBM",
+    "Denoiser",
     "EnergyModel",
     "FlowModel",
     "FlowTransform",
@@ -26,11 +28,13 @@ __all__ = [
     "GaussianMixtureEnergy",
     "GaussianNoise",
     "MarginalNoise",
+    "NetworkDenoiser",
     "NetworkFactory",
     "NoiseBase",
     "Observation",
     "Posterior",
     "QuadraticEnergy",
+    "ScoreDenoiser",
     "TailedNormal",
     "VAEModel",
     "fit_noise",

@@ -1,0 +1,200 @@
+r"""Denoisers: what a diffusion model is, seen from one side.
+
+With a clean row x_0 and noise of level s, the mean of the clean rows behind a noisy one,
+
+    D(x, s) = E[x_0 | x_0 + s e = x],     e ~ N(0, I),                                               (1)
+
+gives the score of the noised density by Tweedie's formula (Robbins 1956; Efron 2011,
+doi:10.1198/jasa.2011.tm11181),
+
+    grad log p_s(x) = (D(x, s) - x) / s^2,                                                           (2)
+
+and with a path (paths) the noise, the velocity and all other views of a diffusion model. A `NetworkDenoiser` learns
+(1). What its network F gives is one of four parametrisations, all of which see the row at unit variance,
+y = x / sqrt(s^2 + d^2) for data of deviation d:
+
+    "x0":  D = F(y, s),
+    "eps": D = x - s F(y, s)                                                 (Ho et al. 2020, arXiv:2006.11239),
+    "v":   D = (x - s sqrt(1 + s^2) F(y, s)) / (1 + s^2)            (Salimans and Ho 2022, arXiv:2202.00512),
+    "edm": D = (d^2 x + s d sqrt(s^2 + d^2) F(y, s)) / (s^2 + d^2)     (Karras et al. 2022, arXiv:2206.00364, table 1).
+
+For d = 1 the last two are one, up to the sign of F. In "edm" the error of F counts most where noise and row are of a
+size, and F has unit variance at every level, which is why it is the default.
+
+The other way round, (2) makes a denoiser of any score at all levels: `ScoreDenoiser` of a noise-conditional energy, or
+of a mixture of Gaussians in closed form.
+
+Beyond a box of twelve deviations F sees the row at the edge of the box, and (1) goes on as for normal data:
+what is left of a step beyond the edge is d^2 / (s^2 + d^2) of it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+
+from anomalib_gen._runtime import expand_as_rows
+from anomalib_gen.paths import Path, Prediction
+
+PARAMETRIZATIONS = ("edm", "v", "eps", "x0")
+NETWORK_BOUND = 12.0
+"""Half the side of the box, in deviations of the noised data."""
+N_FREQUENCIES = 8
+LEVEL_FEATURES = 1 + 2 * N_FREQUENCIES
+"""Numbers by which a network is told the noise level."""
+
+
+def embed_levels(level: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Features ``(B, LEVEL_FEATURES)`` of noise levels ``(B,)``: log s scaled to [-1, 1], and waves of it."""
+    u = (2 * level.log() - math.log(low * high)) / math.log(high / low)
+    k = torch.arange(1, N_FREQUENCIES + 1, dtype=level.dtype, device=level.device)
+    phase = 0.5 * math.pi * u.unsqueeze(1) * k
+    return torch.cat([u.unsqueeze(1), phase.sin(), phase.cos()], dim=1)
+
+
+class Denoiser(nn.Module):
+    """Base of all denoisers: what follows from `denoise`.
+
+    Parameters
+    ----------
+    path : Path
+        The process that the denoiser belongs to. Its clock and its range of noise levels are what samplers,
+        objectives and anomalies use; `denoise` itself knows levels only.
+
+    Attributes
+    ----------
+    noise_levels : tuple of float
+        Smallest and largest noise level.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.noise_levels = path.noise_levels
+
+    @abstractmethod
+    def denoise(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """Mean of the clean rows behind noisy ones (equation 1).
+
+        Parameters
+        ----------
+        x : Tensor of shape (B, *E)
+            Rows with noise added, not scaled.
+        level : Tensor of shape (B,)
+            Deviation of the noise.
+
+        Returns
+        -------
+        Tensor of shape (B, *E)
+        """
+
+    def score(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """Gradient of the log-density of rows with noise (equation 2), ``(B, *E)``."""
+        return (self.denoise(x, level) - x) / expand_as_rows(level.square(), x)
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor) -> Prediction:
+        """All views of rows `x_t` ``(B, *E)`` on the path at times `t` ``(B,)``."""
+        return self.path.predict(self.denoise, x_t, t)
+
+
+class NetworkDenoiser(Denoiser):
+    """A network as a denoiser.
+
+    Parameters
+    ----------
+    network : module
+        ``forward(y: (B, *E), context: (B, LEVEL_FEATURES)) -> (B, *E)``, or ``(B, 2 E_1, ...)`` with
+        `learned_variance`.
+    path : Path
+    parametrization : {"edm", "v", "eps", "x0"}, default="edm"
+        What the network's output means.
+    grain : Tensor of shape E, optional
+        Deviation of the dequantisation noise of each column; the data are x + grain * e. The training objective adds
+        it; here it only sets the deviation d of the data.
+    learned_variance : bool, default=False
+        Whether the network has a second output of the same size, which says where the variance of a reverse step lies
+        between its two bounds (Nichol and Dhariwal 2021, arXiv:2102.09672, equation 15).
+    """
+
+    grain: torch.Tensor
+    spread: torch.Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        path: Path,
+        *,
+        parametrization: str = "edm",
+        grain: torch.Tensor | None = None,
+        learned_variance: bool = False,
+    ) -> None:
+        super().__init__(path)
+        if parametrization not in PARAMETRIZATIONS:
+            raise ValueError(
+                f"parametrization={parametrization!r} is unknown. Known: {', '.join(map(repr, PARAMETRIZATIONS))}."
+            )
+        self.network = network
+        self.parametrization = parametrization
+        self.learned_variance = learned_variance
+        grain = torch.zeros(()) if grain is None else grain
+        self.register_buffer("grain", grain)
+        self.register_buffer("spread", (1 + grain.square()).sqrt())
+
+    def denoise(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """Mean of the clean rows behind noisy ones (equation 1)."""
+        return self.denoise_and_variance(x, level)[0]
+
+    def denoise_and_variance(
+        self, x: torch.Tensor, level: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`denoise`, and where the variance of a reverse step lies: 0 lower bound, 1 upper; None if not learned."""
+        s, d = expand_as_rows(level, x), self.spread
+        total = (s.square() + d.square()).sqrt()
+        y = x / total
+        inside = y.clamp(-NETWORK_BOUND, NETWORK_BOUND)
+        out: torch.Tensor = self.network(inside, embed_levels(level, *self.noise_levels))
+        share = None
+        if self.learned_variance:
+            out, share = out.chunk(2, dim=1)
+            share = 0.5 * (share + 1)
+        keep = d.square() / total.square()
+        at_edge = inside * total
+        if self.parametrization == "edm":
+            clean = keep * at_edge + (s * d / total) * out
+        elif self.parametrization == "v":
+            clean = (at_edge - s * (1 + s.square()).sqrt() * out) / (1 + s.square())
+        elif self.parametrization == "eps":
+            clean = at_edge - s * out
+        else:
+            clean = out
+        return clean + keep * (x - at_edge), share
+
+
+class ScoreDenoiser(Denoiser):
+    """The denoiser of a model that has scores at all noise levels, D = x + s^2 score (equation 2).
+
+    Parameters
+    ----------
+    model : module
+        With ``score(x: (B, *E), level: (B,)) -> (B, *E)``, such as an `EnergyModel` that is conditional on noise, or
+        `GaussianMixtureEnergy`, whose denoiser is then exact.
+    path : Path
+        Its noise levels should be those of the model.
+    """
+
+    def __init__(self, model: nn.Module, path: Path) -> None:
+        super().__init__(path)
+        self.model: Any = model
+
+    def denoise(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """Mean of the clean rows behind noisy ones (equation 1)."""
+        return x + expand_as_rows(level.square(), x) * self.score(x, level)
+
+    def score(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """The model's score, ``(B, *E)``."""
+        score: torch.Tensor = self.model.score(x, level)
+        return score
