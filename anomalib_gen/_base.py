@@ -269,6 +269,8 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
                 validation_weights=pick(held_out_index),
                 label=type(self).__name__,
             )
+        if hasattr(objective, "conclude"):
+            objective.conclude(model, rows, _runtime.make_generator(seeds[2], device))
         model = model.to(_runtime.scoring_dtype(device))
         history = continued and hasattr(self, "n_iter_")
         self.loss_curve_ = (self.loss_curve_ if history else []) + result.loss_curve

@@ -116,7 +116,8 @@ class EnergyDetector(GenerativeDetector):
     anomaly_ : Component
         The anomaly in use, with what it learned.
     log_normalizer_ : float
-        Estimate of log Z, set by `normalize`.
+        Estimate of log Z: learned by `fit` where the objective compares with noise of a known density
+        ("noise-contrastive", "telescoping"); else, and in its place, set by `normalize`.
     log_normalizer_interval_ : tuple of float
         95 % interval of that estimate, set by `normalize`.
     offset_ : float
@@ -255,6 +256,8 @@ class EnergyDetector(GenerativeDetector):
 
         Notes
         -----
+        Where the objective learned a log Z by itself, that stays in ``model_.log_z``, to be compared.
+
         The units of the columns do not change log Z: what they add to every energy cancels in the integral over X.
         A warning says when too few chains carry the weight; the estimate is then likely too low.
         """
@@ -273,7 +276,7 @@ class EnergyDetector(GenerativeDetector):
         return self
 
     def log_prob(self, X: Any) -> npt.NDArray[np.float64]:
-        """Log-density of rows, -E(x) - log Z, with the log Z that `normalize` found.
+        """Log-density of rows, -E(x) - log Z, with the log Z that the objective learned or `normalize` found.
 
         Parameters
         ----------
@@ -287,7 +290,7 @@ class EnergyDetector(GenerativeDetector):
         Raises
         ------
         NotFittedError
-            If `normalize` was not called since the last `fit`; also where an objective learns a constant by itself.
+            If the objective learns no log Z and `normalize` was not called since the last `fit`.
         """
         check_is_fitted(self)
         if not hasattr(self, "log_normalizer_"):
@@ -300,6 +303,8 @@ class EnergyDetector(GenerativeDetector):
         for name in ("log_normalizer_", "log_normalizer_interval_"):
             if hasattr(self, name):
                 delattr(self, name)
+        if getattr(self._resolve_objective(), "learns_log_z", False):
+            self.log_normalizer_ = float(self.model_.log_z.detach())  # type: ignore[operator]
         return self
 
     def _resolve_objective(self) -> Component:

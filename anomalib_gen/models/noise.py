@@ -228,3 +228,25 @@ def fit_noise(noise: Any, x: torch.Tensor, generator: torch.Generator) -> Any:
     if not (hasattr(noise, "sample") and hasattr(noise, "log_prob")):
         raise TypeError(f"noise={noise!r} must have sample(n, generator) and log_prob(x), or be a name.")
     return noise
+
+
+def adopt_noise(model: Any, noise: Any, x: torch.Tensor, generator: torch.Generator) -> Any:
+    """Fit a noise distribution to rows `x` and make it the base of a model that takes one (`EnergyModel.set_base`).
+
+    What the network adds is then the log-ratio of data and noise, and where there are neither the model is the noise:
+    without, mass would hide where no draw ever looks, and no constant would be right. A model that has such a base
+    already keeps it.
+
+    Returns
+    -------
+    object
+        The noise, with ``sample`` and ``log_prob``.
+    """
+    base = getattr(model, "base", None)
+    if isinstance(base, NoiseBase):
+        return base.noise
+    fitted = fit_noise(noise, x, generator)
+    if hasattr(model, "set_base"):
+        model.set_base(NoiseBase(fitted))
+        return model.base.noise
+    return fitted

@@ -33,7 +33,7 @@ import torch
 from torch.nn import functional as F
 
 from anomalib_gen._component import Component
-from anomalib_gen.models.noise import fit_noise
+from anomalib_gen.models.noise import adopt_noise
 from anomalib_gen.objectives._smoothing import smooth, some_rows
 
 FITTED_ROWS, BRIDGE_ROWS = 20_000, 2_000
@@ -44,7 +44,7 @@ class NoiseContrastive(Component):
     """Noise-contrastive estimation with a learned log Z (equation 2).
 
     The model needs `energy` ``(B, D) -> (B,)`` and a scalar parameter `log_z`; afterwards its log-density is
-    ``-energy(x) - log_z``.
+    ``-energy(x) - log_z``. The noise becomes the base of a model that has ``set_base(base)``.
 
     Parameters
     ----------
@@ -67,6 +67,9 @@ class NoiseContrastive(Component):
     applications to natural image statistics. JMLR 13.
     """
 
+    learns_log_z = True
+    """Afterwards ``-energy(x) - log_z`` is a log-density."""
+
     def __init__(self, *, noise: Any = "gaussian", n_noise: int = 4, data_noise: float = 0.1) -> None:
         self.noise = noise
         self.n_noise = n_noise
@@ -74,12 +77,21 @@ class NoiseContrastive(Component):
 
     @torch.no_grad()
     def prepare(self, model: Any, rows: Any, generator: torch.Generator) -> None:
-        """Fit the noise, and set the model's `log_z` by equation 3."""
+        """Fit the noise, make it the model's base, and set the model's `log_z` by equation 3."""
         x = smooth(model, some_rows(rows, FITTED_ROWS, generator), self.data_noise, generator)
-        self.noise_ = fit_noise(self.noise, x, generator)
+        self.noise_ = adopt_noise(model, self.noise, x, generator)
+        self._set_log_z(model, x, generator)
+
+    @torch.no_grad()
+    def conclude(self, model: Any, rows: Any, generator: torch.Generator) -> None:
+        """Set `log_z` by equation 3 once more: gradient steps leave it behind the energy, above all in a short fit."""
+        x = smooth(model, some_rows(rows, BRIDGE_ROWS, generator), self.data_noise, generator)
+        self._set_log_z(model, x, generator)
+
+    def _set_log_z(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> None:
         x = x[:BRIDGE_ROWS]
         y = self.noise_.sample(self.n_noise * len(x), generator)
-        log_ratio = [-model.energy(z) - self.noise_.log_prob(z) for z in (x, y)]
+        log_ratio = [self._log_ratio(model, z) for z in (x, y)]
         model.log_z.fill_(bridge_log_z(*log_ratio, n_noise=self.n_noise))
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -87,11 +99,17 @@ class NoiseContrastive(Component):
         x = smooth(model, x, self.data_noise, generator)
         with torch.no_grad():
             y = self.noise_.sample(self.n_noise * len(x), generator)
-            both = torch.cat([x, y])
-            log_noise = self.noise_.log_prob(both)
-        log_odds = -model.energy(both) - model.log_z - log_noise - math.log(self.n_noise)
+        log_odds = self._log_ratio(model, torch.cat([x, y])) - model.log_z - math.log(self.n_noise)
         of_rows, of_noise = log_odds[: len(x)], log_odds[len(x) :].reshape(len(x), self.n_noise)
         return F.softplus(-of_rows) + F.softplus(of_noise).sum(1)
+
+    def _log_ratio(self, model: Any, x: torch.Tensor) -> torch.Tensor:
+        """Log of the ratio of the model, without its constant, and the noise, ``(B,)``."""
+        if getattr(getattr(model, "base", None), "noise", None) is self.noise_:
+            return -model.head_energies(x).sum(1)
+        with torch.no_grad():
+            log_noise = self.noise_.log_prob(x)
+        return -model.energy(x) - log_noise
 
 
 def bridge_log_z(of_rows: torch.Tensor, of_noise: torch.Tensor, *, n_noise: float) -> float:

@@ -29,7 +29,7 @@ import torch
 from torch.nn import functional as F
 
 from anomalib_gen._component import Component
-from anomalib_gen.models.noise import NoiseBase, fit_noise
+from anomalib_gen.models.noise import adopt_noise
 from anomalib_gen.objectives._smoothing import smooth, some_rows
 from anomalib_gen.objectives.noise_contrastive import FITTED_ROWS
 
@@ -56,6 +56,8 @@ class Telescoping(Component):
     Rhodes, B., Xu, K., Gutmann, M. U. (2020). Telescoping density-ratio estimation. NeurIPS. arXiv:2006.12204.
     """
 
+    learns_log_z = True
+    """Afterwards ``-energy(x) - log_z`` is a log-density."""
     uses_heads = True
     """Asks for a model with several heads."""
 
@@ -67,12 +69,8 @@ class Telescoping(Component):
     @torch.no_grad()
     def prepare(self, model: Any, rows: Any, generator: torch.Generator) -> None:
         """Fit the noise and make it the model's base; a model that has one already keeps it."""
-        base = getattr(model, "base", None)
-        if not isinstance(base, NoiseBase):
-            x = smooth(model, some_rows(rows, FITTED_ROWS, generator), self.data_noise, generator)
-            base = NoiseBase(fit_noise(self.noise, x, generator))
-            model.set_base(base)
-        self.noise_ = base.noise
+        x = smooth(model, some_rows(rows, FITTED_ROWS, generator), self.data_noise, generator)
+        self.noise_ = adopt_noise(model, self.noise, x, generator)
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, D)``, as ``(B,)``."""
