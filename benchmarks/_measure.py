@@ -22,7 +22,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class Watched:
-    """A detector's own objective or anomaly that calls `look(model, x, generator)` before it works.
+    """A detector's own objective or anomaly that calls `look(part, model, x, generator)` before it works.
 
     Only calls with gradients count as training steps; dry runs and validation pass unseen.
     """
@@ -32,7 +32,7 @@ class Watched:
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if torch.is_grad_enabled() == self.training:
-            self.look(model, x, generator)
+            self.look(self.part, model, x, generator)
         return self.part(model, x, generator)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watched:
@@ -44,9 +44,9 @@ class Watched:
 
 
 def watch_training(detector: Any, look: Callable[..., None]) -> Any:
-    """Let `look(model, x, generator)` run at the start of every training step of `detector.fit`."""
-    make = detector._default_objective
-    detector._default_objective = lambda: Watched(make(), look, training=True)
+    """Let `look(objective, model, x, generator)` run at the start of every training step of `detector.fit`."""
+    make = detector._resolve_objective
+    detector._resolve_objective = lambda: Watched(make(), look, training=True)
     return detector
 
 
@@ -54,7 +54,9 @@ def scoring_blocks(detector: Any, X: np.ndarray) -> list[torch.Tensor]:
     """Return the blocks of standardised rows, as the model of a fitted detector sees them when scoring `X`."""
     blocks: list[torch.Tensor] = []
     anomaly = detector.anomaly_
-    detector.anomaly_ = Watched(anomaly, lambda model, x, generator: blocks.append(x.clone()), training=False)
+    detector.anomaly_ = Watched(
+        anomaly, lambda part, model, x, generator: blocks.append(x.clone()), training=False
+    )
     try:
         detector.score_samples(X)
     finally:

@@ -131,7 +131,7 @@ class Clock:
         self.step = 0
         self.model: Any = None
 
-    def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> None:
+    def __call__(self, objective: Any, model: Any, x: torch.Tensor, generator: torch.Generator) -> None:
         if self.step == 0:
             self.model = copy.deepcopy(model)
         # A look that waits for the device at every step would measure the waiting, hence only at both ends.
@@ -207,7 +207,7 @@ def measure(
     z = torch.from_numpy(((X - X.mean(0)) / X.std(0)).astype(np.float32))
     bare = {}
     for name, cut in (("loader", loader_batches), ("resident", resident_batches)):
-        model, objective = copy.deepcopy(clock.model), detector._default_objective().part
+        model, objective = copy.deepcopy(clock.model), detector._resolve_objective().part
         bare[name] = bare_loop(model, objective, cut(z, batch, device), warm_up, steps, device)
     found |= {
         "train_rows_per_second": batch / step_seconds,

@@ -4,7 +4,7 @@ Every figure is a ratio of two times of one run in one process, below 1 where ou
 that alternate, with quartiles. It says nothing about other machines' absolute speed.
 
 Training
-    `FlowDetector.fit` is paused at the start of every epoch, and bare loops then run an epoch of their own: the
+    A detector's `fit` is paused at the start of every epoch, and bare loops then run an epoch of their own: the
     same first weights, batches, objective with the same noise draws, AdamW groups and learning rates.
 
     - *minimal*: forward, backward, AdamW. Nothing else.
@@ -16,18 +16,18 @@ Training
     everything that `fit` does (validation of the input, standardisation, threshold) against the same number of
     minimal steps.
 Scoring
-    `score_samples` against ``model.log_prob`` over the same blocks of rows, standardised beforehand, in the same
-    precision (float64), with equal results (checked). Context: the same in float32, and a call with a single row.
+    `score_samples` against the anomaly of the model over the same blocks of rows, standardised beforehand, in the
+    same precision (float64), with equal results (checked). Context: the same in float32, and a call with a single row.
 zuko
-    Our transform against zuko's flow with the same layers, widths, bins and context: a training step (float32,
-    forward, backward, AdamW) and a log-density (float64, no gradients). The networks have as many linear layers and
-    activations; ours are residual, take the context in every block and have linear maps between the layers of the
-    flow. The numbers of weights are printed.
+    For flows. Our transform against zuko's flow with the same layers, widths, bins and context: a training step
+    (float32, forward, backward, AdamW) and a log-density (float64, no gradients). The networks have as many linear
+    layers and activations; ours are residual, take the context in every block and have linear maps between the layers
+    of the flow. The numbers of weights are printed.
 
 Run::
 
-    python benchmarks/training_overhead.py                     # all four transforms, minutes
-    python benchmarks/training_overhead.py --transform maf
+    python benchmarks/training_overhead.py                     # every flow, objective and anomaly: an hour
+    python benchmarks/training_overhead.py --detector "anomalib_gen.FlowDetector(transform='maf')"
     python benchmarks/training_overhead.py --output benchmarks/results/training-overhead.json
     python benchmarks/training_overhead.py --quick             # seconds; figures mean nothing
 """
@@ -47,10 +47,26 @@ import typer
 from _measure import environment, ratio, save, scoring_blocks, show, show_ratio, watch_training
 from torch import nn
 
-from anomalib_gen import FlowDetector
+from anomalib_gen import EnergyDetector, FlowDetector, VAEDetector
+from anomalib_gen.benchmark import Detector, parse_detector
 from anomalib_gen.detectors.flow import AUTO_LAYERS
 
 TARGET = 1.10
+
+
+def every_detector() -> list[str]:
+    """Every transform of the flows, and every objective and anomaly of the other families."""
+    own = "anomalib_gen."
+    calls = [f"FlowDetector(transform={name!r})" for name in AUTO_LAYERS]
+    calls += ["FlowDetector(anomaly='typicality')"]
+    calls += [f"VAEDetector(anomaly={name!r})" for name in VAEDetector._anomalies]
+    calls += [f"EnergyDetector(objective={name!r})" for name in EnergyDetector._objectives]
+    calls += ["EnergyDetector(anomaly='score_norm')"]
+    return [own + call for call in calls]
+
+
+def build(case: Detector, **parameters: Any) -> Any:
+    return case.resolve()(**dict(case.arguments), device="cpu", **parameters)
 
 
 def make_rows(n: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -134,8 +150,8 @@ class Turns:
     The first epoch warms up and shows which rows the detector trains on, in its own units.
     """
 
-    def __init__(self, n_rows: int, objective: Callable[..., torch.Tensor], options: Any) -> None:
-        self.n_rows, self.objective, self.options = n_rows, objective, options
+    def __init__(self, n_rows: int, options: Any) -> None:
+        self.n_rows, self.options = n_rows, options
         self.steps_per_epoch = -(-n_rows // options.batch_size)
         self.step = 0
         self.first: list[torch.Tensor] = []
@@ -144,10 +160,12 @@ class Turns:
         self.paused = 0.0
         self.resumed = math.nan
 
-    def __call__(self, model: nn.Module, x: torch.Tensor, generator: torch.Generator) -> None:
+    def __call__(self, objective: Any, model: nn.Module, x: torch.Tensor, generator: torch.Generator) -> None:
         now = time.perf_counter()
         if self.step == 0:
-            self.initial, self.seed = copy.deepcopy(model), generator.initial_seed()
+            # The objective too: one with chains of its own must not share them.
+            self.initial, self.objective = copy.deepcopy(model), copy.deepcopy(objective)
+            self.seed = generator.initial_seed()
         if self.step < self.steps_per_epoch:
             self.first.append(x.clone())
         elif self.step % self.steps_per_epoch == 0:
@@ -169,31 +187,32 @@ class Turns:
         rows[order] = seen
         for name in ("minimal", "equal"):
             self.loops[name] = BareLoop(
-                self.initial, self.objective, rows, self.seed, self.options, equal=name == "equal"
+                self.initial,
+                copy.deepcopy(self.objective),
+                rows,
+                self.seed,
+                self.options,
+                equal=name == "equal",
             )
 
 
 def measure_training(
-    X: np.ndarray, transform: str, epochs: int, repeats: int, held_out: bool
+    X: np.ndarray, case: Detector, epochs: int, repeats: int, held_out: bool
 ) -> dict[str, Any]:
     """Time epochs of the detector and of the bare loops in turns."""
     times: dict[str, list[float]] = {"detector": [], "minimal": [], "equal": []}
     whole: list[float] = []
     difference = 0.0
     for repeat in range(repeats):
-        detector = FlowDetector(
-            transform=transform,
-            validation_fraction=0.1 if held_out else 0.0,
-            n_iter_no_change=10**6,
-            random_state=repeat,
-            device="cpu",
+        detector = build(
+            case, validation_fraction=0.1 if held_out else 0.0, n_iter_no_change=10**6, random_state=repeat
         )
         n_train = len(X) - (min(round(0.1 * len(X)), 2048) if held_out else 0)
         per_epoch = -(-n_train // detector.batch_size)
         detector.set_params(max_iter=(epochs + 3) * per_epoch)
         detector.n_features_in_ = X.shape[1]
         options = detector._training_options(n_train, one_pass=False)
-        turns = Turns(n_train, detector._default_objective(), options)
+        turns = Turns(n_train, options)
         watch_training(detector, turns)
         start = time.perf_counter()
         detector.fit(X)
@@ -206,10 +225,12 @@ def measure_training(
             times[name] += turns.times[name][1:-1]
         if not held_out:
             turns.loops["equal"].epoch()
-            pairs = zip(
-                turns.loops["equal"].averaged, [p.detach() for p in detector.model_.parameters()], strict=True
-            )
-            difference = max(difference, *(float((a - b).abs().max()) for a, b in pairs))
+            ours = dict(detector.model_.named_parameters())
+            theirs = dict(turns.loops["equal"].average.named_parameters())
+            # A learned constant is solved for once more after training.
+            names = [name for name in theirs if name != "log_z"]
+            gaps = [float((ours[name] - theirs[name]).abs().max().detach()) for name in names]
+            difference = max(difference, *gaps)
     return {
         "minimal": ratio(times["detector"], times["minimal"]),
         "equal": None if held_out else ratio(times["detector"], times["equal"]),
@@ -223,8 +244,10 @@ def measure_training(
 
 
 @torch.inference_mode()
-def bare_scores(model: Any, blocks: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([model.log_prob(x) for x in blocks])
+def bare_scores(anomaly: Any, model: Any, blocks: list[torch.Tensor], seed: int) -> torch.Tensor:
+    generators = [torch.Generator().manual_seed(seed) for _ in blocks]
+    pairs = zip(blocks, generators, strict=True)
+    return torch.cat([-anomaly(model, x, generator) for x, generator in pairs])
 
 
 def alternate(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int) -> dict[str, float]:
@@ -239,26 +262,26 @@ def alternate(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int) ->
     return ratio(times[ours], times[peer])
 
 
-def measure_scoring(X: np.ndarray, transform: str, repeats: int) -> dict[str, Any]:
-    """Time `score_samples` against the model alone."""
-    detector = FlowDetector(transform=transform, max_iter=20, random_state=0, device="cpu").fit(X[:2000])
-    blocks = scoring_blocks(detector, X)
-    model = detector.model_
-    scores, bare = detector.score_samples(X), bare_scores(model, blocks).numpy()
-    # The two differ by the log-Jacobian of the scaling, the same for all rows.
-    shift = float(np.median(scores - bare))
-    np.testing.assert_allclose(scores, bare + shift, rtol=1e-9, atol=1e-9)
+def measure_scoring(X: np.ndarray, case: Detector, repeats: int) -> dict[str, Any]:
+    """Time `score_samples` against the anomaly of the model alone."""
+    detector = build(case, max_iter=20, random_state=0).fit(X[:2000])
+    blocks, one, seed = scoring_blocks(detector, X), X[:1], detector._scoring_seed
+    anomaly, model = detector.anomaly_, detector.model_
+
+    def bare(model: Any, rows: list[torch.Tensor]) -> torch.Tensor:
+        return bare_scores(anomaly, model, rows, seed)
+
+    scores, alone = detector.score_samples(X), bare(model, blocks).numpy()
+    # Those of a density differ by the log-Jacobian of the scaling, the same for all rows.
+    shift = float(np.median(scores - alone))
+    np.testing.assert_allclose(scores, alone + shift, rtol=1e-9, atol=1e-9)
     model32, blocks32 = copy.deepcopy(model).float(), [x.float() for x in blocks]
-    one, row = X[:1], [blocks[0][:1]]
+    row = [blocks[0][:1]]
     return {
         "rows_per_block": len(blocks[0]),
-        "float64": alternate(lambda: detector.score_samples(X), lambda: bare_scores(model, blocks), repeats),
-        "float32": alternate(
-            lambda: detector.score_samples(X), lambda: bare_scores(model32, blocks32), repeats
-        ),
-        "one_row": alternate(
-            lambda: detector.score_samples(one), lambda: bare_scores(model, row), 20 * repeats
-        ),
+        "float64": alternate(lambda: detector.score_samples(X), lambda: bare(model, blocks), repeats),
+        "float32": alternate(lambda: detector.score_samples(X), lambda: bare(model32, blocks32), repeats),
+        "one_row": alternate(lambda: detector.score_samples(one), lambda: bare(model, row), 20 * repeats),
     }
 
 
@@ -337,30 +360,32 @@ def main(
     columns: Annotated[int, typer.Option(help="Columns of the rows.")] = 10,
     epochs: Annotated[int, typer.Option(help="Timed epochs a fit, after the warm-up.")] = 6,
     repeats: Annotated[int, typer.Option(help="Fits; scoring is repeated three times as often.")] = 3,
-    transform: Annotated[
-        list[str] | None, typer.Option(help="Transforms to measure; all by default.")
+    detector: Annotated[
+        list[str] | None,
+        typer.Option(help="Detectors to measure, by import path and arguments; all by default."),
     ] = None,
-    peer: Annotated[bool, typer.Option("--zuko/--no-zuko", help="Compare with zuko.")] = True,
+    peer: Annotated[bool, typer.Option("--zuko/--no-zuko", help="Compare flows with zuko.")] = True,
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
     quick: Annotated[bool, typer.Option(help="A dry run in seconds.")] = False,
 ) -> None:
     """Measure the overhead of detectors beside bare torch and beside zuko."""
     if quick:
         rows, columns, epochs, repeats = min(rows, 800), min(columns, 4), 1, 1
-        transform = transform or ["realnvp"]
+        detector = detector or ["anomalib_gen.FlowDetector(transform='realnvp')"]
     X = make_rows(rows, columns)
     figures: dict[str, Any] = {
         "environment": environment(),
         "setting": {"rows": rows, "columns": columns, "epochs": epochs, "repeats": repeats, "quick": quick},
-        "transforms": {},
+        "detectors": {},
     }
     lines, peer_lines = [], []
-    for name in transform or list(AUTO_LAYERS):
+    for case in map(parse_detector, detector or every_detector()):
+        name = case.name
         print(f"measuring {name} ...", flush=True)
-        found = figures["transforms"][name] = {
-            "training": measure_training(X, name, epochs, repeats, held_out=False),
-            "training_held_out": measure_training(X, name, epochs, repeats, held_out=True),
-            "scoring": measure_scoring(X, name, 3 * repeats),
+        found = figures["detectors"][name] = {
+            "training": measure_training(X, case, epochs, repeats, held_out=False),
+            "training_held_out": measure_training(X, case, epochs, repeats, held_out=True),
+            "scoring": measure_scoring(X, case, 3 * repeats),
         }
         training, held_out, scoring = found["training"], found["training_held_out"], found["scoring"]
         fit = f"a whole fit of {training['epochs_in_fit']} epochs / minimal loop"
@@ -375,8 +400,9 @@ def main(
         ]
         if training["largest_weight_difference"] > 1e-5:
             print(f"  the equal loop ends {training['largest_weight_difference']:.2g} away: unequal work!")
-        if peer:
-            found["zuko"] = z = measure_zuko(X, name, 2 if quick else 20, 3 * repeats)
+        if peer and case.resolve() is FlowDetector and "anomaly" not in dict(case.arguments):
+            transform = dict(case.arguments).get("transform", FlowDetector().get_params()["transform"])
+            found["zuko"] = z = measure_zuko(X, transform, 2 if quick else 20, 3 * repeats)
             ours, theirs = (f"{n:,}" for n in z["weights"])
             peer_lines.append(
                 [
@@ -388,9 +414,9 @@ def main(
                     show_ratio(z["log_prob"]),
                 ]
             )
-    show("Detector / bare torch: median (quartiles)", ["transform", "what", "ratio", "target"], lines)
+    show("Detector / bare torch: median (quartiles)", ["detector", "what", "ratio", "target"], lines)
     if peer_lines:
-        header = ["transform", "layers", "weights", "zuko's", "training step", "log_prob"]
+        header = ["detector", "layers", "weights", "zuko's", "training step", "log_prob"]
         show("Our transforms / zuko's: median (quartiles)", header, peer_lines)
     if output is not None:
         save(output, figures)

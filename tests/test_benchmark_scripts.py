@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from anomalib_gen import EnergyDetector
+
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="benchmarks/ is not part of an installation")
@@ -32,11 +34,26 @@ def test_training_overhead_does_the_same_work_as_the_bare_loop(tmp_path):
     out = tmp_path / "overhead.json"
     text = run("training_overhead.py", "--output", out)
     assert "unequal work" not in text
-    (found,) = json.loads(out.read_text())["transforms"].values()
+    (found,) = json.loads(out.read_text())["detectors"].values()
     assert found["training"]["largest_weight_difference"] < 1e-5
     assert found["training"]["equal"]["ratio"] > 0
     assert found["scoring"]["float64"]["ratio"] > 0
     assert min(found["zuko"]["weights"]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "detector",
+    [
+        "VAEDetector(anomaly='iwae')",
+        *(f"EnergyDetector(objective={name!r})" for name in EnergyDetector._objectives),
+    ],
+)
+def test_training_overhead_measures_every_family(tmp_path, detector):
+    out = tmp_path / "overhead.json"
+    text = run("training_overhead.py", "--detector", f"anomalib_gen.{detector}", "--output", out)
+    assert "unequal work" not in text
+    assert len(json.loads(out.read_text())["detectors"]) == 1
 
 
 def test_density_compares_every_model_with_the_best_mixture(tmp_path):

@@ -50,6 +50,8 @@ Transition = Callable[[Any, torch.Tensor, torch.Generator], torch.Tensor]
 """A chain of Markov steps, ``(model, x, generator) -> x``, that leaves the model's density invariant."""
 
 TRANSITIONS = ("auto", "langevin", "mala", "gibbs")
+TARGET_ACCEPTANCE, ADAPTATION_RATE = 0.574, 0.1
+"""Of Metropolis-adjusted steps, and how fast the log of their size follows: within tens of gradient steps."""
 MEMORY = 0.99
 """Decay of the running means that tell a divergence; they see about a hundred steps."""
 FAR = 5.0
@@ -69,7 +71,8 @@ class ContrastiveDivergence(Component):
     n_steps : int, default=10
         Steps k of each chain.
     step_size : float or None, default=None
-        h of equation 2. None takes ``data_noise**2 / 4``, half of what the smoothed density allows.
+        h of equation 2. None takes ``data_noise**2 / 4``, half of what the smoothed density allows; with a Metropolis
+        correction it is adapted from there, to an acceptance of 0.574.
     data_noise : float, default=0.1
         Deviation sigma of the noise on the data, in standard deviations of the training data. A model with a `grain`
         has it added in quadrature. Chains by Gibbs sampling start at rows without noise.
@@ -107,8 +110,9 @@ class ContrastiveDivergence(Component):
         self.transition = transition
 
     def prepare(self, model: Any, rows: Any, generator: torch.Generator) -> None:
-        """Forget the running means of an earlier training."""
+        """Forget the running means and the step size of an earlier training."""
         self.means_ = None
+        self.step_factor_ = 1.0
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""
@@ -181,7 +185,13 @@ class ContrastiveDivergence(Component):
             return x
         h = self._auto_step * self.data_noise**2 if self.step_size is None else self.step_size
         if "mala" in (self.transition, self._auto_transition if self.transition == "auto" else None):
-            return mala(model.energy, x, self.n_steps, step_size=h, generator=generator)[0]
+            adapted = self.step_size is None
+            factor = getattr(self, "step_factor_", 1.0) if adapted else 1.0
+            x, info = mala(model.energy, x, self.n_steps, step_size=factor * h, generator=generator)
+            if adapted and torch.is_tensor(info.acceptance):
+                surplus = float(info.acceptance.mean()) - TARGET_ACCEPTANCE
+                self.step_factor_ = factor * math.exp(ADAPTATION_RATE * surplus)
+            return x
         return ula(model.score, x, self.n_steps, step_size=h, generator=generator)[0]
 
     @torch.no_grad()
