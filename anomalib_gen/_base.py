@@ -429,14 +429,11 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         """Return `energy` as a differentiable function of rows ``(n, D)`` on `device`, in the units of X."""
         model, anomaly = self._model_on(device), self._energy_anomaly()
         dtype, seed = _runtime.scoring_dtype(device), self._scoring_seed
-        shift, scale = (
-            torch.as_tensor(value, dtype=dtype, device=device)
-            for value in (self._scaler.shift, self._scaler.scale)
-        )
 
         def energy(x: torch.Tensor) -> torch.Tensor:
-            values: torch.Tensor = anomaly(model, (x - shift) / scale, _runtime.scoring_generator(seed))
-            return values - self._scaler.log_det
+            z, log_det = self._scaler.transform_tensor(x.to(dtype))
+            values: torch.Tensor = anomaly(model, z, _runtime.scoring_generator(seed))
+            return values - log_det
 
         return energy
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from anomalib_gen._runtime import row_blocks
+from anomalib_gen.networks import compress_tails, expand_tails
 
 BLOCK_BYTES = 2**24
 """Bytes of float64 rows handled at once while passing over data on the numpy side."""
@@ -46,7 +48,7 @@ class Standardizer:
         X: npt.NDArray[np.floating],
         rows: npt.NDArray[np.integer] | None = None,
         weights: npt.NDArray[np.float64] | None = None,
-    ) -> Standardizer:
+    ) -> Self:
         """Estimate shift and scale in two passes over blocks of rows.
 
         Parameters
@@ -106,6 +108,47 @@ class Standardizer:
     def inverse_transform(self, Z: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
         """Return to the units of X."""
         return np.asarray(Z, dtype=np.float64) * self.scale + self.shift
+
+    def log_dets(self, X: npt.NDArray[np.floating]) -> float | npt.NDArray[np.float64]:
+        """Log |dz/dx| of rows: one number for all, or ``(n,)``."""
+        return self.log_det
+
+    def transform_tensor(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Standardise ``(n, *E)`` differentiably; also log |dz/dx| ``(n,)``."""
+        shift, scale = (
+            torch.as_tensor(value, dtype=x.dtype, device=x.device) for value in (self.shift, self.scale)
+        )
+        return (x - shift) / scale, x.new_full((len(x),), self.log_det)
+
+
+@dataclass(frozen=True)
+class TailedStandardizer(Standardizer):
+    """Standardised rows whose values beyond five deviations are compressed (networks.tails).
+
+    The bulk of the data stays as it is. Far out values grow like a logarithm, up to about 715 for the largest float64,
+    so that nothing that is computed from them, squares and sums included, overflows.
+    """
+
+    def transform(self, X: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """Standardise and compress rows."""
+        return compress_tails(torch.from_numpy(super().transform(X)))[0].numpy()
+
+    def inverse_transform(self, Z: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """Return to the units of X; values beyond the floating-point range saturate at its end."""
+        z = expand_tails(torch.from_numpy(np.asarray(Z, dtype=np.float64)))[0].numpy()
+        limit = np.finfo(np.float64).max
+        with np.errstate(over="ignore"):
+            return np.clip(super().inverse_transform(np.clip(z, -limit, limit)), -limit, limit)
+
+    def log_dets(self, X: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """Log |dz/dx| of rows, ``(n,)``."""
+        return self.log_det + compress_tails(torch.from_numpy(super().transform(X)))[1].numpy()
+
+    def transform_tensor(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Standardise and compress ``(n, *E)`` differentiably; also log |dz/dx| ``(n,)``."""
+        z, log_det = super().transform_tensor(x)
+        y, log_det_tails = compress_tails(z)
+        return y, log_det + log_det_tails
 
 
 def column_grain(

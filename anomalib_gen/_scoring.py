@@ -46,8 +46,8 @@ def score_in_blocks(
             # The same noise for every block, so that a row's score does not depend on its place.
             a = anomaly(model, x, _runtime.scoring_generator(seed))
             values[rows] = a[:n].cpu().double().numpy()
-    if anomaly.in_nats:
-        values -= scaler.log_det
+            if anomaly.in_nats:
+                values[rows] -= scaler.log_dets(X[rows])
     if np.isnan(values).any():
         raise FloatingPointError(
             f"The model gives NaN for row {int(np.flatnonzero(np.isnan(values))[0])}. "

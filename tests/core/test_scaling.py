@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from anomalib_gen import _scaling
-from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain
+from anomalib_gen._scaling import ArrayRows, Standardizer, TailedStandardizer, column_grain
 
 CPU = torch.device("cpu")
 
@@ -205,3 +205,32 @@ def test_rows_beyond_single_precision_saturate(resident_bytes, monkeypatch):
     rows = ArrayRows(X, np.arange(3), scaler, CPU)
     limit = torch.finfo(torch.float32).max
     assert rows.take(torch.arange(3)).flatten().tolist() == [limit, -limit, 0.5]
+
+
+# Compressed tails -----------------------------------------------------------------------------------------
+
+
+def test_compressed_tails_leave_the_bulk_alone_and_bound_the_rest():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(500, 3)) * [1.0, 30.0, 1e-3] + [0.0, 1e3, 5.0]
+    plain, tailed = Standardizer.fit(X), TailedStandardizer.fit(X)
+    np.testing.assert_array_equal(tailed.transform(X), plain.transform(X))
+    np.testing.assert_array_equal(tailed.log_dets(X), np.full(500, plain.log_det))
+    far = np.array([1e2, 1e8, 1e30, 1e300, np.finfo(float).max])[:, None] * [1.0, -1.0, 1.0]
+    z = tailed.transform(far)
+    assert (np.diff(np.abs(z), axis=0) >= 0).all()
+    assert (np.abs(z) < 720).all()
+    np.testing.assert_allclose(tailed.inverse_transform(z[:4]), far[:4], rtol=1e-9)
+    assert np.isfinite(tailed.inverse_transform(z)).all()
+
+
+def test_the_jacobian_of_compressed_tails_is_that_of_autograd():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(200, 2)) * [2.0, 0.1]
+    tailed = TailedStandardizer.fit(X)
+    x = torch.tensor([[0.0, 0.0], [40.0, 0.1], [-40.0, 9.0]], dtype=torch.float64, requires_grad=True)
+    z, log_det = tailed.transform_tensor(x)
+    (slopes,) = torch.autograd.grad(z.sum(), x)
+    torch.testing.assert_close(log_det.detach(), slopes.log().sum(1))
+    np.testing.assert_allclose(tailed.transform(x.detach().numpy()), z.detach().numpy())
+    np.testing.assert_allclose(tailed.log_dets(x.detach().numpy()), log_det.detach().numpy())
