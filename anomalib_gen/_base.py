@@ -29,7 +29,7 @@ from anomalib_gen._component import Component, resolve_component
 from anomalib_gen._inputs import validate_rows
 from anomalib_gen._outlier import OutlierScores
 from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain, rows_per_block
-from anomalib_gen._scoring import dry_run, score_in_blocks
+from anomalib_gen._scoring import dry_run, map_in_blocks, score_in_blocks
 from anomalib_gen._training import TrainingOptions, train
 from anomalib_gen.anomaly import Energy
 
@@ -456,6 +456,10 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         ValueError
             If `n_samples` is not a positive integer.
         """
+        return self._draw(n_samples, random_state)
+
+    def _draw(self, n_samples: int, random_state: Any, **options: Any) -> npt.NDArray[np.float64]:
+        """Draw rows in the units of X; `options` are the model's."""
         check_is_fitted(self)
         if not isinstance(n_samples, Integral) or n_samples < 1:
             raise ValueError(f"n_samples must be a positive integer, got {n_samples!r}.")
@@ -467,7 +471,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         drawn = np.empty((n_samples, *self.event_shape_))
         with torch.no_grad():
             for rows in _runtime.row_blocks(int(n_samples), block):
-                z = model.sample(rows.stop - rows.start, generator)
+                z = model.sample(rows.stop - rows.start, generator, **options)
                 drawn[rows] = self._scaler.inverse_transform(z.cpu().double().numpy())
         return drawn
 
@@ -481,6 +485,17 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         return score_in_blocks(
             self._model_on(device), anomaly, X, scaler=self._scaler, seed=self._scoring_seed, device=device
         )
+
+    def _map(
+        self,
+        function: Callable[[Any, torch.Tensor], torch.Tensor],
+        X: npt.NDArray[Any],
+        shape: tuple[int, ...],
+        scaler: Standardizer | None,
+    ) -> npt.NDArray[np.float64]:
+        """``function(model, x)`` of rows, scaled first if there is a scaler; ``(n, *shape)``."""
+        device = self._scoring_device()
+        return map_in_blocks(self._model_on(device), function, X, shape=shape, scaler=scaler, device=device)
 
     def _model_on(self, device: torch.device) -> nn.Module:
         """Return the model on `device` in the precision of scores there, whatever machine it was fitted on."""

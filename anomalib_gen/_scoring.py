@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,28 @@ def score_in_blocks(
             f"The model gives NaN for row {int(np.flatnonzero(np.isnan(values))[0])}. "
             "Its weights are damaged or its transform is not defined there; fit it again."
         )
+    return values
+
+
+def map_in_blocks(
+    model: nn.Module,
+    function: Callable[[Any, torch.Tensor], torch.Tensor],
+    X: npt.NDArray[Any],
+    *,
+    shape: tuple[int, ...],
+    scaler: Standardizer | None,
+    device: torch.device,
+) -> npt.NDArray[np.float64]:
+    """``function(model, x)`` of blocks of rows, scaled first if there is a scaler; ``(n, *shape)``."""
+    dtype = _runtime.scoring_dtype(device)
+    limit = torch.finfo(dtype).max
+    block = _runtime.scoring_block_rows(int(max(np.prod(X.shape[1:]), np.prod(shape))), device)
+    values = np.empty((len(X), *shape))
+    with torch.no_grad():
+        for rows in _runtime.row_blocks(len(X), block):
+            z = np.asarray(X[rows], dtype=np.float64) if scaler is None else scaler.transform(X[rows])
+            x = torch.from_numpy(np.clip(z, -limit, limit)).to(device=device, dtype=dtype)
+            values[rows] = function(model, x).cpu().double().numpy()
     return values
 
 

@@ -12,7 +12,6 @@ mean is also a summary of the row in fewer columns, so the detector is a scikit-
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -25,7 +24,6 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from anomalib_gen import _runtime
 from anomalib_gen._base import MAX_THRESHOLD_ROWS, GenerativeDetector
 from anomalib_gen._component import Component
 from anomalib_gen._inputs import require_binary
@@ -343,8 +341,8 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
             raise ValueError(
                 f"Z has {Z.shape[1]} columns, but there are {self.n_components_} latent dimensions."
             )
-        decoded = self._in_blocks(
-            lambda model, z: model.observation.centre(model.decode(z)), Z, self.n_features_in_
+        decoded = self._map(
+            lambda model, z: model.observation.centre(model.decode(z)), Z, self.event_shape_, None
         )
         return self._scaler.inverse_transform(decoded)
 
@@ -410,27 +408,7 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         def means(model: Any, x: torch.Tensor) -> torch.Tensor:
             return model.encode(x).mean
 
-        return self._in_blocks(means, X, self.n_components_, self._scaler)
-
-    def _in_blocks(
-        self,
-        function: Callable[[Any, torch.Tensor], torch.Tensor],
-        X: npt.NDArray[Any],
-        width: int,
-        scaler: Standardizer | None = None,
-    ) -> npt.NDArray[np.float64]:
-        """``function(model, x)`` of blocks of rows, scaled first if there is a scaler; ``(n, width)``."""
-        device = self._scoring_device()
-        model, dtype = self._model_on(device), _runtime.scoring_dtype(device)
-        limit = torch.finfo(dtype).max
-        block = _runtime.scoring_block_rows(max(X.shape[1], width), device)
-        values = np.empty((len(X), width))
-        with torch.no_grad():
-            for rows in _runtime.row_blocks(len(X), block):
-                z = np.asarray(X[rows], dtype=np.float64) if scaler is None else scaler.transform(X[rows])
-                x = torch.from_numpy(np.clip(z, -limit, limit)).to(device=device, dtype=dtype)
-                values[rows] = function(model, x).cpu().double().numpy()
-        return values
+        return self._map(means, X, (self.n_components_,), self._scaler)
 
     # What a family provides -------------------------------------------------------------------------------
 
