@@ -10,6 +10,7 @@ from anomalib_gen.models.closed_form import (
 from anomalib_gen.models.denoiser import Denoiser, NetworkDenoiser, ScoreDenoiser
 from anomalib_gen.models.energy import EnergyModel, TailedNormal
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, FlowTransform, make_flow_transform
+from anomalib_gen.models.likelihood import ELBOTerms, ODELogProb, elbo_terms, ode_log_prob
 from anomalib_gen.models.noise import NOISES, GaussianNoise, MarginalNoise, NoiseBase, fit_noise
 from anomalib_gen.models.observation import OBSERVATIONS, Observation
 from anomalib_gen.models.vae import NetworkFactory, Posterior, VAEModel
@@ -20,6 +21,7 @@ __all__ = [
     "OBSERVATIONS",
     "BinaryRBM",
     "Denoiser",
+    "ELBOTerms",
     "EnergyModel",
     "FlowModel",
     "FlowTransform",
@@ -31,12 +33,15 @@ __all__ = [
     "NetworkDenoiser",
     "NetworkFactory",
     "NoiseBase",
+    "ODELogProb",
     "Observation",
     "Posterior",
     "QuadraticEnergy",
     "ScoreDenoiser",
     "TailedNormal",
     "VAEModel",
+    "elbo_terms",
     "fit_noise",
     "make_flow_transform",
+    "ode_log_prob",
 ]

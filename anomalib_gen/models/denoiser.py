@@ -32,13 +32,17 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from anomalib_gen._runtime import expand_as_rows
+from anomalib_gen._runtime import expand_as_rows, normal_like, normal_noise
+from anomalib_gen.models.likelihood import ELBOTerms, elbo_terms, ode_log_prob
 from anomalib_gen.paths import Path, Prediction
+from anomalib_gen.samplers import SAMPLERS
 
 PARAMETRIZATIONS = ("edm", "v", "eps", "x0")
 NETWORK_BOUND = 12.0
@@ -64,6 +68,8 @@ class Denoiser(nn.Module):
     path : Path
         The process that the denoiser belongs to. Its clock and its range of noise levels are what samplers,
         objectives and anomalies use; `denoise` itself knows levels only.
+    event_shape : tuple of int, optional
+        Shape E of a row, which `sample` needs.
 
     Attributes
     ----------
@@ -71,9 +77,10 @@ class Denoiser(nn.Module):
         Smallest and largest noise level.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, event_shape: Sequence[int] | None = None) -> None:
         super().__init__()
         self.path = path
+        self.event_shape = None if event_shape is None else tuple(event_shape)
         self.noise_levels = path.noise_levels
 
     @abstractmethod
@@ -100,6 +107,82 @@ class Denoiser(nn.Module):
         """All views of rows `x_t` ``(B, *E)`` on the path at times `t` ``(B,)``."""
         return self.path.predict(self.denoise, x_t, t)
 
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        generator: torch.Generator,
+        *,
+        sampler: str = "heun",
+        n_steps: int = 100,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Draw ``(n, *E)`` rows, from N(0, alpha^2 + sigma^2) at the path's last time back to its first.
+
+        Parameters
+        ----------
+        n : int
+        generator : torch.Generator
+            On the model's device.
+        sampler : str, default="heun"
+            A name in `samplers.SAMPLERS`.
+        n_steps : int, default=100
+            Steps of the path's grid; a discrete path has at most its own.
+        **options : Any
+            Passed on to the sampler, such as ``eta`` or ``variance="learned"``.
+        """
+        if self.event_shape is None:
+            raise ValueError(f"{type(self).__name__} was made without the event_shape that sampling needs.")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler={sampler!r} is unknown. Known: {', '.join(map(repr, SAMPLERS))}.")
+        grid = self.path.grid(n_steps).flip(0)
+        width = float((self.path.alpha(grid[0]).square() + self.path.sigma(grid[0]).square()).sqrt())
+        like = next(chain(self.parameters(), self.buffers()), torch.empty(()))
+        start = width * normal_like(like.new_empty((n, *self.event_shape)), generator)
+        learned = options.get("variance") == "learned"
+        denoise = self.denoise_and_variance if learned else self.denoise
+        x, _ = SAMPLERS[sampler](denoise, start, grid, path=self.path, generator=generator, **options)
+        return x
+
+    def denoise_and_variance(
+        self, x: torch.Tensor, level: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`denoise`, and where the variance of a reverse step lies: 0 lower bound, 1 upper; None if not learned."""
+        return self.denoise(x, level), None
+
+    def log_prob(
+        self, x: torch.Tensor, generator: torch.Generator | None = None, **options: Any
+    ) -> torch.Tensor:
+        """Log-density ``(B,)`` of rows with noise of the smallest level, in nats; see `ode_log_prob` for options.
+
+        The generator is needed for rows of more than 32 coordinates only.
+        """
+        options = {"estimate_error": False, **options}
+        return ode_log_prob(self.denoise, x, self.noise_levels, generator=generator, **options).log_prob
+
+    def elbo_terms(
+        self, x: torch.Tensor, generator: torch.Generator, *, n_steps: int = 100, n_draws: int = 1
+    ) -> ELBOTerms:
+        """Variational bound in its parts, over levels in equal ratios and the mean of `n_draws` pairs e and -e.
+
+        Parameters
+        ----------
+        x : Tensor of shape (B, *E)
+        generator : torch.Generator
+            On any device. The noise has the event's shape and is the same for all rows.
+        n_steps : int, default=100
+            Steps. With few of them the bound is loose.
+        n_draws : int, default=1
+            Pairs of noise; each costs two evaluations of the model for each step.
+        """
+        low, high = self.noise_levels
+        levels = torch.logspace(math.log10(low), math.log10(high), n_steps + 1, dtype=torch.float64)
+        terms = []
+        for _ in range(n_draws):
+            e = normal_noise((n_steps, *x.shape[1:]), x, generator)
+            terms += [elbo_terms(self.denoise, x, levels, e), elbo_terms(self.denoise, x, levels, -e)]
+        return ELBOTerms(*(torch.stack(parts).mean(0) for parts in zip(*terms, strict=True)))
+
 
 class NetworkDenoiser(Denoiser):
     """A network as a denoiser.
@@ -118,6 +201,8 @@ class NetworkDenoiser(Denoiser):
     learned_variance : bool, default=False
         Whether the network has a second output of the same size, which says where the variance of a reverse step lies
         between its two bounds (Nichol and Dhariwal 2021, arXiv:2102.09672, equation 15).
+    event_shape : tuple of int, optional
+        Shape E of a row, which `sample` needs.
     """
 
     grain: torch.Tensor
@@ -131,8 +216,9 @@ class NetworkDenoiser(Denoiser):
         parametrization: str = "edm",
         grain: torch.Tensor | None = None,
         learned_variance: bool = False,
+        event_shape: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(path)
+        super().__init__(path, event_shape)
         if parametrization not in PARAMETRIZATIONS:
             raise ValueError(
                 f"parametrization={parametrization!r} is unknown. Known: {', '.join(map(repr, PARAMETRIZATIONS))}."
@@ -184,10 +270,12 @@ class ScoreDenoiser(Denoiser):
         `GaussianMixtureEnergy`, whose denoiser is then exact.
     path : Path
         Its noise levels should be those of the model.
+    event_shape : tuple of int, optional
+        Shape E of a row, which `sample` needs.
     """
 
-    def __init__(self, model: nn.Module, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, model: nn.Module, path: Path, *, event_shape: Sequence[int] | None = None) -> None:
+        super().__init__(path, event_shape)
         self.model: Any = model
 
     def denoise(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
