@@ -39,6 +39,15 @@ from anomalib_gen.objectives import OBJECTIVES
 from anomalib_gen.samplers import annealed_importance_sampling
 
 DEFAULT_OBJECTIVE = "denoising-score-matching"
+ENERGY_OBJECTIVES = (
+    "contrastive-divergence",
+    "denoising-score-matching",
+    "noise-contrastive",
+    "persistent-contrastive-divergence",
+    "score-matching",
+    "sliced-score-matching",
+    "telescoping",
+)
 NETWORKS = ("mlp", "residual")
 
 
@@ -172,9 +181,7 @@ class EnergyDetector(GenerativeDetector):
     (1,)
     """
 
-    _objectives: ClassVar[Any] = {
-        name: part for name, part in OBJECTIVES.items() if name not in ("elbo", "likelihood")
-    }
+    _objectives: ClassVar[Any] = {name: OBJECTIVES[name] for name in ENERGY_OBJECTIVES}
     _anomalies: ClassVar[Any] = {"energy": Energy, "score_norm": ScoreNorm}
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **GenerativeDetector._parameter_constraints,

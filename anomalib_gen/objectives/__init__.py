@@ -4,9 +4,12 @@ from collections.abc import Mapping
 
 from anomalib_gen._component import Component
 from anomalib_gen.objectives.contrastive_divergence import ContrastiveDivergence
+from anomalib_gen.objectives.denoising import Denoising
 from anomalib_gen.objectives.denoising_score_matching import DenoisingScoreMatching
 from anomalib_gen.objectives.elbo import EvidenceLowerBound
+from anomalib_gen.objectives.flow_matching import FlowMatching
 from anomalib_gen.objectives.gradient_penalty import GradientPenalty
+from anomalib_gen.objectives.improved_ddpm import ImprovedDDPM
 from anomalib_gen.objectives.likelihood import MaximumLikelihood
 from anomalib_gen.objectives.noise_contrastive import NoiseContrastive
 from anomalib_gen.objectives.persistent_contrastive_divergence import PersistentContrastiveDivergence
@@ -16,8 +19,11 @@ from anomalib_gen.objectives.telescoping import Telescoping
 
 OBJECTIVES: Mapping[str, type[Component]] = {
     "contrastive-divergence": ContrastiveDivergence,
+    "denoising": Denoising,
     "denoising-score-matching": DenoisingScoreMatching,
     "elbo": EvidenceLowerBound,
+    "flow-matching": FlowMatching,
+    "improved-ddpm": ImprovedDDPM,
     "likelihood": MaximumLikelihood,
     "noise-contrastive": NoiseContrastive,
     "persistent-contrastive-divergence": PersistentContrastiveDivergence,
@@ -29,9 +35,12 @@ OBJECTIVES: Mapping[str, type[Component]] = {
 __all__ = [
     "OBJECTIVES",
     "ContrastiveDivergence",
+    "Denoising",
     "DenoisingScoreMatching",
     "EvidenceLowerBound",
+    "FlowMatching",
     "GradientPenalty",
+    "ImprovedDDPM",
     "MaximumLikelihood",
     "NoiseContrastive",
     "PersistentContrastiveDivergence",
