@@ -3,24 +3,32 @@
 from collections.abc import Mapping
 
 from anomalib_gen._component import Component
+from anomalib_gen.anomaly.denoising_error import DenoisingError
+from anomalib_gen.anomaly.diffusion_time import DiffusionTime
 from anomalib_gen.anomaly.elbo import NegativeELBO
 from anomalib_gen.anomaly.energy import Energy
 from anomalib_gen.anomaly.iwae import ImportanceWeighted
 from anomalib_gen.anomaly.kl import KLDivergence
 from anomalib_gen.anomaly.likelihood import Likelihood
 from anomalib_gen.anomaly.likelihood_regret import LikelihoodRegret
+from anomalib_gen.anomaly.path import DiffusionPath
+from anomalib_gen.anomaly.reconstruction import DiffusionReconstruction
 from anomalib_gen.anomaly.reconstruction_error import ReconstructionError
 from anomalib_gen.anomaly.reconstruction_probability import ReconstructionProbability
 from anomalib_gen.anomaly.score_norm import ScoreNorm
 from anomalib_gen.anomaly.typicality import Typicality
 
 ANOMALIES: Mapping[str, type[Component]] = {
+    "denoising_error": DenoisingError,
+    "diffusion_time": DiffusionTime,
     "elbo": NegativeELBO,
     "energy": Energy,
     "iwae": ImportanceWeighted,
     "kl": KLDivergence,
     "likelihood": Likelihood,
     "likelihood_regret": LikelihoodRegret,
+    "path": DiffusionPath,
+    "reconstruction": DiffusionReconstruction,
     "reconstruction_error": ReconstructionError,
     "reconstruction_probability": ReconstructionProbability,
     "score_norm": ScoreNorm,
@@ -29,6 +37,10 @@ ANOMALIES: Mapping[str, type[Component]] = {
 
 __all__ = [
     "ANOMALIES",
+    "DenoisingError",
+    "DiffusionPath",
+    "DiffusionReconstruction",
+    "DiffusionTime",
     "Energy",
     "ImportanceWeighted",
     "KLDivergence",

@@ -8,6 +8,7 @@ from anomalib_gen.models.closed_form import (
     QuadraticEnergy,
 )
 from anomalib_gen.models.denoiser import Denoiser, NetworkDenoiser, ScoreDenoiser
+from anomalib_gen.models.diffusion_time import InverseGammaTime, TimeClassifier
 from anomalib_gen.models.energy import EnergyModel, TailedNormal
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, FlowTransform, make_flow_transform
 from anomalib_gen.models.likelihood import ELBOTerms, ODELogProb, elbo_terms, ode_log_prob
@@ -29,6 +30,7 @@ __all__ = [
     "GaussianEnergy",
     "GaussianMixtureEnergy",
     "GaussianNoise",
+    "InverseGammaTime",
     "MarginalNoise",
     "NetworkDenoiser",
     "NetworkFactory",
@@ -39,6 +41,7 @@ __all__ = [
     "QuadraticEnergy",
     "ScoreDenoiser",
     "TailedNormal",
+    "TimeClassifier",
     "VAEModel",
     "elbo_terms",
     "fit_noise",

@@ -6,6 +6,7 @@ from anomalib_gen._component import Component
 from anomalib_gen.objectives.contrastive_divergence import ContrastiveDivergence
 from anomalib_gen.objectives.denoising import Denoising
 from anomalib_gen.objectives.denoising_score_matching import DenoisingScoreMatching
+from anomalib_gen.objectives.diffusion_time import DiffusionTimeEstimation
 from anomalib_gen.objectives.elbo import EvidenceLowerBound
 from anomalib_gen.objectives.flow_matching import FlowMatching
 from anomalib_gen.objectives.gradient_penalty import GradientPenalty
@@ -37,6 +38,7 @@ __all__ = [
     "ContrastiveDivergence",
     "Denoising",
     "DenoisingScoreMatching",
+    "DiffusionTimeEstimation",
     "EvidenceLowerBound",
     "FlowMatching",
     "GradientPenalty",

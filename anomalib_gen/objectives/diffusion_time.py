@@ -1,0 +1,39 @@
+r"""Diffusion time estimation: learn to tell how much noise is in a row,
+
+    L(x) = -log q(s | x + s e),     e ~ N(0, I),   log s uniform over the model's range,                     (1)
+
+with q a model's distribution of the level (models.diffusion_time): cross-entropy for bins, minus the log-density for an
+inverse-gamma distribution. The minimum is the posterior of the level under the noised data. (Livernoche et al. 2024,
+arXiv:2305.18593. The published classifier takes the softmax twice, in the network and in its loss, which bounds how
+sure it can be; here it is taken once.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from anomalib_gen._component import Component
+from anomalib_gen.objectives._scores import noised_rows
+from anomalib_gen.objectives.denoising_score_matching import JUDGED_ROWS
+
+
+class DiffusionTimeEstimation(Component):
+    """Minus the log-probability of the noise level of noised rows (equation 1), for `TimeClassifier` and the like.
+
+    References
+    ----------
+    Livernoche, V., Jain, V., Hezaveh, Y., Ravanbakhsh, S. (2024). On diffusion modeling for anomaly detection. ICLR.
+    arXiv:2305.18593.
+    """
+
+    def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Loss of each row of ``(B, *E)``, as ``(B,)``."""
+        noised, levels = noised_rows(model, x, 0.0, generator)
+        return -model.log_prob_level(noised, levels)
+
+    def validate(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Loss by which training is judged, ``(B,)``: the same over more draws, where there are few rows."""
+        draws = max(1, min(8, JUDGED_ROWS // len(x)))
+        return torch.stack([self(model, x, generator) for _ in range(draws)]).mean(0)
