@@ -14,10 +14,10 @@ and columns,
 or by the one number (mean |e'_k,j|^2)^(1/2), and by how unusual these are among those of normal rows
 (_feature_density).
 
-Three things differ from the published code (github.com/clear-nus/diffpath). Its odd powers keep their sign, which means
-something for pixels, but of a table's columns the signs are arbitrary. It takes no roots of the six numbers, whose tails
-are longer then. And it derives with respect to the time of DDPM; here the clock is log s, so that models on different
-paths give the same statistics.
+Three things differ from the published code (github.com/clear-nus/diffpath). Its odd powers keep their sign, which
+means something for pixels, but the signs of a table's columns are arbitrary. It takes no roots of the six numbers,
+whose tails are longer then. And it derives with respect to the time of DDPM; here the clock is log s, so that models on
+different paths give the same statistics.
 """
 
 from __future__ import annotations
@@ -119,26 +119,22 @@ class DiffusionPath(Component):
                 f"The model knows a single level in noise_levels={self.noise_levels!r}; a path has two."
             )
         y, last = x, None
-        # Sums over steps and columns of |e|^p and |e'|^p; no more than one step's e is kept.
-        sums = x.new_zeros((2, len(POWERS), len(x)))
+        noise, bends = [], []
         for k, level in enumerate(levels):
             clean = denoise_at(model, y, level)
             e = (y - clean) / level
-            self._add(sums[0], e)
+            noise.append(_moments(e))
             if last is not None:
-                self._add(sums[1], (e - last) / math.log(level / levels[k - 1]))
+                bends.append(_moments((e - last) / math.log(level / levels[k - 1])))
             if k + 1 < self.n_steps:
                 y = deterministic_step(y, clean, level, levels[k + 1])
             last = e
-        counts = torch.tensor([[[self.n_steps]], [[self.n_steps - 1]]]).to(x) * x[0].numel()
-        means = sums / counts
-        roots = [moment.pow(1 / p) for part in means for p, moment in zip(POWERS, part, strict=True)]
-        if self.n_statistics == 1:
-            return roots[len(POWERS) + POWERS.index(2)].unsqueeze(1)
-        return torch.stack(roots, 1)
+        powers = torch.tensor(POWERS).to(x)
+        roots = torch.cat([torch.stack(part).mean(0) ** (1 / powers) for part in (noise, bends)], 1)
+        return roots if self.n_statistics == 6 else roots[:, len(POWERS) + POWERS.index(2), None]
 
-    @staticmethod
-    def _add(sums: torch.Tensor, e: torch.Tensor) -> None:
-        size = e.flatten(1).abs()
-        for total, p in zip(sums, POWERS, strict=True):
-            total += size.pow(p).sum(1)
+
+def _moments(e: torch.Tensor) -> torch.Tensor:
+    """Means of powers of the size of events ``(B, *E)`` over all columns, ``(B, len(POWERS))``."""
+    size = e.flatten(1).abs()
+    return torch.stack([size.pow(p).mean(1) for p in POWERS], 1)

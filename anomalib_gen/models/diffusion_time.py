@@ -53,6 +53,12 @@ class _TimeModel(nn.Module):
         out: torch.Tensor = self.network(inside.asinh())
         return out, (x - inside).square().flatten(1).sum(1)
 
+    def _beyond(self, time: torch.Tensor, square_excess: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Levels ``(B,)`` of rows `x` whose time inside the box is known."""
+        low, high = self.noise_levels
+        inside = low * torch.exp(time * math.log(high / low))
+        return (inside.square() + square_excess / x[0].numel()).sqrt()
+
     def time(self, level: torch.Tensor) -> torch.Tensor:
         """Place of the logarithm of levels in the range: 0 at its start and 1 at its end."""
         low, high = self.noise_levels
@@ -110,10 +116,8 @@ class TimeClassifier(_TimeModel):
     def estimate_level(self, x: torch.Tensor) -> torch.Tensor:
         """Level at the expected time over the bins' centres, and what sticks out of the box, ``(B,)``."""
         logits, square_excess = self._see(x)
-        low, high = self.noise_levels
         centres = (torch.arange(self.n_bins, device=x.device) + 0.5).to(logits) / self.n_bins
-        inside = low * torch.exp((logits.softmax(1) @ centres) * math.log(high / low))
-        return (inside.square() + square_excess / x[0].numel()).sqrt()
+        return self._beyond(logits.softmax(1) @ centres, square_excess, x)
 
 
 class InverseGammaTime(_TimeModel):
@@ -122,7 +126,8 @@ class InverseGammaTime(_TimeModel):
     Parameters
     ----------
     network : module
-        ``forward(y: (B, *E)) -> (B, 1)``, the logarithm of b / a, in squared standard deviations of the data.
+        ``forward(y: (B, *E)) -> (B, 1)``, the logit of the time of sqrt(b / a): at the optimum b / a is the harmonic
+        mean of s^2 given x, which lies in the range of s^2.
     noise_levels : tuple of float, default=(0.02, 5.0)
         Range of the noise in training, in standard deviations of the data.
 
@@ -137,8 +142,8 @@ class InverseGammaTime(_TimeModel):
 
     def estimate_level(self, x: torch.Tensor) -> torch.Tensor:
         """Most likely level over log s, ``sqrt(b / a)``, ``(B,)``."""
-        log_ratio, square_excess = self._see(x)
-        return (log_ratio.squeeze(1).exp() + square_excess / x[0].numel()).sqrt()
+        logit, square_excess = self._see(x)
+        return self._beyond(logit.squeeze(1).sigmoid(), square_excess, x)
 
     def log_prob_level(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Log-density ``(B,)`` of squared levels, given levels ``(B,)``."""
