@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from anomalib_gen._component import Component
 from anomalib_gen.anomaly.denoising_error import DenoisingError
+from anomalib_gen.anomaly.diffusion_elbo import DiffusionELBO
 from anomalib_gen.anomaly.diffusion_time import DiffusionTime
 from anomalib_gen.anomaly.elbo import NegativeELBO
 from anomalib_gen.anomaly.energy import Energy
@@ -11,6 +12,7 @@ from anomalib_gen.anomaly.iwae import ImportanceWeighted
 from anomalib_gen.anomaly.kl import KLDivergence
 from anomalib_gen.anomaly.likelihood import Likelihood
 from anomalib_gen.anomaly.likelihood_regret import LikelihoodRegret
+from anomalib_gen.anomaly.ode_likelihood import ODELikelihood
 from anomalib_gen.anomaly.path import DiffusionPath
 from anomalib_gen.anomaly.reconstruction import DiffusionReconstruction
 from anomalib_gen.anomaly.reconstruction_error import ReconstructionError
@@ -38,6 +40,7 @@ ANOMALIES: Mapping[str, type[Component]] = {
 __all__ = [
     "ANOMALIES",
     "DenoisingError",
+    "DiffusionELBO",
     "DiffusionPath",
     "DiffusionReconstruction",
     "DiffusionTime",
@@ -47,6 +50,7 @@ __all__ = [
     "Likelihood",
     "LikelihoodRegret",
     "NegativeELBO",
+    "ODELikelihood",
     "ReconstructionError",
     "ReconstructionProbability",
     "ScoreNorm",

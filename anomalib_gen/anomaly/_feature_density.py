@@ -129,7 +129,9 @@ def fit_density(
     Returns
     -------
     FeatureDensity
+        On the CPU, so that what is pickled on a machine with a GPU opens on any.
     """
+    features = features.cpu()
     standard = Standard.fit(features)
     z = standard(features)
     if name == "neighbors":

@@ -67,7 +67,7 @@ class DiffusionTime(Component):
     def prepare(self, model: Any, blocks: Iterable[torch.Tensor], generator: torch.Generator) -> None:
         """Keep normal rows from blocks, each ``(B, *E)``."""
         if self.estimator == "non-parametric":
-            self.rows_ = keep_rows(blocks)
+            self.rows_ = keep_rows(blocks).cpu()  # so that a pickle opens on any machine
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Anomaly of each row of ``(B, *E)``, as ``(B,)``."""

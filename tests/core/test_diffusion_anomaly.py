@@ -15,9 +15,11 @@ from anomalib_gen._runtime import forked_rng, make_generator, normal_noise
 from anomalib_gen.anomaly import (
     ANOMALIES,
     DenoisingError,
+    DiffusionELBO,
     DiffusionPath,
     DiffusionReconstruction,
     DiffusionTime,
+    ODELikelihood,
     ScoreNorm,
 )
 from anomalib_gen.anomaly._feature_density import (
@@ -581,6 +583,51 @@ def test_rows_of_another_kind_are_told_by_their_path():
             assert part(model, scale * draw(100, 30, seed=2), generator()).min() > normal.max()
 
 
+# Densities ------------------------------------------------------------------------------------------------
+
+with_densities = pytest.mark.skipif(
+    not hasattr(Denoiser, "elbo_terms"), reason="denoisers have no densities yet"
+)
+
+
+@with_densities
+@pytest.mark.parametrize("features", [2, 40])
+def test_the_likelihood_of_normal_data(features):
+    """With noise of the smallest level. Hutchinson's estimate, above 32 columns, is exact for a multiple of I."""
+    x, model, v = draw(10, features), GaussianDenoiser(0.3), 0.3 + 0.002**2
+    expected = 0.5 * (x.square() / v + math.log(2 * math.pi * v)).sum(1)
+    with torch.inference_mode():
+        a = ODELikelihood()(model, x, generator())
+    torch.testing.assert_close(a, expected, rtol=1e-3, atol=1e-3)
+
+
+@with_densities
+def test_the_bound_of_normal_data():
+    x, model = draw(10, 30), GaussianDenoiser(0.3)
+    likelihood = 0.5 * (x.square() / 0.3 + math.log(2 * math.pi * 0.3)).sum(1)
+    gaps = []
+    for n in (50, 200):
+        a = DiffusionELBO(n_steps=n, n_draws=8)(model, x, generator())
+        assert (a > likelihood).all()
+        gaps.append(float((a - likelihood).mean()))
+    assert gaps[1] < 0.5 * gaps[0]
+
+
+@with_densities
+@pytest.mark.parametrize("part", [DiffusionELBO(n_steps=20), ODELikelihood(n_steps=20)], ids=str)
+def test_densities_are_in_nats_and_of_each_row_alone(part):
+    assert part.in_nats is True
+    for model in (oracle(), untrained()):
+        x = torch.cat([draw(6, 2), torch.tensor([[LIMIT, -LIMIT]])])
+        with torch.inference_mode():
+            a = part(model, x, generator())
+            assert a.isfinite().all()
+            assert a.argmax() == 6
+            assert torch.equal(part(model, x, generator()), a)
+            alone = torch.cat([part(model, row, generator()) for row in x.split(1)])
+        torch.testing.assert_close(alone, a, rtol=1e-10, atol=1e-10)
+
+
 # All of them ----------------------------------------------------------------------------------------------
 
 ALL = [
@@ -694,3 +741,22 @@ def test_the_names():
 def test_unknown_values_are_refused(part, match):
     with pytest.raises(ValueError, match=match):
         prepared(part, oracle(), draw(9, 2))(oracle(), draw(3, 2), generator())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.parametrize("part", ALL, ids=str)
+def test_what_is_learned_on_a_gpu_opens_anywhere(part):
+    model, x, normal = GaussianDenoiser(0.3), draw(20, 3), draw(80, 3, seed=1)
+    trained = prepared(part, model, normal.cuda())
+    state = [v for v in vars(trained).values() if isinstance(v, torch.Tensor)]
+    if hasattr(trained, "density_"):
+        density = trained.density_
+        state += [
+            density.standard.shift,
+            density.rows if density.rows is not None else density.gaussians.means,
+        ]
+    assert not any(value.is_cuda for value in state)
+    a = prepared(part, model, normal)(model, x, generator())
+    for other in (trained(model, x, generator()), trained(model, x.cuda(), generator()).cpu()):
+        torch.testing.assert_close(other, a, rtol=1e-6, atol=1e-8)
