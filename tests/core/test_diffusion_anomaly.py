@@ -614,15 +614,15 @@ def test_the_bound_of_normal_data():
 
 
 @with_densities
-@pytest.mark.parametrize("part", [DiffusionELBO(n_steps=20), ODELikelihood(n_steps=20)], ids=str)
+@pytest.mark.parametrize("part", [DiffusionELBO(n_steps=20), ODELikelihood(n_steps=10)], ids=str)
 def test_densities_are_in_nats_and_of_each_row_alone(part):
     assert part.in_nats is True
     for model in (oracle(), untrained()):
-        x = torch.cat([draw(6, 2), torch.tensor([[LIMIT, -LIMIT]])])
+        x = torch.cat([draw(2, 2), torch.tensor([[LIMIT, -LIMIT]])])
         with torch.inference_mode():
             a = part(model, x, generator())
             assert a.isfinite().all()
-            assert a.argmax() == 6
+            assert a.argmax() == 2
             assert torch.equal(part(model, x, generator()), a)
             alone = torch.cat([part(model, row, generator()) for row in x.split(1)])
         torch.testing.assert_close(alone, a, rtol=1e-10, atol=1e-10)
