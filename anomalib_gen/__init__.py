@@ -4,7 +4,13 @@ from importlib.metadata import PackageNotFoundError as _NotInstalled
 from importlib.metadata import version as _version
 
 from anomalib_gen.calibration import TypicalityResult, typicality_test
-from anomalib_gen.detectors import ComposedDetector, EnergyDetector, FlowDetector, VAEDetector
+from anomalib_gen.detectors import (
+    ComposedDetector,
+    DiffusionDetector,
+    EnergyDetector,
+    FlowDetector,
+    VAEDetector,
+)
 
 try:
     __version__ = _version("anomalib-gen")
@@ -13,6 +19,7 @@ except _NotInstalled:  # a source tree on the path, not installed
 
 __all__ = [
     "ComposedDetector",
+    "DiffusionDetector",
     "EnergyDetector",
     "FlowDetector",
     "TypicalityResult",

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomalib_gen.networks import compress_tails, expand_tails
+from anomalib_gen.networks import TAIL_START, compress_tails, expand_tails
 from anomalib_gen.samplers import annealed_importance_sampling, annealed_langevin, mala, score_of
 
 NETWORK_BOUND = 12.0
@@ -52,13 +52,16 @@ class TailedNormal(nn.Module):
     ----------
     spread : Tensor of shape (D,)
         Standard deviation of each column.
+    tail_start : float, default=5.0
+        Where the tails of |x| / spread begin; infinity for a plain normal.
     """
 
     spread: torch.Tensor
 
-    def __init__(self, spread: torch.Tensor) -> None:
+    def __init__(self, spread: torch.Tensor, *, tail_start: float = TAIL_START) -> None:
         super().__init__()
         self.register_buffer("spread", spread)
+        self.tail_start = tail_start
 
     def log_partition(self) -> float:
         """Exact log-normaliser of `energy`: D/2 log 2 pi."""
@@ -73,7 +76,7 @@ class TailedNormal(nn.Module):
     def energy(self, x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Energy ``(B,)`` of rows ``(B, D)``."""
         scale = self.scale(noise)
-        y, log_det = compress_tails(x / scale)
+        y, log_det = compress_tails(x / scale, self.tail_start)
         return 0.5 * y.square().sum(1) - log_det + scale.log().sum(-1)
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
@@ -88,7 +91,7 @@ class TailedNormal(nn.Module):
             dtype=self.spread.dtype,
             device=self.spread.device,
         )
-        return expand_tails(y)[0] * self.scale(noise)
+        return expand_tails(y, self.tail_start)[0] * self.scale(noise)
 
 
 class EnergyModel(nn.Module):
@@ -108,6 +111,8 @@ class EnergyModel(nn.Module):
         objective adds it; here it only sets the scale that the network works in.
     n_heads : int, default=1
         Outputs f_k of the network. Telescoping density-ratio estimation has one for each ratio.
+    tail_start : float, default=5.0
+        Where t begins to compress, in deviations; infinity for rows whose tails are compressed already.
 
     Attributes
     ----------
@@ -129,8 +134,10 @@ class EnergyModel(nn.Module):
         noise_levels: tuple[float, float] | None = None,
         grain: torch.Tensor | None = None,
         n_heads: int = 1,
+        tail_start: float = TAIL_START,
     ) -> None:
         super().__init__()
+        self.tail_start = tail_start
         self.network = network
         self.features = features
         self.noise_levels = noise_levels
@@ -138,7 +145,7 @@ class EnergyModel(nn.Module):
         self.log_z = nn.Parameter(torch.zeros(()))
         self.register_buffer("grain", torch.zeros(features) if grain is None else grain)
         self.register_buffer("spread", (1 + self.grain.square()).sqrt())
-        self.base = TailedNormal(self.spread.clone())
+        self.base = TailedNormal(self.spread.clone(), tail_start=tail_start)
 
     @property
     def smallest_noise(self) -> float | None:
@@ -171,12 +178,12 @@ class EnergyModel(nn.Module):
         """Energies f_k ``(B, n_heads)`` of rows ``(B, D)``: what the network adds to the base."""
         noise = self._levels(x, noise)
         if noise is None or self.noise_levels is None:
-            y, _ = compress_tails(x / self.spread)
+            y, _ = compress_tails(x / self.spread, self.tail_start)
             return self.network(y.clamp(-NETWORK_BOUND, NETWORK_BOUND), None)
         low, high = (math.log(level) for level in self.noise_levels)
         context = ((2 * noise.log() - low - high) / (high - low)).unsqueeze(1)
         scale = (self.spread.square() + noise.unsqueeze(1).square()).sqrt()
-        y, _ = compress_tails(x / scale)
+        y, _ = compress_tails(x / scale, self.tail_start)
         amplitude = (1 + noise.square()).sqrt() / noise
         return amplitude.unsqueeze(1) * self.network(y.clamp(-NETWORK_BOUND, NETWORK_BOUND), context)
 
@@ -212,8 +219,9 @@ class EnergyModel(nn.Module):
     def reference(self) -> TailedNormal:
         """A normalised density like that of standardised rows with the noise of `energy`: where chains start."""
         if self.noise_levels is None:
-            return TailedNormal(self.spread)
-        return TailedNormal((self.spread.square() + self.noise_levels[0] ** 2).sqrt())
+            return TailedNormal(self.spread, tail_start=self.tail_start)
+        width = (self.spread.square() + self.noise_levels[0] ** 2).sqrt()
+        return TailedNormal(width, tail_start=self.tail_start)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -238,7 +246,9 @@ class EnergyModel(nn.Module):
             low, high = self.noise_levels
             n_levels = 1 + math.ceil(math.log(high / low) / math.log(LEVEL_RATIO))
             sigmas = [high * (low / high) ** (k / max(1, n_levels - 1)) for k in range(n_levels)]
-            start = TailedNormal(self.spread).sample(n, generator, self.log_z.new_full((n,), high))
+            start = TailedNormal(self.spread, tail_start=self.tail_start).sample(
+                n, generator, self.log_z.new_full((n,), high)
+            )
             x, _ = annealed_langevin(
                 self.score,
                 start,

@@ -65,6 +65,9 @@ class ImprovedDDPM(Component):
     Nichol, A., Dhariwal, P. (2021). Improved denoising diffusion probabilistic models. ICML. arXiv:2102.09672.
     """
 
+    learns_variance = True
+    """Asks for a model that has learned variances."""
+
     def __init__(self, *, vlb_weight: float = 1e-3, importance_sampling: bool = False) -> None:
         self.vlb_weight = vlb_weight
         self.importance_sampling = importance_sampling

@@ -209,7 +209,7 @@ def test_the_loss_of_the_exact_denoiser_is_the_posterior_variance():
 
 
 def test_the_grain_is_part_of_the_data():
-    """Seen by a denoiser that gives the noisy row back, and a weight of 1: the error is the noise of the level alone."""
+    """With a denoiser that gives the noisy row back, and a weight of 1, the error is the noise of the level alone."""
 
     class Recorder:
         path, grain, spread = EDM(), torch.tensor([0.0, 0.5]), torch.tensor([1.0, math.hypot(1, 0.5)])

@@ -1,0 +1,485 @@
+r"""DiffusionDetector: denoising at all noise levels.
+
+A diffusion model learns one thing, the mean of the clean rows behind noisy ones,
+
+    D(x, s) = E[x_0 | x_0 + s e = x],     e ~ N(0, I),                                               (1)
+
+at all noise levels s. By Tweedie's formula it has the score of the data at every level, grad log p_s = (D - x) / s^2.
+So it is an energy model trained by denoising score matching at many levels, without its energy; a path (paths) says how
+fast noise comes, and turns (1) into the predictions that DDPM, score-based models and flow matching are known by. From
+(1) follow
+
+- samples and reconstructions: step by step from noise, or from a row, to less noise (samplers);
+- a density: exactly, by the probability-flow equation, or from below, by the variational bound;
+- anomalies: how far D moves a row, how steep the density is where it lies, what is left after a way to noise and back.
+
+Rows are standardised, and compressed beyond five deviations, so that all of this is finite for every finite row.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.base import clone
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
+from torch import nn
+
+from anomalib_gen._base import GenerativeDetector
+from anomalib_gen._component import Component
+from anomalib_gen._scaling import Standardizer, TailedStandardizer
+from anomalib_gen.anomaly import (
+    DenoisingError,
+    DiffusionELBO,
+    DiffusionPath,
+    DiffusionReconstruction,
+    DiffusionTime,
+    ODELikelihood,
+    ScoreNorm,
+)
+from anomalib_gen.models import EnergyModel, NetworkDenoiser, ScoreDenoiser
+from anomalib_gen.models.denoiser import LEVEL_FEATURES, PARAMETRIZATIONS
+from anomalib_gen.networks import MLP, ResidualMLP
+from anomalib_gen.objectives import Denoising, FlowMatching, ImprovedDDPM
+from anomalib_gen.paths import EDM, PATHS, CosineBetas, Linear, Path
+from anomalib_gen.samplers import SAMPLERS, solve_ode
+
+NETWORKS = ("energy", "mlp", "residual")
+TABLE_LEVELS = {"sigma_min": 0.01, "sigma_max": 20.0}
+"""Noise levels of the default path: those of images (0.002 to 80) reach far beyond what tables need at both ends."""
+
+
+class DiffusionDetector(GenerativeDetector):
+    """Outlier detection by a diffusion model.
+
+    Parameters
+    ----------
+    path : str, Path or None, default=None
+        The process: how much of a row is left, and how much noise is in it, at each time.
+
+        - ``"ddpm"``, ``"cosine"``: discrete steps, with linear or cosine schedule;
+        - ``"ncsn"``: a geometric ladder of noise levels;
+        - ``"ve"``, ``"vp"``, ``"sub-vp"``: the variance-exploding and -preserving processes in continuous time;
+        - ``"edm"``: time is the noise level;
+        - ``"linear"``: straight lines, the path of flow matching.
+
+        A name takes that path's published defaults. None takes a path that suits the objective: discrete cosine steps
+        for "improved-ddpm", "linear" for "flow-matching", and otherwise ``EDM(sigma_min=0.01, sigma_max=20)``.
+    network : {"residual", "mlp", "energy"} or callable, default="residual"
+        The network. "energy" is a residual network with a scalar output whose gradient is the score: the model is then
+        an energy, too (see `energy`). A callable ``factory(n_inputs, n_outputs, context_features)`` returns a
+        `torch.nn.Module` with ``forward(x, context) -> (B, n_outputs)``.
+    parametrization : {"edm", "v", "eps", "x0"}, default="edm"
+        What the network predicts; see `anomalib_gen.models.NetworkDenoiser`. Ignored with ``network="energy"``.
+    hidden_features : int, default=256
+        Width of the network. Ignored, as is the next, where `network` is a callable.
+    n_blocks : int, default=2
+        Residual blocks of two layers each, or hidden layers of the "mlp".
+    objective : {"denoising", "flow-matching", "improved-ddpm"} or component, default="denoising"
+        How the network is fitted. "improved-ddpm" also learns the variances of the reverse steps.
+    anomaly : str or component, default="score_norm"
+        The number per row; `score_samples` is minus that.
+
+        - ``"score_norm"``: norms of the score over a ladder of noise levels;
+        - ``"reconstruction"``: distance to the row after a way to noise and back;
+        - ``"denoising_error"``: error of one step of denoising over a ladder of noise levels;
+        - ``"likelihood"``, ``"elbo"``: minus the log-density, exact or bounded;
+        - ``"path"``: statistics of the way to noise;
+        - ``"diffusion_time"``: the noise level of the row itself.
+    learning_rate : float, default=2e-3
+        Peak step size of AdamW, after a short warm-up and before a cosine decay.
+    weight_decay : float, default=1e-4
+        AdamW's decoupled weight decay, on weight matrices only.
+    batch_size : int, default=256
+        Rows a gradient step.
+    max_iter : int or "auto", default="auto"
+        Gradient steps at most. "auto" takes 400 passes over the rows, within 500 to 4,000 steps. Where two passes
+        over the rows are more steps than that, it takes two passes, within 10,000 steps.
+    validation_fraction : float, default=0.1
+        Share of the rows held out to choose the best weights and to stop early; at most 2,048 rows. Fewer than
+        5 rows say nothing, and then none are held out.
+    n_iter_no_change : int, default=20
+        Stop after this many evaluations without a better held-out loss.
+    max_grad_norm : float, default=10.0
+        Larger gradients are scaled down to this norm.
+    ema_decay : float, default=0.995
+        Decay of the exponential moving average of the weights, which is what is kept.
+    contamination : "auto" or float, default="auto"
+        Sets `offset_`, below which `predict` labels rows as outliers. A number in (0, 0.5] is the share of the
+        training rows that fall below it. "auto" takes the 5 % quantile of the held-out rows instead (of the training
+        rows, where none were held out): about one normal row in twenty is flagged.
+    warm_start : bool, default=False
+        Whether `fit` continues from the weights, and in the scaling, of the previous call. Parameters that shape the
+        model (`path`, `network`, its sizes, `parametrization`) then keep the values of the first call.
+    random_state : int, RandomState instance or None, default=None
+        Seeds weights, row order and noise. An int gives the same detector at every call on the same machine.
+    device : str or torch.device, default="auto"
+        ``"auto"`` takes CUDA, else MPS, else the CPU.
+    verbose : int, default=0
+        1 shows a progress bar with training and validation loss, rows a second and the remaining time.
+
+    Attributes
+    ----------
+    model_ : torch.nn.Module
+        The fitted `anomalib_gen.models.Denoiser`, in the units of standardised rows with compressed tails.
+    anomaly_ : Component
+        The anomaly in use, with what it learned.
+    offset_ : float
+        Threshold on `score_samples`, see `contamination`. Where there are more than 200,000 rows, it is taken over a
+        random 200,000 of them.
+    n_iter_ : int
+        Gradient steps taken.
+    best_iter_ : int
+        The step whose weights were kept.
+    loss_curve_ : list of float
+        Mean training loss between evaluations, of standardised rows.
+    validation_curve_ : list of float
+        Held-out loss at each evaluation; empty if no rows were held out.
+    event_shape_ : tuple of int
+        Shape of one row, ``(n_features_in_,)``.
+    n_features_in_ : int
+        Number of columns.
+    feature_names_in_ : ndarray of str
+        Names of the columns, where X had names.
+
+    See Also
+    --------
+    EnergyDetector : The energy itself, by the same and other objectives.
+    FlowDetector : Densities that cost one pass.
+
+    Notes
+    -----
+    Densities, exact or bounded, are those of rows with noise of the path's smallest level, in nats and in the units of
+    X: a model cannot tell finer.
+
+    References
+    ----------
+    .. [1] Ho, J., Jain, A., Abbeel, P. (2020). Denoising diffusion probabilistic models. NeurIPS. arXiv:2006.11239.
+    .. [2] Song, Y. et al. (2021). Score-based generative modeling through stochastic differential equations. ICLR.
+       arXiv:2011.13456.
+    .. [3] Karras, T., Aittala, M., Aila, T., Laine, S. (2022). Elucidating the design space of diffusion-based
+       generative models. NeurIPS. arXiv:2206.00364.
+    .. [4] Livernoche, V., Jain, V., Hezaveh, Y., Ravanbakhsh, S. (2024). On diffusion modeling for anomaly detection.
+       ICLR. arXiv:2305.18593.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from anomalib_gen import DiffusionDetector
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.normal(size=(200, 2)) @ [[1.0, 0.9], [0.0, 0.4]]
+    >>> detector = DiffusionDetector(max_iter=200, hidden_features=64, random_state=0).fit(X)
+    >>> detector.predict([[0.0, 0.0], [2.0, -2.0]])
+    array([ 1, -1])
+    >>> detector.reconstruct([[2.0, -2.0]]).shape
+    (1, 2)
+    """
+
+    _objectives: ClassVar[Any] = {
+        "denoising": Denoising,
+        "flow-matching": FlowMatching,
+        "improved-ddpm": ImprovedDDPM,
+    }
+    _anomalies: ClassVar[Any] = {
+        "denoising_error": DenoisingError,
+        "diffusion_time": DiffusionTime,
+        "elbo": DiffusionELBO,
+        "likelihood": ODELikelihood,
+        "path": DiffusionPath,
+        "reconstruction": DiffusionReconstruction,
+        "score_norm": ScoreNorm,
+    }
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **GenerativeDetector._parameter_constraints,
+        "path": [str, Path, None],
+        "network": [StrOptions(set(NETWORKS)), callable],
+        "parametrization": [StrOptions(set(PARAMETRIZATIONS))],
+        "hidden_features": [Interval(Integral, 1, None, closed="left")],
+        "n_blocks": [Interval(Integral, 0, None, closed="left")],
+        "objective": [str, Component, None],
+    }
+
+    def __init__(
+        self,
+        *,
+        path: Any = None,
+        network: Any = "residual",
+        parametrization: str = "edm",
+        hidden_features: int = 256,
+        n_blocks: int = 2,
+        objective: Any = "denoising",
+        anomaly: Any = "score_norm",
+        learning_rate: float = 2e-3,
+        weight_decay: float = 1e-4,
+        batch_size: int = 256,
+        max_iter: int | str = "auto",
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 20,
+        max_grad_norm: float = 10.0,
+        ema_decay: float = 0.995,
+        contamination: float | str = "auto",
+        warm_start: bool = False,
+        random_state: Any = None,
+        device: Any = "auto",
+        verbose: int = 0,
+    ) -> None:
+        self.path = path
+        self.network = network
+        self.parametrization = parametrization
+        self.hidden_features = hidden_features
+        self.n_blocks = n_blocks
+        self.objective = objective
+        self.anomaly = anomaly
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.batch_size = batch_size
+        self.max_iter = max_iter
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.max_grad_norm = max_grad_norm
+        self.ema_decay = ema_decay
+        self.contamination = contamination
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.device = device
+        self.verbose = verbose
+
+    # The model as a denoiser ------------------------------------------------------------------------------
+
+    def denoise(self, X: Any, *, noise: float = 0.5) -> npt.NDArray[np.float64]:
+        """Mean of the clean rows that rows with noise may stand for (equation 1 of the module).
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+        noise : float, default=0.5
+            Deviation of the noise that the rows are taken to have, in standard deviations of each column.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+            In the units of X.
+
+        Raises
+        ------
+        ValueError
+            If the model has not learned that noise level.
+        """
+        check_is_fitted(self)
+        level = self._check_level(noise)
+
+        def clean(model: Any, x: torch.Tensor) -> torch.Tensor:
+            return model.denoise(x, x.new_full((len(x),), level))
+
+        return self._rows_to_rows(clean, X)
+
+    def reconstruct(self, X: Any, *, noise: float = 1.0, n_steps: int = 20) -> npt.NDArray[np.float64]:
+        """What rows should have looked like: the normal row that is reached from each by taking noise away.
+
+        The row as it is, without noise added, is taken for one with noise, and followed along the probability-flow
+        equation to the smallest noise level. So the result is determined by the row.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+        noise : float, default=1.0
+            Where the way starts, in standard deviations of each column: how much of a row may be replaced. The default
+            leaves little of a row that fits nowhere.
+        n_steps : int, default=20
+            Steps of the way, in equal ratios of the noise.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+            In the units of X.
+
+        Raises
+        ------
+        ValueError
+            If the model has not learned that noise level.
+        """
+        check_is_fitted(self)
+        level = self._check_level(noise)
+        if not isinstance(n_steps, Integral) or n_steps < 1:
+            raise ValueError(f"n_steps must be a positive integer, got {n_steps!r}.")
+
+        def way(model: Any, x: torch.Tensor) -> torch.Tensor:
+            levels = torch.logspace(
+                np.log10(level), np.log10(model.noise_levels[0]), int(n_steps) + 1, dtype=torch.float64
+            )
+
+            def field(y: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+                return -s.unsqueeze(1) * model.score(y, s)
+
+            y, _ = solve_ode(field, x, levels, method="heun")
+            return model.denoise(y, y.new_full((len(y),), float(levels[-1])))
+
+        return self._rows_to_rows(way, X)
+
+    def log_prob(self, X: Any, *, n_steps: int = 100) -> npt.NDArray[np.float64]:
+        """Log-density of rows by the probability-flow equation, whatever the detector's anomaly.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+        n_steps : int, default=100
+            Steps from the row to noise; each costs as many passes as there are columns, up to 32, and two.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            In nats, in the units of X; of rows with noise of the path's smallest level.
+        """
+        check_is_fitted(self)
+        return -self._apply(ODELikelihood(n_steps=n_steps), self._validate(X, reset=False))
+
+    def elbo(self, X: Any, *, n_steps: int = 100) -> npt.NDArray[np.float64]:
+        """Variational bound on the log-density of rows, whatever the detector's anomaly.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+        n_steps : int, default=100
+            Steps of the bound; more make it tighter.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            In nats, in the units of X.
+        """
+        check_is_fitted(self)
+        return -self._apply(DiffusionELBO(n_steps=n_steps), self._validate(X, reset=False))
+
+    def sample(
+        self,
+        n_samples: int = 1,
+        *,
+        sampler: str = "heun",
+        n_steps: int = 100,
+        random_state: Any = None,
+    ) -> npt.NDArray[np.float64]:
+        """Draw new rows from the model.
+
+        Parameters
+        ----------
+        n_samples : int, default=1
+        sampler : str, default="heun"
+            A name in `anomalib_gen.samplers.SAMPLERS`: solvers of the probability-flow equation ("heun", "euler",
+            ...), of the reverse diffusion, DDPM's and DDIM's steps, or Langevin dynamics.
+        n_steps : int, default=100
+            Steps from noise to rows; a discrete path has at most its own.
+        random_state : int, RandomState instance or None, default=None
+            None draws afresh at each call.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+            In the units and the order of X's columns.
+
+        Raises
+        ------
+        ValueError
+            If `n_samples` or `n_steps` is not a positive integer, or the sampler is unknown.
+        """
+        if not isinstance(n_steps, Integral) or n_steps < 1:
+            raise ValueError(f"n_steps must be a positive integer, got {n_steps!r}.")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler={sampler!r} is unknown. Known: {', '.join(map(repr, SAMPLERS))}.")
+        return self._draw(n_samples, random_state, sampler=sampler, n_steps=int(n_steps))
+
+    def _check_level(self, noise: float) -> float:
+        model: Any = self.model_
+        low, high = model.noise_levels
+        if not isinstance(noise, Real) or not low <= noise <= high:
+            raise ValueError(
+                f"noise must lie between {low:g} and {high:g}, the path's levels, got {noise!r}."
+            )
+        return float(noise)
+
+    def _rows_to_rows(self, function: Any, X: Any) -> npt.NDArray[np.float64]:
+        X = self._validate(X, reset=False)
+        return self._scaler.inverse_transform(self._map(function, X, self.event_shape_, self._scaler))
+
+    # What a family provides -------------------------------------------------------------------------------
+
+    def _make_scaler(
+        self,
+        X: npt.NDArray[Any],
+        rows: npt.NDArray[np.integer] | None,
+        weights: npt.NDArray[np.float64] | None,
+    ) -> Standardizer:
+        return TailedStandardizer.fit(X, rows, weights)
+
+    def _resolve_path(self, objective: Component) -> Path:
+        def default() -> Path:
+            if isinstance(objective, ImprovedDDPM):
+                return CosineBetas()
+            return Linear() if isinstance(objective, FlowMatching) else EDM(**TABLE_LEVELS)
+
+        if self.path is None:
+            return default()
+        if isinstance(self.path, Path):
+            return clone(self.path)
+        if self.path not in PATHS:
+            known = ", ".join(map(repr, PATHS))
+            raise ValueError(f"path={self.path!r} is unknown. Known names: {known}; or pass a Path.")
+        return PATHS[self.path]()
+
+    def _make_model(self, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]) -> nn.Module:
+        (features,) = event_shape
+        objective = self._resolve_objective()
+        path = self._resolve_path(objective)
+        learned_variance = getattr(objective, "learns_variance", False)
+        sizes: dict[str, Any] = {
+            "hidden_features": self.hidden_features,
+            "context_features": LEVEL_FEATURES,
+        }
+        if self.network == "energy":
+            if learned_variance:
+                raise ValueError(
+                    f"network='energy' has one output and cannot learn variances, as {objective!r} wants to. "
+                    "Choose another network or objective."
+                )
+            energy = ResidualMLP(
+                features, 1, n_blocks=self.n_blocks, hidden_features=self.hidden_features, context_features=1
+            )
+            model = EnergyModel(
+                energy,
+                features,
+                noise_levels=path.noise_levels,
+                grain=torch.from_numpy(grain),
+                tail_start=math.inf,  # the scaling of the rows has compressed them
+            )
+            return ScoreDenoiser(model, path, event_shape=event_shape)
+        width = 2 * features if learned_variance else features
+        if callable(self.network):
+            network = self.network(features, width, LEVEL_FEATURES)
+        elif self.network == "mlp":
+            network = MLP(features, width, n_layers=self.n_blocks, **sizes)
+        else:
+            network = ResidualMLP(features, width, n_blocks=self.n_blocks, **sizes)
+        return NetworkDenoiser(
+            network,
+            path,
+            event_shape=event_shape,
+            parametrization=self.parametrization,
+            grain=torch.from_numpy(grain),
+            learned_variance=learned_variance,
+        )
+
+    def _default_objective(self) -> Component:
+        return Denoising()
+
+    def _default_anomaly(self) -> Component:
+        return ScoreNorm()
+
+    def _energy_anomaly(self) -> Any:
+        return DiffusionELBO()
+
+    def _auto_max_iter(self, steps_per_pass: int) -> int:
+        return min(max(min(400 * steps_per_pass, 4000), 2 * steps_per_pass, 500), 10_000)

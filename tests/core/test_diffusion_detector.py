@@ -1,0 +1,125 @@
+"""DiffusionDetector: its paths, networks, densities and rows in the units of X."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from anomalib_gen import DiffusionDetector
+from anomalib_gen.models import EnergyModel, ScoreDenoiser
+from anomalib_gen.paths import EDM, PATHS, CosineBetas, Linear
+
+
+def make(**parameters):
+    small = {"max_iter": 60, "hidden_features": 16, "n_blocks": 1, "random_state": 0, "device": "cpu"}
+    return DiffusionDetector(**{**small, **parameters})
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(400, 2)) @ [[30.0, 18.0], [0.0, 4.0]] + [1000.0, -5.0]
+
+
+@pytest.fixture(scope="module")
+def fitted(rows):
+    return make(max_iter=600, hidden_features=32, learning_rate=5e-3).fit(rows)
+
+
+@pytest.mark.parametrize("path", [*PATHS, EDM(sigma_min=0.05, sigma_max=5.0)], ids=str)
+def test_every_path_trains_and_samples(rows, path):
+    detector = make(path=path, max_iter=150).fit(rows)
+    drawn = detector.sample(200, sampler="ddim", n_steps=60, random_state=0)
+    np.testing.assert_allclose(drawn.std(axis=0) / rows.std(axis=0), 1, atol=0.5)
+    np.testing.assert_allclose(drawn.mean(axis=0), rows.mean(axis=0), atol=0.7 * rows.std(axis=0).max())
+
+
+def test_the_path_suits_the_objective_unless_it_is_chosen(rows):
+    kinds = {"denoising": EDM, "flow-matching": Linear, "improved-ddpm": CosineBetas}
+    for objective, kind in kinds.items():
+        assert isinstance(make(objective=objective, max_iter=2).fit(rows).model_.path, kind)
+    own = EDM(sigma_min=0.03, sigma_max=7.0)
+    detector = make(objective="flow-matching", path=own, max_iter=2).fit(rows)
+    assert detector.model_.path is not own
+    assert repr(detector.model_.path) == repr(own)
+
+
+@pytest.mark.parametrize("network", ["energy", "mlp"])
+def test_other_networks(rows, network):
+    detector = make(network=network, max_iter=200, learning_rate=5e-3).fit(rows)
+    far = rows.mean(axis=0) + np.array([[-6.0, 6.0]]) * rows.std(axis=0)
+    assert detector.score_samples(far)[0] < np.quantile(detector.score_samples(rows), 0.02)
+    if network == "energy":
+        model = detector.model_
+        assert isinstance(model, ScoreDenoiser)
+        assert isinstance(model.model, EnergyModel)
+        x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+        level = torch.full((5,), 0.3, dtype=torch.float64)
+        (gradient,) = torch.autograd.grad(model.model.energy(x, level).sum(), x)
+        torch.testing.assert_close(model.score(x, level), -gradient)
+
+
+def test_an_energy_s_residual_grows_far_out(rows):
+    detector = make(network="energy", anomaly="reconstruction").fit(rows)
+    far = rows.mean(axis=0) + np.logspace(1, 300, 12)[:, None] * rows.std(axis=0)
+    assert (np.diff(detector.score_samples(far)) < 0).all()
+
+
+def test_densities_are_in_the_units_of_the_rows(rows, fitted):
+    noised = np.cov((rows - rows.mean(axis=0)).T) + 1e-4 * np.diag(rows.var(axis=0))
+    truth = stats.multivariate_normal(rows.mean(axis=0), noised).logpdf(rows[:100])
+    exact, bound = fitted.log_prob(rows[:100]), fitted.elbo(rows[:100], n_steps=200)
+    # A flat direction, .2 of the other's deviation, and 600 steps: the fit is rough, the units are not.
+    assert abs(np.mean(exact - truth)) < 0.3
+    assert np.mean(bound) < np.mean(exact) + 0.02
+    assert np.mean(exact - bound) < 2
+    assert np.mean(fitted.elbo(rows[:100], n_steps=20)) < np.mean(bound)
+    np.testing.assert_allclose(fitted.energy(rows[:20]), -fitted.elbo(rows[:20]))
+    other = DiffusionDetector(**fitted.get_params()).fit(rows * [1e-3, 1e3])
+    np.testing.assert_allclose(other.log_prob(rows[:20] * [1e-3, 1e3]), exact[:20], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_density_integrates_to_one(fitted, rows):
+    axes = [np.linspace(c.mean() - 7 * c.std(), c.mean() + 7 * c.std(), 201) for c in rows.T]
+    grid = np.stack(np.meshgrid(*axes), -1).reshape(-1, 2)
+    cell = np.prod([axis[1] - axis[0] for axis in axes])
+    assert np.exp(fitted.log_prob(grid, n_steps=60)).sum() * cell == pytest.approx(1, abs=0.02)
+
+
+def test_rows_are_denoised_in_their_units(rows, fitted):
+    strange = rows.mean(axis=0) + np.array([[2.0, -2.0]]) * rows.std(axis=0)
+    normal = rows[:50]
+    for clean in (fitted.denoise(strange), fitted.reconstruct(strange)):
+        # The columns are correlated by .98: what fits is near the ridge.
+        z = (clean - rows.mean(axis=0)) / rows.std(axis=0)
+        assert abs(z[0, 0] - z[0, 1]) < 2.5
+    moved = (fitted.reconstruct(normal, noise=0.05) - normal) / rows.std(axis=0)
+    assert np.abs(moved).mean() < 0.1
+    np.testing.assert_array_equal(fitted.reconstruct(strange), fitted.reconstruct(strange))
+
+
+@pytest.mark.parametrize("sampler", ["heun", "ddim", "ancestral", "euler-maruyama", "predictor-corrector"])
+def test_samplers_by_name(rows, fitted, sampler):
+    drawn = fitted.sample(300, sampler=sampler, n_steps=60, random_state=0)
+    np.testing.assert_allclose(drawn.std(axis=0) / rows.std(axis=0), 1, atol=0.25)
+    np.testing.assert_array_equal(drawn, fitted.sample(300, sampler=sampler, n_steps=60, random_state=0))
+
+
+def test_wrong_arguments_are_named(rows, fitted):
+    with pytest.raises(ValueError, match=r"path='vpp' is unknown\. Known names: 'cosine'"):
+        make(path="vpp").fit(rows)
+    with pytest.raises(ValueError, match="sampler='euclid' is unknown"):
+        fitted.sample(3, sampler="euclid")
+    with pytest.raises(ValueError, match="n_steps must be a positive integer"):
+        fitted.sample(3, n_steps=0)
+    with pytest.raises(ValueError, match="n_steps must be a positive integer"):
+        fitted.reconstruct(rows, n_steps=1.5)
+    for method in (fitted.denoise, fitted.reconstruct):
+        with pytest.raises(ValueError, match=r"noise must lie between 0\.01 and 20"):
+            method(rows, noise=50.0)
+    with pytest.raises(ValueError, match="cannot learn variances"):
+        make(network="energy", objective="improved-ddpm").fit(rows)
+    assert math.isfinite(fitted.offset_)
