@@ -56,9 +56,10 @@ class ImprovedDDPM(Component):
     ----------
     vlb_weight : float, default=0.001
         lambda. It only sets how fast the variances learn beside the means.
-    importance_sampling : bool, default=False
+    importance_sampling : bool, default=True
         Whether steps are drawn by their losses, once each has been seen ten times, instead of uniformly. Nichol and
-        Dhariwal found that the variational bound alone needs this and that the loss of equation 4 does not.
+        Dhariwal needed it for the variational bound alone and not for the loss of equation 4, on images. On rows the
+        losses at small noise are the largest, and drawing them more often brings the score closer there.
 
     References
     ----------
@@ -68,7 +69,7 @@ class ImprovedDDPM(Component):
     learns_variance = True
     """Asks for a model that has learned variances."""
 
-    def __init__(self, *, vlb_weight: float = 1e-3, importance_sampling: bool = False) -> None:
+    def __init__(self, *, vlb_weight: float = 1e-3, importance_sampling: bool = True) -> None:
         self.vlb_weight = vlb_weight
         self.importance_sampling = importance_sampling
 

@@ -1,6 +1,7 @@
 """Objectives of diffusion models: the loss is what its formula says, and its minimum is the exact denoiser."""
 
 import math
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ ALL = [
     FlowMatching(),
     FlowMatching(pairing="optimal-transport"),
     ImprovedDDPM(),
-    ImprovedDDPM(importance_sampling=True),
+    ImprovedDDPM(importance_sampling=False),
 ]
 
 
@@ -84,7 +85,7 @@ class Images(Denoiser):
 
 def test_places_are_uniform_each_and_even_together():
     generator = make_generator(0, CPU)
-    batches = torch.stack([places(40, draw(1), generator) for _ in range(2000)])
+    batches = torch.stack([places(40, draw(1), generator) for _ in range(500)])
     assert stats.kstest(batches[:, 7].numpy(), "uniform").pvalue > 1e-3
     gaps = batches.sort(1).values.diff(dim=1)
     torch.testing.assert_close(gaps, torch.full_like(gaps, 1 / 40))
@@ -203,13 +204,14 @@ def test_the_loss_of_the_exact_denoiser_is_the_posterior_variance():
     )
     for s in (0.1, 1.0, 10.0):
         level = torch.full((n,), s, dtype=torch.float64)
-        loss = Denoising(weighting="eps").loss_at(model, math.sqrt(v) * draw(n, 1), level, draw(n, 1, seed=1))
+        rows, e = math.sqrt(v) * draw(n, 1), draw(n, 1, seed=1)
+        loss = Denoising(weighting="eps").loss_at(model, rows, level, e).detach()
         expected = 0.5 * v / (v + s**2)
         assert float(loss.mean()) == pytest.approx(expected, abs=4 * float(loss.std()) / math.sqrt(n))
 
 
 def test_the_grain_is_part_of_the_data():
-    """With a denoiser that gives the noisy row back, and a weight of 1, the error is the noise of the level alone."""
+    """A denoiser that gives the noisy row back errs by the noise of the level alone."""
 
     class Recorder:
         path, grain, spread = EDM(), torch.tensor([0.0, 0.5]), torch.tensor([1.0, math.hypot(1, 0.5)])
@@ -245,7 +247,8 @@ def test_flow_matching_is_denoising_with_a_known_weight(name):
     loss = FlowMatching()(model, x, make_generator(3, CPU))
     generator = make_generator(3, CPU)
     t = uniform_times(path, places(30, x, generator))
-    e = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    # That of the grain, which is zero here, comes first.
+    _, e = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2))
     weight = (path.alpha_dot(t) - path.alpha(t) * path.sigma_dot(t) / path.sigma(t)).square()
     if name == "linear":
         torch.testing.assert_close(weight, t**-2)
@@ -263,9 +266,6 @@ def test_flow_matching_is_denoising_with_a_known_weight(name):
 def test_pairs_by_transport_are_closest_and_keep_rows_and_noise():
     x, e = draw(6, 3), draw(6, 3, seed=1)
     matched = match_by_transport(x, e)
-    # Every permutation of a few rows.
-    from itertools import permutations
-
     best = min(float((x - e[list(order)]).square().sum()) for order in permutations(range(6)))
     assert float((x - matched).square().sum()) == pytest.approx(best)
     torch.testing.assert_close(match_by_transport(x, 10 * e), 10 * matched)
@@ -368,27 +368,33 @@ def test_with_exact_means_and_variances_the_bound_is_the_likelihood(path):
         ]
         bound += torch.stack(both).mean(0).detach()
     last = tables.level[-1]
+    zero, variance = torch.zeros(1, dtype=torch.float64), torch.tensor(v, dtype=torch.float64)
     bound += torch.distributions.kl_divergence(
-        torch.distributions.Normal(x, last), torch.distributions.Normal(0.0, (v + last.square()).sqrt())
+        torch.distributions.Normal(x, last), torch.distributions.Normal(zero, (v + last.square()).sqrt())
     ).squeeze(1)
-    truth = -torch.distributions.Normal(0.0, math.sqrt(v)).log_prob(x).squeeze(1)
+    truth = -torch.distributions.Normal(zero, variance.sqrt()).log_prob(x).squeeze(1)
     torch.testing.assert_close(bound, truth, rtol=1e-9, atol=1e-9)
 
 
 def test_learned_shares_reach_the_known_optimum():
-    path, v, n = CosineBetas(n_steps=12), 0.6, 4096
-    model = KnownSteps(path, v, torch.full((12,), 0.5, dtype=torch.float64))
-    objective, generator = ImprovedDDPM(), make_generator(0, CPU)
-    optimiser = torch.optim.Adam(model.parameters(), lr=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 300)
-    for _ in range(300):
-        x = math.sqrt(v) * torch.randn((n, 1), generator=generator, dtype=torch.float64)
+    path, v = CosineBetas(n_steps=12), 0.6
+    model, tables = KnownSteps(path, v, torch.full((12,), 0.5, dtype=torch.float64)), step_tables(path)
+    # The loss is quadratic in row and noise: over these it has the mean that it has over N(0, v) and N(0, 1).
+    signs = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
+    x, e = (a.repeat(12).unsqueeze(1) for a in signs.unbind(1))
+    x, steps = math.sqrt(v) * x, torch.arange(12).repeat_interleave(4)
+    optimiser = torch.optim.LBFGS(
+        model.parameters(), max_iter=200, line_search_fn="strong_wolfe", tolerance_change=0
+    )
+
+    def closure():
         optimiser.zero_grad()
-        objective(model, x, generator).mean().backward()
-        optimiser.step()
-        schedule.step()
-    # In units of the range between the bounds, which is all that the second output has.
-    torch.testing.assert_close(model.shares.detach(), best_shares(path, v), rtol=0, atol=0.04)
+        loss = hybrid_terms(model, x, steps, e, tables)[1].mean()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    torch.testing.assert_close(model.shares.detach(), best_shares(path, v), rtol=0, atol=1e-3)
 
 
 def test_the_bound_has_no_gradient_to_the_denoiser():
@@ -409,13 +415,15 @@ def test_the_bound_has_no_gradient_to_the_denoiser():
 def test_importance_sampling_leaves_the_expectation_and_lowers_the_variance():
     path, x = CosineBetas(n_steps=20), draw(2000, 2)
     model = make_denoiser(path, learned_variance=True).double()
-    uniform, weighted = ImprovedDDPM(vlb_weight=1.0), ImprovedDDPM(vlb_weight=1.0, importance_sampling=True)
+    uniform, weighted = (ImprovedDDPM(importance_sampling=sampled) for sampled in (False, True))
     generator = make_generator(0, CPU)
     weighted.prepare(model, None, generator)
     with torch.no_grad():
         # Too few losses yet: uniform.
-        assert torch.equal(
-            uniform(model, x[:3], make_generator(1, CPU)), weighted(model, x[:3], make_generator(1, CPU))
+        torch.testing.assert_close(
+            *(objective(model, x[:3], make_generator(1, CPU)) for objective in (uniform, weighted)),
+            rtol=1e-6,
+            atol=0,
         )
         torch.testing.assert_close(weighted.probabilities(), torch.full((20,), 1 / 20))
         for _ in range(3):
@@ -433,7 +441,7 @@ def test_importance_sampling_leaves_the_expectation_and_lowers_the_variance():
 
 
 def test_the_history_keeps_the_last_losses_of_each_step():
-    objective = ImprovedDDPM(importance_sampling=True)
+    objective = ImprovedDDPM()
     objective.prepare(
         make_denoiser(CosineBetas(n_steps=4), learned_variance=True), None, make_generator(0, CPU)
     )
@@ -482,17 +490,16 @@ def test_one_loss_a_row_by_the_generator_alone(objective, event_shape):
 def test_validation_is_the_expected_loss_with_less_noise(objective):
     objective = clone(objective)
     path = CosineBetas(n_steps=50)
-    model, x = make_denoiser(path, learned_variance=True).double(), draw(40, 2)
+    model, x = make_denoiser(path, learned_variance=True).double(), draw(64, 2)
     generator = make_generator(0, CPU)
-    # Matched in groups of one size, or the noise at a row has another distribution.
-    rows = x.repeat(12, 1)[:256] if objective == "optimal-transport" else x
     with torch.no_grad():
-        plain = torch.stack([objective(model, rows, generator).mean() for _ in range(300)])
-        judged = torch.stack([objective.validate(model, x, generator).mean() for _ in range(100)])
+        plain = torch.stack([objective(model, x, generator).mean() for _ in range(60)])
+        judged = torch.stack([objective.validate(model, x, generator).mean() for _ in range(30)])
+    assert judged.var() < plain.var() / 2
+    # Transport in groups of 64 rows is another than in the judge's groups of 256.
     if getattr(objective, "pairing", None) != "optimal-transport":
-        error = math.sqrt(float(plain.var() / 300 + judged.var() / 100))
+        error = math.sqrt(float(plain.var() / 60 + judged.var() / 30))
         assert float(plain.mean() - judged.mean()) == pytest.approx(0, abs=4 * error)
-    assert judged.var() < plain.var() / 4
 
 
 @pytest.mark.parametrize(
@@ -619,7 +626,7 @@ class Resident:
         return iter(self.x.split(rows_per_block))
 
 
-def train(model, objective, *, max_iter=1000, learning_rate=5e-3, batch_size=512):
+def train(model, objective, *, max_iter=1000):
     x = mixture().sample(20_000, make_generator(1, CPU)).float()
     if hasattr(objective, "prepare"):
         objective.prepare(model, Resident(x), make_generator(2, CPU))
@@ -630,8 +637,8 @@ def train(model, objective, *, max_iter=1000, learning_rate=5e-3, batch_size=512
         validation=Resident(x[:1000]),
         options=_training.TrainingOptions(
             max_iter=max_iter,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
+            batch_size=512,
+            learning_rate=1e-2,
             eval_every=100,
             ema_decay=0.98,
         ),
@@ -657,3 +664,79 @@ def relative_errors(model, other=None):
         exact = other.score(noisy, level).detach()
         errors.append(float((model.score(noisy, level).detach() - exact).norm() / exact.norm()))
     return errors
+
+
+SIZE = {"hidden": 64, "zero_output": True}
+
+
+def test_training_by_default_comes_close_to_the_exact_score():
+    """Slow tests below have closer bounds."""
+    errors = relative_errors(train(make_denoiser(VarianceExploding(), **SIZE), Denoising(), max_iter=300))
+    assert all(error < bound for error, bound in zip(errors, (0.8, 0.4, 0.2, 0.1, 0.05), strict=True)), errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "objective", "parameters"),
+    [
+        (VarianceExploding(), Denoising(), {}),
+        (VarianceExploding(), Denoising(times="log-uniform"), {}),
+        (EDM(), Denoising(), {}),
+        (LinearBetas(), Denoising(weighting="eps", times="uniform"), {"parametrization": "eps"}),
+        (GeometricLadder(), Denoising(weighting="eps", times="uniform"), {"parametrization": "eps"}),
+        (CosineBetas(), Denoising(weighting="v", times="uniform"), {"parametrization": "v"}),
+        (VarianceExploding(), Denoising(weighting="truncated"), {"parametrization": "v"}),
+        (Linear(), FlowMatching(), {}),
+        (CosineBetas(), ImprovedDDPM(), {"learned_variance": True}),
+        (CosineBetas(), ImprovedDDPM(importance_sampling=False), {"learned_variance": True}),
+    ],
+    ids=str,
+)
+def test_training_finds_the_exact_score(path, objective, parameters):
+    errors = relative_errors(train(make_denoiser(path, **SIZE, **parameters), objective))
+    print(path, objective, errors)
+    # At the smallest level, well below the widths of the mixture, noise hides almost nothing and tells little.
+    assert all(error < bound for error, bound in zip(errors, (0.5, 0.25, 0.12, 0.06, 0.05), strict=True)), (
+        errors
+    )
+
+
+@pytest.mark.slow
+def test_an_energy_a_denoiser_and_the_truth_agree():
+    path = VarianceExploding()
+    energy = train(ScoreDenoiser(make_energy(**SIZE), path), Denoising())
+    free = train(make_denoiser(path, **SIZE), Denoising())
+    for one, other, bounds in (
+        (energy, None, (0.4, 0.2, 0.1, 0.05, 0.02)),
+        (free, None, (0.4, 0.2, 0.1, 0.05, 0.02)),
+        (energy, free, (0.4, 0.2, 0.1, 0.05, 0.02)),
+    ):
+        errors = relative_errors(one, other)
+        print(errors)
+        assert all(error < bound for error, bound in zip(errors, bounds, strict=True)), errors
+
+
+@pytest.mark.slow
+def test_flows_of_pairs_by_transport_are_straighter():
+    """From noise to rows in a few steps of Euler's method: the error is what is bent."""
+
+    def sample(model, n_steps):
+        x = draw(3000, 2, seed=5)
+        t = torch.linspace(0.99, 1e-3, n_steps + 1, dtype=torch.float64)
+        with torch.no_grad():
+            for now, then in pairwise(t):
+                x = x + (then - now) * model.predict(x, now.expand(len(x))).velocity
+        return x
+
+    def energy_distance(x, y):
+        return float(2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean())
+
+    truth = mixture().sample(3000, make_generator(8, CPU))
+    distances = {}
+    for pairing in ("independent", "optimal-transport"):
+        model = train(make_denoiser(Linear(), **SIZE), FlowMatching(pairing=pairing), max_iter=400)
+        distances[pairing] = [energy_distance(sample(model, n), truth) for n in (2, 100)]
+    print(distances)
+    few, many = distances["optimal-transport"]
+    assert few < 0.5 * distances["independent"][0]
+    assert many < 0.01
