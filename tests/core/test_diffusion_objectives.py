@@ -549,7 +549,7 @@ def test_an_energy_s_denoiser_has_its_exact_negative_gradient_as_score():
             slope = (
                 energy.energy((row + move)[None], s[None]) - energy.energy((row - move)[None], s[None])
             ) / (2 * step)
-            assert float(-slope) == pytest.approx(float(score[i]), rel=1e-5, abs=1e-6)
+            assert float(-slope.detach()) == pytest.approx(float(score[i]), rel=1e-5, abs=1e-6)
     # A gradient has no curl: its Jacobian is symmetric, unlike that of a network with as many outputs.
     for field, symmetric in ((model, True), (make_denoiser(path).double(), False)):
         jacobian = torch.autograd.functional.jacobian(
