@@ -47,7 +47,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]  # an unpacked 
 
 from _measure import RESULTS, environment, markdown, save, scoring_blocks, show, watch_training  # noqa: E402
 
-from anomalib_gen import EnergyDetector, FlowDetector, VAEDetector  # noqa: E402
+from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector  # noqa: E402
 
 WARM_UP = 20
 """Training steps before the clock starts, in `fit` and in the bare loops."""
@@ -77,6 +77,7 @@ FAMILIES = [
     Family("flow realnvp", lambda **k: FlowDetector(transform="realnvp", **k)),
     Family("vae", lambda **k: VAEDetector(**k)),
     Family("energy, denoising", lambda **k: EnergyDetector(objective=None, **k)),
+    Family("diffusion", lambda **k: DiffusionDetector(**k)),
 ]
 
 HEADER = [

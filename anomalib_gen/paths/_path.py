@@ -115,7 +115,7 @@ class Path(Component):
         return 2 * sigma * self.sigma_dot(t) - 2 * self.drift(t) * sigma.square()
 
     def grid(self, n_steps: int | None = None) -> torch.Tensor:
-        """Rising times from the data to the noise, ``(n_steps + 1,)``, float64; those of a discrete path by default."""
+        """Rising times from data to noise, ``(n_steps + 1,)``, float64; a discrete path has its own by default."""
         low, high = self.time_range
         n_steps = self.n_steps if n_steps is None else n_steps
         if n_steps is None or n_steps < 1:

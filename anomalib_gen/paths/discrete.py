@@ -35,7 +35,7 @@ class _DiscretePath(Path):
         return 1.0 / self.n_steps, 1.0
 
     def grid(self, n_steps: int | None = None) -> torch.Tensor:
-        """Rising times ``(n_steps + 1,)``: all steps by default, else steps as evenly spaced as they can be."""
+        """Rising times: the path's own ``(n_steps,)`` by default, else ``(n_steps + 1,)``, as even as can be."""
         if n_steps is None or n_steps >= self.n_steps:
             return torch.arange(1, self.n_steps + 1, dtype=torch.float64) / self.n_steps
         return torch.round(super().grid(n_steps) * self.n_steps) / self.n_steps

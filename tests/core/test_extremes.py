@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from anomalib_gen import EnergyDetector, VAEDetector
+from anomalib_gen import DiffusionDetector, EnergyDetector, VAEDetector
 
 TRANSFORMS = ["nsf-autoregressive", "nsf-coupling", "maf", "realnvp"]
 OBSERVATIONS = ["gaussian", "student-t", "discretised-logistic"]
@@ -176,3 +176,20 @@ def test_the_units_of_the_columns_do_not_matter_to_an_energy(rows, scale):
     np.testing.assert_allclose(
         make_energy().fit(scale * rows).energy(scale * rows), expected, rtol=1e-4, atol=1e-4
     )
+
+
+# Diffusion ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("anomaly", list(DiffusionDetector._anomalies))
+def test_anomalies_of_diffusion_rise_along_every_ray_to_the_end_of_the_range(rows, anomaly):
+    settings = {"hidden_features": 16, "max_iter": 60, "contamination": 0.1, "random_state": 0}
+    detector = DiffusionDetector(anomaly=anomaly, device="cpu", **settings).fit(rows)
+    worst = detector.score_samples(rows).min()
+    powers = np.append(10.0**POWERS, np.finfo(np.float64).max)
+    rays = directions(rows.shape[1])[:4]
+    far = (powers[:, None] * np.array(rays)[:, None]).reshape(-1, rows.shape[1])
+    scores = detector.score_samples(far).reshape(len(rays), -1)
+    assert np.isfinite(scores).all()
+    assert (np.diff(scores, axis=1) < 0).all()
+    assert (scores[:, 1] < worst).all()

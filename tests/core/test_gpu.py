@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from anomalib_gen import EnergyDetector, FlowDetector, VAEDetector, _runtime, _scaling
+from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector, _runtime, _scaling
 from anomalib_gen.anomaly import Typicality
 
 pytestmark = [
@@ -63,6 +63,8 @@ def test_scores_agree_with_the_cpu(tiny, X, transform, anomaly):
         *((VAEDetector, {"anomaly": name}) for name in VAEDetector._anomalies),
         *((EnergyDetector, {"anomaly": name}) for name in EnergyDetector._anomalies),
         *((EnergyDetector, {"objective": name}) for name in EnergyDetector._objectives),
+        *((DiffusionDetector, {"anomaly": name}) for name in DiffusionDetector._anomalies),
+        *((DiffusionDetector, {"objective": name}) for name in DiffusionDetector._objectives),
     ],
 )
 def test_every_family_objective_and_anomaly(X, family, parts):

@@ -1,6 +1,6 @@
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from anomalib_gen import ComposedDetector, EnergyDetector, FlowDetector, VAEDetector
+from anomalib_gen import ComposedDetector, DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
 
 SMALL = {"max_iter": 10, "hidden_features": 16, "random_state": 0, "device": "cpu"}
 FLOW = FlowDetector(**SMALL)
@@ -12,6 +12,8 @@ DETECTORS = [
     EnergyDetector(objective="sliced-score-matching", anomaly="score_norm", network="mlp", **SMALL),
     EnergyDetector(objective="contrastive-divergence", spectral_norm=2.0, **SMALL),
     EnergyDetector(objective="noise-contrastive", **SMALL),
+    DiffusionDetector(**SMALL),
+    DiffusionDetector(objective="improved-ddpm", anomaly="reconstruction", **SMALL),
 ]
 
 # Training draws batches and noise, so a row of weight two is not the same as two rows of weight one;
