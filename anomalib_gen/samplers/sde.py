@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -279,7 +280,7 @@ def probability_flow(
     generator : torch.Generator, optional
         Not used; the solution is deterministic.
     method : {"euler", "heun", "rk4", "adaptive"}, default="heun"
-        See `solve_ode` and `solve_ode_adaptively`.
+        See `solve_ode` and `solve_ode_adaptively`, which solves for y / sqrt(1 + s^2) in log s.
     final_denoise : bool, default=True
         Whether to end with the denoiser at the last level, Euler's step to level zero. Else the rows are those of the
         path at the last time.
@@ -309,12 +310,12 @@ def probability_flow(
         return (y - reverse.denoise(y, level)) / expand_as_rows(level, y)
 
     if method == "adaptive":
-        y, info = solve_ode_adaptively(field, y, reverse.levels, thin=thin, **tolerances)
+        y, info = _flow_adaptively(reverse.denoise, y, reverse.levels, thin, tolerances)
     else:
         y, info = solve_ode(field, y, reverse.levels, method=method, thin=thin, verbose=verbose, **tolerances)
     if not final_denoise:
         return reverse.alpha[-1] * y, info
-    ended, end = walk(
+    y, end = walk(
         lambda k, y: reverse.clean(-1, reverse.alpha[-1] * y),
         y,
         torch.tensor([reverse.level[-1], 0.0], dtype=torch.float64),
@@ -323,12 +324,29 @@ def probability_flow(
         verbose=0,
         label="",
     )
-    return ended, SamplerInfo(
-        n_evaluations=reverse.denoise.calls,
-        step_size=info.step_size,
-        divergences=info.divergences + end.divergences,
-        samples=info.samples,
-    )
+    divergences = info.divergences + end.divergences
+    return y, replace(info, n_evaluations=reverse.denoise.calls, divergences=divergences)
+
+
+def _flow_adaptively(
+    denoise: Denoise, y: torch.Tensor, levels: torch.Tensor, thin: int | None, tolerances: dict[str, float]
+) -> tuple[torch.Tensor, SamplerInfo]:
+    """Equation 3 for z = y / sqrt(1 + s^2) in log s, so that a tolerance means the same at all levels.
+
+    In levels themselves a tolerance relative to the noise of the first ones would let a step pass by the data.
+    """
+
+    def field(z: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        level = u.exp()
+        width = expand_as_rows((1 + level.square()).sqrt(), z)
+        return (z / width - denoise(width * z, level)) / width
+
+    widths = (1 + levels.square()).sqrt()
+    z, info = solve_ode_adaptively(field, y / float(widths[0]), levels.log(), thin=thin, **tolerances)
+    if info.samples is not None and thin is not None:
+        kept = expand_as_rows(widths[thin::thin].to(info.samples), info.samples)
+        info = replace(info, samples=kept * info.samples)
+    return float(widths[-1]) * z, info
 
 
 @torch.no_grad()
