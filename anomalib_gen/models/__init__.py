@@ -11,7 +11,13 @@ from anomalib_gen.models.denoiser import Denoiser, NetworkDenoiser, ScoreDenoise
 from anomalib_gen.models.diffusion_time import InverseGammaTime, TimeClassifier
 from anomalib_gen.models.energy import EnergyModel, TailedNormal
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, FlowTransform, make_flow_transform
-from anomalib_gen.models.likelihood import ELBOTerms, ODELogProb, elbo_terms, ode_log_prob
+from anomalib_gen.models.likelihood import (
+    ELBOTerms,
+    ODELogProb,
+    balanced_elbo_terms,
+    elbo_terms,
+    ode_log_prob,
+)
 from anomalib_gen.models.noise import NOISES, GaussianNoise, MarginalNoise, NoiseBase, fit_noise
 from anomalib_gen.models.observation import OBSERVATIONS, Observation
 from anomalib_gen.models.vae import NetworkFactory, Posterior, VAEModel
@@ -43,6 +49,7 @@ __all__ = [
     "TailedNormal",
     "TimeClassifier",
     "VAEModel",
+    "balanced_elbo_terms",
     "elbo_terms",
     "fit_noise",
     "make_flow_transform",

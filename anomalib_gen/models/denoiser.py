@@ -39,8 +39,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomalib_gen._runtime import expand_as_rows, normal_like, normal_noise
-from anomalib_gen.models.likelihood import ELBOTerms, elbo_terms, ode_log_prob
+from anomalib_gen._runtime import expand_as_rows, normal_like
+from anomalib_gen.models.likelihood import ELBOTerms, balanced_elbo_terms, ode_log_prob
 from anomalib_gen.paths import Path, Prediction
 from anomalib_gen.samplers import SAMPLERS
 
@@ -163,7 +163,7 @@ class Denoiser(nn.Module):
     def elbo_terms(
         self, x: torch.Tensor, generator: torch.Generator, *, n_steps: int = 100, n_draws: int = 1
     ) -> ELBOTerms:
-        """Variational bound in its parts, over levels in equal ratios and the mean of `n_draws` pairs e and -e.
+        """Variational bound in its parts, over levels in equal ratios; see `balanced_elbo_terms`.
 
         Parameters
         ----------
@@ -177,11 +177,7 @@ class Denoiser(nn.Module):
         """
         low, high = self.noise_levels
         levels = torch.logspace(math.log10(low), math.log10(high), n_steps + 1, dtype=torch.float64)
-        terms = []
-        for _ in range(n_draws):
-            e = normal_noise((n_steps, *x.shape[1:]), x, generator)
-            terms += [elbo_terms(self.denoise, x, levels, e), elbo_terms(self.denoise, x, levels, -e)]
-        return ELBOTerms(*(torch.stack(parts).mean(0) for parts in zip(*terms, strict=True)))
+        return balanced_elbo_terms(self.denoise, x, levels, generator, n_draws=n_draws)
 
 
 class NetworkDenoiser(Denoiser):

@@ -26,6 +26,13 @@ signal-to-noise ratio 1 / s^2),
     reconstruction:  E log N(x; z_0, s_0^2) = -n / 2 (1 + log(2 pi s_0^2)).                                       (5)
 
 (3) has the variance of the true reverse step. (5) is the decoder that is proportional to q(z_0 | x).
+
+With the same few e for all rows, what is off in them is off for all. `balanced_elbo_terms` draws pairs e and -e, which
+takes away what is odd in e, and subtracts from (3) a quantity of mean zero,
+
+    (1 / s_{i-1}^2 - 1 / s_i^2) (s_i / (1 + s_i^2))^2 (|e|^2 - n) / 2,                                            (6)
+
+which is what unit normal data owe to the length of e. The mean over e stays the bound.
 """
 
 from __future__ import annotations
@@ -226,8 +233,7 @@ class ELBOTerms(NamedTuple):
 def elbo_terms(denoise: Denoise, x: torch.Tensor, levels: torch.Tensor, e: torch.Tensor) -> ELBOTerms:
     """Variational bound on the log-density of rows in its parts (equations 3 to 5).
 
-    It is an estimate of the bound with one draw of noise for each step; its mean over `e` is the bound. Draws of -e
-    beside e take away the part of the error that is odd in the noise.
+    It is an estimate of the bound with one draw of noise for each step; its mean over `e` is the bound.
 
     Parameters
     ----------
@@ -265,3 +271,40 @@ def elbo_terms(denoise: Denoise, x: torch.Tensor, levels: torch.Tensor, e: torch
     prior = 0.5 * (x.flatten(1).square().sum(1) / (1 + s_max**2) + spread)
     reconstruction = torch.full_like(prior, -0.5 * n * (1 + math.log(2 * math.pi * s_min**2)))
     return ELBOTerms(torch.stack(steps), prior, reconstruction)
+
+
+def balanced_elbo_terms(
+    denoise: Denoise, x: torch.Tensor, levels: torch.Tensor, generator: torch.Generator, *, n_draws: int = 1
+) -> ELBOTerms:
+    """Mean of `elbo_terms` over pairs of noise e and -e, less what the length of the noise adds (equation 6).
+
+    Parameters
+    ----------
+    denoise : callable
+        ``denoise(y: (B, *E), level: (B,)) -> (B, *E)``.
+    x : Tensor
+        ``(B, *E)``.
+    levels : Tensor
+        ``(n_steps + 1,)``, strictly rising.
+    generator : torch.Generator
+        On any device. The noise has the event's shape and is the same for all rows.
+    n_draws : int, default=1
+        Pairs of noise; each costs two evaluations for each step.
+
+    Returns
+    -------
+    ELBOTerms
+        Single steps may come out slightly negative, by equation 6.
+    """
+    if n_draws < 1:
+        raise ValueError(f"n_draws must be at least 1, got {n_draws}.")
+    s = torch.as_tensor(levels).to(x)
+    weights = 0.5 * (s[:-1] ** -2 - s[1:] ** -2) * (s[1:] / (1 + s[1:].square())).square()
+    terms = []
+    for _ in range(n_draws):
+        e = normal_noise((len(s) - 1, *x.shape[1:]), x, generator)
+        excess = weights * (e.flatten(1).square().sum(1) - x[0].numel())
+        for noise in (e, -e):
+            drawn = elbo_terms(denoise, x, levels, noise)
+            terms.append(drawn._replace(steps=drawn.steps - excess.unsqueeze(1)))
+    return ELBOTerms(*(torch.stack(parts).mean(0) for parts in zip(*terms, strict=True)))

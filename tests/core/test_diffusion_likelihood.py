@@ -1,6 +1,7 @@
 """Likelihoods of denoisers: the exact log-density of a mixture, its integral, the bound below it, and whose it is."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from anomalib_gen.models import (
     GaussianMixtureEnergy,
     NetworkDenoiser,
     ScoreDenoiser,
+    balanced_elbo_terms,
     elbo_terms,
     ode_log_prob,
 )
@@ -46,6 +48,11 @@ def exact(model, x, level):
     return -model.energy(x, x.new_full((len(x),), level))
 
 
+def gaussian(v):
+    """Exact denoiser of N(0, v)."""
+    return lambda y, level: (v / (v + level.square())).unsqueeze(1) * y
+
+
 def oracle(path=None):
     truth = mixture()
     return truth, ScoreDenoiser(truth, EDM() if path is None else path)
@@ -71,14 +78,14 @@ class Images(torch.nn.Module):
 # The log-density -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("low", [0.002, 0.05, 0.5])
+@pytest.mark.parametrize("low", [0.01, 0.5])
 def test_log_prob_of_the_mixture_is_exact(low):
     truth, model = oracle()
     # Rows of the mixture, and some where its density is low.
     x = torch.cat([truth.sample(20, generator()), 3 * rows(10, 2)])
-    found = ode_log_prob(model.denoise, x, (low, 1000.0), n_steps=200)
+    found = ode_log_prob(model.denoise, x, (low, 1000.0), n_steps=120)
     torch.testing.assert_close(found.log_prob, exact(truth, x, low), rtol=0, atol=1e-3)
-    assert (found.error < 2e-3).all()
+    assert (found.error < 1e-2).all()
 
 
 @pytest.mark.parametrize("name", list(PATHS))
@@ -86,32 +93,35 @@ def test_models_give_the_density_at_their_smallest_level(name):
     truth, model = oracle(PATHS[name]())
     x = truth.sample(15, generator())
     low, high = model.noise_levels
-    found = model.log_prob(x, n_steps=100)
+    found = model.log_prob(x)
     # What is left of the data at the largest level: their correlation.
     torch.testing.assert_close(found, exact(truth, x, low), rtol=0, atol=2e-3 + 10 / high**2)
     assert not found.requires_grad
 
 
+def flow_of_a_gaussian(x, v, low, high):
+    """What equation 2 gives for the exact denoiser of N(0, v): rows keep their place among their like."""
+    stretch = (v + high**2) / (v + low**2)
+    end = torch.distributions.Normal(tensor(0.0), math.sqrt(1 + high**2))
+    return (end.log_prob(x * math.sqrt(stretch)) + 0.5 * math.log(stretch)).sum(1)
+
+
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2), ("rk4", 4)])
 def test_order_and_error_estimate(method, order):
-    truth, model = oracle()
-    x, levels = truth.sample(30, generator()), (0.1, 1000.0)
-    reference = ode_log_prob(model.denoise, x, levels, n_steps=400, estimate_error=False).log_prob
-    errors = []
-    for n_steps in (64, 128):
-        found = ode_log_prob(model.denoise, x, levels, n_steps=n_steps, method=method)
-        error = (found.log_prob - reference).abs()
+    x, v, low, high = rows(30, 2), 0.1, 0.02, 100.0
+    truth, errors = flow_of_a_gaussian(x, v, low, high), []
+    for n_steps in (80, 160):
+        found = ode_log_prob(gaussian(v), x, (low, high), n_steps=n_steps, method=method)
+        error = (found.log_prob - truth).abs()
         errors.append(error)
-        # The estimate is the error of half the steps: 2^order times as large.
-        assert float((found.error / error).median()) == pytest.approx(2**order - 1, rel=0.4)
-        # Where the error changes its sign, the estimate may be small by accident.
-        assert (found.error >= 0.3 * error).float().mean() > 0.9
-    assert math.log2(errors[0].median() / errors[1].median()) == pytest.approx(order, abs=0.5)
+        # The estimate is the error of half the steps, or rather what the other half has mended of it.
+        assert (found.error > 0.8 * (2 ** (order - 1)) * error).float().mean() > 0.9
+    assert math.log2(errors[0].median() / errors[1].median()) == pytest.approx(order, abs=0.3)
 
 
 def test_unit_normal_data_need_no_steps():
     x = 3 * rows(10, 4)
-    found = ode_log_prob(lambda y, s: y / (1 + s.square()).unsqueeze(1), x, (0.1, 50.0), n_steps=2)
+    found = ode_log_prob(gaussian(1.0), x, (0.1, 50.0), n_steps=2)
     variance = 1 + 0.1**2
     expected = -0.5 * (x.square().sum(1) / variance + 4 * math.log(2 * math.pi * variance))
     # The variables in which the equation is solved stand still; the integral of 1 - 1 in (2) is exact as well.
@@ -121,18 +131,18 @@ def test_unit_normal_data_need_no_steps():
 
 def test_the_density_integrates_to_one():
     _, model = oracle()
-    axis, low = torch.linspace(-5.4, 5.4, 61, dtype=torch.float64), 0.3
+    axis, low = torch.linspace(-5.4, 5.4, 46, dtype=torch.float64), 0.3
     x = torch.cartesian_prod(axis, axis)
-    log_prob = ode_log_prob(model.denoise, x, (low, 1000.0), n_steps=24, estimate_error=False).log_prob
+    log_prob = ode_log_prob(model.denoise, x, (low, 1000.0), n_steps=16, estimate_error=False).log_prob
     assert float(log_prob.exp().sum()) * float(axis[1] - axis[0]) ** 2 == pytest.approx(1, abs=1e-3)
 
 
 def test_a_network_s_density_integrates_to_one():
     """Whatever the network says: it is the density of a flow."""
     model = network(2)
-    axis = torch.linspace(-6, 6, 61, dtype=torch.float64)
+    axis = torch.linspace(-6, 6, 46, dtype=torch.float64)
     x = torch.cartesian_prod(axis, axis)
-    log_prob = ode_log_prob(model.denoise, x, (0.2, 100.0), n_steps=24, estimate_error=False).log_prob
+    log_prob = ode_log_prob(model.denoise, x, (0.3, 100.0), n_steps=16, estimate_error=False).log_prob
     assert float(log_prob.exp().sum()) * float(axis[1] - axis[0]) ** 2 == pytest.approx(1, abs=5e-3)
 
 
@@ -160,23 +170,21 @@ def test_traces_are_those_of_the_jacobian():
 
 def test_hutchinson_agrees_with_the_exact_divergence():
     model, x = network(), rows(12, 3)
-    rest = {"n_steps": 20, "estimate_error": True}
+    rest = {"n_steps": 4}
     sure = ode_log_prob(model.denoise, x, (0.05, 100.0), divergence="exact", **rest)
     many = ode_log_prob(
         model.denoise,
         x,
         (0.05, 100.0),
         divergence="hutchinson",
-        n_probes=200,
+        n_probes=100,
         generator=generator(),
         **rest,
     )
     off = (many.log_prob - sure.log_prob).abs()
     assert (off < 4 * many.error).all()
-    assert (many.error < 0.2).all()
+    assert ((many.error - sure.error).abs() < 0.3).all()
     assert float(off.max()) > 1e-6
-    # The rows' ways are the same, so the solver's share of the error is as well.
-    assert (many.error > sure.error * 0.1).all()
 
 
 def test_an_exact_divergence_is_chosen_for_few_coordinates():
@@ -209,12 +217,9 @@ def test_a_row_s_value_is_its_own(divergence):
     )
     torch.testing.assert_close(together.log_prob[3:5], alone.log_prob, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(together.error[3:5], alone.error, rtol=1e-7, atol=1e-9)
-    first, second = (ELBO(network().elbo_terms(x, generator(), n_steps=10)) for x in (x, x[3:5]))
+    with torch.no_grad():
+        first, second = (model.elbo_terms(x, generator(), n_steps=10).elbo for x in (x, x[3:5]))
     torch.testing.assert_close(first[3:5], second, rtol=1e-11, atol=1e-11)
-
-
-def ELBO(terms):  # noqa: N802
-    return terms.elbo.detach()
 
 
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
@@ -227,7 +232,7 @@ def test_inference_mode_changes_nothing(divergence):
         values = []
         for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
             with mode():
-                values.append(denoiser.log_prob(x.clone(), generator(), n_steps=4, divergence=divergence))
+                values.append(denoiser.log_prob(x.clone(), generator(), n_steps=2, divergence=divergence))
         for value in values[1:]:
             torch.testing.assert_close(value.clone(), values[0])
         assert values[0].isfinite().all()
@@ -246,7 +251,7 @@ def test_float32_and_far_rows():
 def test_what_is_not_finite_has_an_infinite_error():
     x = tensor([[1.0], [-1.0]])
     found = ode_log_prob(
-        lambda y, s: torch.where(y < 0, math.nan, y / 2), x, (0.1, 50.0), n_steps=2, estimate_error=True
+        lambda y, s: torch.where(y < 0, math.nan, gaussian(1.0)(y, s)), x, (0.1, 50.0), n_steps=2
     )
     assert found.error.isfinite().tolist() == [True, False]
     assert ode_log_prob(lambda y, s: y / 2, x, (0.1, 50.0), estimate_error=False).error.isnan().all()
@@ -322,44 +327,54 @@ def test_the_bound_lies_below_the_density_and_approaches_it():
         gaps.append(truth - (reconstruction - prior - steps.sum(0)))
         assert (gaps[-1] > 0).all()
     # As 1 / n.
-    for coarse, fine in zip(gaps[:-1], gaps[1:], strict=True):
+    for coarse, fine in pairwise(gaps):
         torch.testing.assert_close(coarse / fine, torch.full_like(fine, 2.0), rtol=0.1, atol=0)
-    # Extrapolated to infinitely many steps, what is left is what the decoder does not know.
-    assert (2 * gaps[-1] - gaps[-2]).abs().max() < 2e-3
+    # Extrapolated to infinitely many steps, what is left is what q(z_0 | x) does not know: that there are other data.
+    identity = torch.eye(2, dtype=torch.float64)
+    precision = (COVARIANCE + low**2 * identity).inverse() + identity / low**2
+    posterior = torch.distributions.MultivariateNormal(
+        torch.linalg.solve(precision, x.T / low**2).T, precision_matrix=precision
+    )
+    encoder = torch.distributions.MultivariateNormal(x, low**2 * identity)
+    left = torch.distributions.kl_divergence(encoder, posterior)
+    limit = (64 * gaps[3] - 56 * gaps[2] + 14 * gaps[1] - gaps[0]) / 21
+    torch.testing.assert_close(limit, left, rtol=0, atol=1e-4)
 
 
 def test_draws_of_the_bound_have_it_as_their_mean():
     x, levels = rows(3, 2), levels_between(0.1, 100.0, 20)
-    draws = torch.stack([elbo_terms(linear_denoiser, x, levels, e).elbo for e in rows(500, 20, 2, seed=3)])
+    draws = torch.stack([elbo_terms(linear_denoiser, x, levels, e).elbo for e in rows(200, 20, 2, seed=3)])
     steps, prior, reconstruction = expected_terms(x, levels)
-    error = draws.std(0) / math.sqrt(500)
+    error = draws.std(0) / math.sqrt(200)
     assert ((draws.mean(0) - (reconstruction - prior - steps.sum(0))).abs() < 4 * error).all()
 
 
 def test_the_bound_of_the_mixture_lies_below_its_likelihood():
     truth, model = oracle(EDM(sigma_min=0.02))
     x = truth.sample(30, generator())
-    bound = model.elbo_terms(x, generator(), n_steps=100, n_draws=8)
+    bound = model.elbo_terms(x, generator(), n_draws=8)
     assert bound.steps.shape == (100, 30)
     gap = model.log_prob(x) - bound.elbo
-    # About 0.2 nats from the length of the steps; single rows scatter with the draws.
-    assert 0 < float(gap.mean()) < 0.5
-    again = model.elbo_terms(x, generator(), n_steps=100, n_draws=8)
-    assert torch.equal(bound.elbo, again.elbo)
+    # About 0.5 nats from the length of the steps, and 0.1 from the draws.
+    assert 0.2 < float(gap.mean()) < 0.8
+    one, two = (model.elbo_terms(x, generator(), n_steps=10).elbo for _ in range(2))
+    assert torch.equal(one, two)
 
 
-def test_noise_comes_in_pairs():
-    """The part of the bound that is linear in the noise is gone."""
-    path = EDM(sigma_min=0.1)
-    model = ScoreDenoiser(mixture(), path)
-    model.denoise = linear_denoiser
-    x = rows(4, 2)
-    n = 5
-    e = rows(n, 2, seed=0)
-    found = model.elbo_terms(x, generator(), n_steps=n)
-    levels = levels_between(*path.noise_levels, n)
-    both = [elbo_terms(linear_denoiser, x, levels, sign * e).steps for sign in (1, -1)]
-    torch.testing.assert_close(found.steps, (both[0] + both[1]) / 2)
+def test_balanced_draws_have_the_same_mean_and_scatter_less():
+    x, levels, draws = rows(3, 2), levels_between(0.05, 100.0, 20), 100
+    steps, prior, reconstruction = expected_terms(x, levels)
+    bound = reconstruction - prior - steps.sum(0)
+    pairs, plain = generator(), []
+    balanced = torch.stack(
+        [balanced_elbo_terms(linear_denoiser, x, levels, pairs).elbo for _ in range(draws)]
+    )
+    for e in rows(draws, 20, 2, seed=3):
+        both = [elbo_terms(linear_denoiser, x, levels, sign * e).elbo for sign in (1, -1)]
+        plain.append((both[0] + both[1]) / 2)
+    error = balanced.std(0) / math.sqrt(draws)
+    assert ((balanced.mean(0) - bound).abs() < 4 * error).all()
+    assert (balanced.std(0) < 0.6 * torch.stack(plain).std(0)).all()
 
 
 # Mistakes --------------------------------------------------------------------------------------------------
@@ -378,6 +393,7 @@ def test_mistakes_are_refused():
         lambda: elbo_terms(denoise, x, ladder.flip(0), rows(3, 2)),
         lambda: elbo_terms(denoise, x, ladder, rows(4, 2)),
         lambda: elbo_terms(denoise, x, ladder, rows(3, 2, 2)),
+        lambda: balanced_elbo_terms(denoise, x, ladder, generator(), n_draws=0),
     ):
         with pytest.raises(ValueError, match="must"):
             call()
