@@ -313,7 +313,7 @@ def test_ncsn_and_ve_and_edm_are_one_process(name):
 
 def test_clocks_agree_in_the_limit_of_short_steps():
     """Euler-Maruyama in the clocks of VE and of EDM: variances of N(0, 0.5) after steps that shrink."""
-    n, errors = 20_000, []
+    n, errors = 10_000, []
     for path in (VarianceExploding(sigma_max=20.0), EDM(sigma_max=20.0, rho=3.0)):
         x, _ = euler_maruyama(
             gaussian(0.5), 20 * rows(n, 1), falling(path, 300), path=path, generator=generator(1)
@@ -327,7 +327,7 @@ def test_clocks_agree_in_the_limit_of_short_steps():
 
 @pytest.mark.parametrize("predictor", ["ancestral", "reverse-diffusion"])
 def test_corrections_mend_coarse_steps(predictor):
-    path, v, n = VariancePreserving(), 0.2, 20_000
+    path, v, n = VariancePreserving(), 0.2, 8000
     grid = falling(path, 8)
 
     def error(n_corrections):
