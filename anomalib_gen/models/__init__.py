@@ -9,6 +9,7 @@ from anomalib_gen.models.closed_form import (
 )
 from anomalib_gen.models.denoiser import Denoiser, NetworkDenoiser, ScoreDenoiser
 from anomalib_gen.models.diffusion_time import InverseGammaTime, TimeClassifier
+from anomalib_gen.models.empirical import KernelDenoiser, LocalLinearDenoiser
 from anomalib_gen.models.energy import EnergyModel, TailedNormal
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, FlowTransform, make_flow_transform
 from anomalib_gen.models.likelihood import (
@@ -18,6 +19,7 @@ from anomalib_gen.models.likelihood import (
     elbo_terms,
     ode_log_prob,
 )
+from anomalib_gen.models.neighbors import Neighbors, nearest_rows, neighbor_scale
 from anomalib_gen.models.noise import NOISES, GaussianNoise, MarginalNoise, NoiseBase, fit_noise
 from anomalib_gen.models.observation import OBSERVATIONS, Observation
 from anomalib_gen.models.vae import NetworkFactory, Posterior, VAEModel
@@ -37,7 +39,10 @@ __all__ = [
     "GaussianMixtureEnergy",
     "GaussianNoise",
     "InverseGammaTime",
+    "KernelDenoiser",
+    "LocalLinearDenoiser",
     "MarginalNoise",
+    "Neighbors",
     "NetworkDenoiser",
     "NetworkFactory",
     "NoiseBase",
@@ -54,4 +59,6 @@ __all__ = [
     "fit_noise",
     "make_flow_transform",
     "ode_log_prob",
+    "nearest_rows",
+    "neighbor_scale",
 ]
