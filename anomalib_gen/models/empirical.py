@@ -108,7 +108,7 @@ class KernelDenoiser(_EmpiricalDenoiser):
 
     Notes
     -----
-    One query costs N distances. Memory is bounded as in `models.neighbors` while gradients are off.
+    One query costs N distances. Memory beside the rows is bounded as in `models.neighbors` while gradients are off.
 
     References
     ----------
@@ -195,14 +195,14 @@ class KernelDenoiser(_EmpiricalDenoiser):
         whole = self.n_neighbors is None or self.n_neighbors >= n_seen
         k = n_seen if self.n_neighbors is None else min(self.n_neighbors, n_seen)
         step = min(len(rows), ROWS_PER_BLOCK, max(1, values_per_block(x.device) // q.shape[1]))
+        found = None if whole else nearest_rows(q, rows, k, exclude=exclude)
         means, log_sums = [q[:0]], [precision[:0]]
-        for block in self._blocks(q, step if whole else k * q.shape[1]):
-            left_out = None if exclude is None else exclude[block]
-            if whole:
+        for block in self._blocks(q, step if found is None else k * q.shape[1]):
+            if found is None:
+                left_out = None if exclude is None else exclude[block]
                 mean, log_sum = _sum_over_all(q[block], precision[block], rows, step, left_out)
             else:
-                index = nearest_rows(q[block], rows, k, exclude=left_out).positions
-                near = rows[index].to(q.dtype)
+                near = rows[found.positions[block]].to(q.dtype)
                 # Anew, for gradients.
                 squared = squared_distances(q[block].unsqueeze(1), near).squeeze(1)
                 logits = -squared * precision[block].unsqueeze(1)
@@ -349,13 +349,12 @@ class LocalLinearDenoiser(_EmpiricalDenoiser):
         rows, k = self.rows.flatten(1), min(self.n_neighbors, self._seen(exclude))
         size = q.shape[1]
         clean, squares = [q[:0]], [variance[:0]]
+        found = nearest_rows(q, rows, k, exclude=exclude)
         for block in self._blocks(q, k * size + min(k, size) ** 2):
-            near = nearest_rows(q[block], rows, k, exclude=None if exclude is None else exclude[block])
-            y = rows[near.positions].to(q.dtype)
+            y, squared = rows[found.positions[block]].to(q.dtype), found.squared[block]
+            share = torch.full_like(squared, 1 / k)
             if self.weighted:
-                share = (-0.5 * near.squared / variance[block].unsqueeze(1)).softmax(1)
-            else:
-                share = near.squared.new_full(near.squared.shape, 1 / k)
+                share = (-0.5 * squared / variance[block].unsqueeze(1)).softmax(1)
             mean = (share.unsqueeze(1) @ y).squeeze(1)
             Z = share.sqrt().unsqueeze(2) * (y - mean.unsqueeze(1))
             v = q[block] - mean

@@ -12,8 +12,8 @@ direct differences alone, several times slower. In both ways a distance is a fun
 distances go by the order of the rows: what is found never depends on the other queries.
 
 Work is in float64 (float32 on a device without it), whatever the rows are stored in. Memory: both sides are cut so that
-no buffer has more than `VALUES_PER_BLOCK` values (16 MB; eight times that off the CPU), and about six are alive at a
-time, whatever the numbers of rows and queries. (One row of a block with all its candidates is the smallest unit.)
+no buffer has more than `VALUES_PER_BLOCK` values (8 MB; eight times that off the CPU), and fewer than ten are alive at
+a time, whatever the numbers of rows and queries. (One query with all its candidates is the smallest unit.)
 
 The spacing of the rows, the leave-one-out distance r_i of row i to the nearest other row, sets the bandwidth of a
 kernel on them by the rule
@@ -31,9 +31,9 @@ import torch
 
 from anomalib_gen._runtime import row_blocks, scoring_dtype
 
-VALUES_PER_BLOCK = 2**21
+VALUES_PER_BLOCK = 2**20
 """Values of a buffer on a CPU; eight times as many elsewhere."""
-ROWS_PER_BLOCK = 2**16
+ROWS_PER_BLOCK = 2**15
 """Stored rows looked at at once, at most."""
 GROUP = 32
 """Columns whose minimum stands for them while the smallest of many distances are looked for."""
@@ -109,7 +109,7 @@ def nearest_rows(
     n_candidates = min(wanted + SPARE, len(flat))
     budget = values_per_block(x.device)
     step = min(len(flat), ROWS_PER_BLOCK, max(1, budget // flat.shape[1]))
-    queries = max(1, budget // max(step, n_candidates * max(GROUP, flat.shape[1])))
+    queries = max(1, budget // max(step, n_candidates * GROUP, flat.shape[1]))
     squared = q.new_empty((len(q), n_neighbors))
     index = torch.empty((len(q), n_neighbors), dtype=torch.int64, device=q.device)
     for block in row_blocks(len(q), queries):
@@ -138,8 +138,12 @@ def _search(q: torch.Tensor, rows: torch.Tensor, k: int, n_candidates: int, step
     if 4 * n_candidates >= len(rows):
         return _search_directly(q, rows, k, step)
     proposed, index, longest = _propose(q, rows, n_candidates, step)
-    candidates = rows[index].to(q.dtype)
-    found = _in_order(squared_distances(q.unsqueeze(1), candidates).squeeze(1), index, k)
+    at_once = max(1, values_per_block(q.device) // (n_candidates * q.shape[1]))
+    squared = [
+        squared_distances(q[block].unsqueeze(1), rows[index[block]].to(q.dtype)).squeeze(1)
+        for block in row_blocks(len(q), at_once)
+    ]
+    found = _in_order(torch.cat(squared), index, k)
     # Rows that were not proposed are at least as far as the farthest one that was, but for rounding.
     length = q.square().sum(1).sqrt()
     error = 8 * (q.shape[1] + 8) * torch.finfo(q.dtype).eps * (length + longest).square()
@@ -193,7 +197,8 @@ def _search_directly(q: torch.Tensor, rows: torch.Tensor, k: int, step: int) -> 
     """Search for the k nearest rows by direct differences alone."""
     squared = q.new_empty((len(q), 0))
     index = torch.empty((len(q), 0), dtype=torch.int64, device=q.device)
-    for block in row_blocks(len(rows), step):
+    # Positions, ranks and masks go beside each distance here.
+    for block in row_blocks(len(rows), max(1, step // 4)):
         positions = torch.arange(block.start, block.stop, device=q.device).expand(len(q), -1)
         squared = torch.cat([squared, squared_distances(q, rows[block].to(q.dtype))], dim=1)
         index = torch.cat([index, positions], dim=1)

@@ -576,4 +576,4 @@ def test_a_million_rows_take_memory_for_a_block():
     figures = json.loads(printed.stdout)
     print(figures)
     # The distances of 2,000 queries to all rows would be 16 GB.
-    assert all(found["bytes"] < 150e6 for found in figures.values())
+    assert all(found["bytes"] < 120e6 for found in figures.values())
