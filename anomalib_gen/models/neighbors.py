@@ -109,7 +109,7 @@ def nearest_rows(
     n_candidates = min(wanted + SPARE, len(flat))
     budget = values_per_block(x.device)
     step = min(len(flat), ROWS_PER_BLOCK, max(1, budget // flat.shape[1]))
-    queries = max(1, budget // max(step, n_candidates * GROUP, flat.shape[1]))
+    queries = max(1, budget // max(n_candidates, flat.shape[1]))
     squared = q.new_empty((len(q), n_neighbors))
     index = torch.empty((len(q), n_neighbors), dtype=torch.int64, device=q.device)
     for block in row_blocks(len(q), queries):
@@ -159,18 +159,20 @@ def _propose(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Find the n nearest rows by equation 1: squared distances, positions, and the length of the longest row."""
     longest = q.new_zeros(())
-    best = q.new_empty((len(q), 0))
-    index = torch.empty((len(q), 0), dtype=torch.int64, device=q.device)
+    best = q.new_full((len(q), n), torch.inf)
+    index = torch.zeros((len(q), n), dtype=torch.int64, device=q.device)
+    at_once = max(1, values_per_block(q.device) // max(step, n * GROUP))
+    # All queries meet a block of rows before the next one is converted.
     for block in row_blocks(len(rows), step):
         y = rows[block].to(q.dtype)
         lengths = y.square().sum(1)
         longest = torch.maximum(longest, lengths.max())
-        values, columns = _smallest(torch.addmm(lengths, q, y.t(), alpha=-2), min(n, len(y)))
-        best = torch.cat([best, values], dim=1)
-        index = torch.cat([index, columns + block.start], dim=1)
-        if best.shape[1] > n:
-            best, kept = best.topk(n, dim=1, largest=False, sorted=False)
-            index = index.gather(1, kept)
+        for some in row_blocks(len(q), at_once):
+            values, columns = _smallest(torch.addmm(lengths, q[some], y.t(), alpha=-2), min(n, len(y)))
+            best[some], kept = torch.cat([best[some], values], dim=1).topk(
+                n, dim=1, largest=False, sorted=False
+            )
+            index[some] = torch.cat([index[some], columns + block.start], dim=1).gather(1, kept)
     return best + q.square().sum(1, keepdim=True), index, longest.sqrt()
 
 
@@ -195,6 +197,13 @@ def _smallest(values: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]
 
 def _search_directly(q: torch.Tensor, rows: torch.Tensor, k: int, step: int) -> Neighbors:
     """Search for the k nearest rows by direct differences alone."""
+    at_once = max(1, values_per_block(q.device) // max(step, k))
+    found = [_search_block(q[some], rows, k, step) for some in row_blocks(len(q), at_once)]
+    return Neighbors(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _search_block(q: torch.Tensor, rows: torch.Tensor, k: int, step: int) -> Neighbors:
+    """`_search_directly` of so few queries that their distances to `step` rows fit into a buffer."""
     squared = q.new_empty((len(q), 0))
     index = torch.empty((len(q), 0), dtype=torch.int64, device=q.device)
     # Positions, ranks and masks go beside each distance here.
