@@ -58,7 +58,7 @@ __all__ = [
     "elbo_terms",
     "fit_noise",
     "make_flow_transform",
-    "ode_log_prob",
     "nearest_rows",
     "neighbor_scale",
+    "ode_log_prob",
 ]

@@ -54,7 +54,7 @@ class _EmpiricalDenoiser(Denoiser):
     rows: torch.Tensor
 
     def __init__(self, rows: torch.Tensor, path: Path, n_neighbors: int | None, dtype: torch.dtype) -> None:
-        super().__init__(path)
+        super().__init__(path, rows.shape[1:])
         if rows.ndim < 2 or rows.numel() == 0:
             raise ValueError(f"rows must have the shape (N, *E) with N >= 1, got {tuple(rows.shape)}.")
         if n_neighbors is not None and n_neighbors < 1:
@@ -154,7 +154,7 @@ class KernelDenoiser(_EmpiricalDenoiser):
         """
         return self._posterior(x, level, exclude)[0].to(x.dtype).reshape(x.shape)
 
-    def log_prob(
+    def log_density(
         self, x: torch.Tensor, level: torch.Tensor, *, exclude: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Kernel density estimate (equation 2), whose gradient is `score`.

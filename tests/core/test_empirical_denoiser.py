@@ -216,7 +216,7 @@ def test_kernel_denoiser_is_that_of_a_mixture_of_points():
                 getattr(ours.predict(x, t), field), expected, rtol=1e-6, atol=1e-6, msg=name
             )
     torch.testing.assert_close(
-        model.log_prob(x, level), -mixture.energy(x, level).detach(), rtol=1e-9, atol=1e-9
+        model.log_density(x, level), -mixture.energy(x, level).detach(), rtol=1e-9, atol=1e-9
     )
 
 
@@ -226,15 +226,15 @@ def test_score_is_the_gradient_of_log_prob(n_neighbors, left_out, small_blocks):
     rows, x = normal(2000, 3), normal(12, 3, seed=1).requires_grad_()
     exclude = torch.arange(12) if left_out else None
     level, model = levels(x, 0.3, 1.0), kernel(rows, n_neighbors=n_neighbors)
-    log_prob = model.log_prob(x, level, exclude=exclude)
-    (by_autograd,) = torch.autograd.grad(log_prob.sum(), x)
+    log_density = model.log_density(x, level, exclude=exclude)
+    (by_autograd,) = torch.autograd.grad(log_density.sum(), x)
     score = (model.denoise(x, level, exclude=exclude) - x).detach() / level.square().unsqueeze(1)
     torch.testing.assert_close(by_autograd, score, rtol=1e-9, atol=1e-9)
     if not left_out:
         torch.testing.assert_close(model.score(x, level).detach(), score)
     x = x.detach()
     for j, step in enumerate(1e-6 * torch.eye(3, dtype=EXACT)):
-        up, down = (model.log_prob(x + sign * step, level, exclude=exclude) for sign in (1, -1))
+        up, down = (model.log_density(x + sign * step, level, exclude=exclude) for sign in (1, -1))
         torch.testing.assert_close((up - down) / 2e-6, score[:, j], rtol=1e-5, atol=1e-5)
 
 
@@ -257,7 +257,7 @@ def test_kernel_density_integrates_to_one():
     grid = torch.cartesian_prod(axis, axis)
     model, exclude = kernel(rows), torch.full((len(grid),), 3)
     for left_out in (None, exclude):
-        mass = model.log_prob(grid, levels(grid, 0.4), exclude=left_out).exp().sum() * 0.05**2
+        mass = model.log_density(grid, levels(grid, 0.4), exclude=left_out).exp().sum() * 0.05**2
         assert mass.item() == pytest.approx(1, abs=1e-6)
 
 
@@ -286,8 +286,8 @@ def test_many_normal_rows_give_the_denoiser_of_the_normal():
     level = levels(x, 0.5, 1.0, 2.0)
     expected = gaussian(mean, covariance).denoise(x, level).detach()
     torch.testing.assert_close(kernel(rows).denoise(x, level), expected, rtol=0, atol=0.02)
-    log_prob = -gaussian(mean, covariance).model.energy(x, level).detach()
-    torch.testing.assert_close(kernel(rows).log_prob(x, level), log_prob, rtol=0, atol=0.03)
+    log_density = -gaussian(mean, covariance).model.energy(x, level).detach()
+    torch.testing.assert_close(kernel(rows).log_density(x, level), log_density, rtol=0, atol=0.03)
 
 
 def test_truncation_is_within_its_bound():
@@ -301,7 +301,7 @@ def test_truncation_is_within_its_bound():
         shift = (full.denoise(x, level) - truncated.denoise(x, level)).norm(dim=1)
         assert (shift <= 2 * reach * bound + 1e-12).all()
         assert shift.median() < largest
-        lost = full.log_prob(x, level) - truncated.log_prob(x, level)
+        lost = full.log_density(x, level) - truncated.log_density(x, level)
         assert (lost > -1e-12).all()
         assert (lost <= bound + 1e-12).all()
 
@@ -413,7 +413,7 @@ def test_leaving_a_row_out_is_a_model_without_it(name, small_blocks):
         torch.testing.assert_close(
             found[i], without.denoise(x[i : i + 1], level[i : i + 1])[0], rtol=1e-12, atol=1e-12
         )
-        other = "distance" if "local" in name else "log_prob"
+        other = "distance" if "local" in name else "log_density"
         torch.testing.assert_close(
             getattr(model, other)(x, level, exclude=exclude)[i],
             getattr(without, other)(x[i : i + 1], level[i : i + 1])[0],
@@ -460,9 +460,9 @@ def test_far_rows_leave_a_residual_that_grows(name):
         assert residual.isfinite().all()
         assert (residual.diff() > 0).all()
         if "local" not in name:
-            log_prob = model.log_prob(x, levels(x, s))
-            assert log_prob.isfinite().all()
-            assert (log_prob.diff() < 0).all()
+            log_density = model.log_density(x, levels(x, s))
+            assert log_density.isfinite().all()
+            assert (log_density.diff() < 0).all()
         else:
             assert (model.distance(x, levels(x, s)).diff() > 0).all()
 
