@@ -103,6 +103,10 @@ def test_gpu_script_needs_neither_rich_nor_typer(tmp_path):
     assert "title\na  b\n1  2" in done.stdout
 
 
+def test_closed_form_script_runs(tmp_path):
+    run("closed_form_denoiser.py")
+
+
 def test_stability_script_runs(tmp_path):
     out = tmp_path / "stability.json"
     run("ebm_stability.py", "--output", out)

@@ -42,7 +42,7 @@ from typing import Any
 import torch
 
 from anomalib_gen._component import Component
-from anomalib_gen._runtime import normal_like
+from anomalib_gen._runtime import expand_as_rows, normal_like
 from anomalib_gen.objectives._smoothing import noise_width, smooth
 from anomalib_gen.samplers import mala, ula
 
@@ -50,8 +50,6 @@ Transition = Callable[[Any, torch.Tensor, torch.Generator], torch.Tensor]
 """A chain of Markov steps, ``(model, x, generator) -> x``, that leaves the model's density invariant."""
 
 TRANSITIONS = ("auto", "langevin", "mala", "gibbs")
-TARGET_ACCEPTANCE, ADAPTATION_RATE = 0.574, 0.1
-"""Of Metropolis-adjusted steps, and how fast the log of their size follows: within tens of gradient steps."""
 MEMORY = 0.99
 """Decay of the running means that tell a divergence; they see about a hundred steps."""
 FAR = 5.0
@@ -71,8 +69,8 @@ class ContrastiveDivergence(Component):
     n_steps : int, default=10
         Steps k of each chain.
     step_size : float or None, default=None
-        h of equation 2. None takes ``data_noise**2 / 4``, half of what the smoothed density allows; with a Metropolis
-        correction it is adapted from there, to an acceptance of 0.574.
+        h of equation 2. None takes ``data_noise**2 / 4``, half of what the smoothed density allows. With a
+        Metropolis correction it is the largest step, see "mala".
     data_noise : float, default=0.1
         Deviation sigma of the noise on the data, in standard deviations of the training data. A model with a `grain`
         has it added in quadrature. Chains by Gibbs sampling start at rows without noise.
@@ -80,7 +78,9 @@ class ContrastiveDivergence(Component):
         Weight of the squared energies; flattens the density by the power ``1 / (1 + 4 alpha)``.
     transition : {"auto", "langevin", "mala", "gibbs"} or callable, default="auto"
         The chain. "auto" takes Gibbs sampling where the model offers it, and Langevin's elsewhere. "mala" adds the
-        Metropolis correction. A callable ``(model, x, generator) -> x`` makes all the steps itself.
+        Metropolis correction, and a chain then moves with h, h / 10 or h / 100, drawn for each run of k steps: no one
+        size suits all places, and where it is too large a corrected chain stays for ever. A callable
+        ``(model, x, generator) -> x`` makes all the steps itself.
 
     References
     ----------
@@ -110,9 +110,8 @@ class ContrastiveDivergence(Component):
         self.transition = transition
 
     def prepare(self, model: Any, rows: Any, generator: torch.Generator) -> None:
-        """Forget the running means and the step size of an earlier training."""
+        """Forget the running means of an earlier training."""
         self.means_ = None
-        self.step_factor_ = 1.0
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""
@@ -185,13 +184,10 @@ class ContrastiveDivergence(Component):
             return x
         h = self._auto_step * self.data_noise**2 if self.step_size is None else self.step_size
         if "mala" in (self.transition, self._auto_transition if self.transition == "auto" else None):
-            adapted = self.step_size is None
-            factor = getattr(self, "step_factor_", 1.0) if adapted else 1.0
-            x, info = mala(model.energy, x, self.n_steps, step_size=factor * h, generator=generator)
-            if adapted and torch.is_tensor(info.acceptance):
-                surplus = float(info.acceptance.mean()) - TARGET_ACCEPTANCE
-                self.step_factor_ = factor * math.exp(ADAPTATION_RATE * surplus)
-            return x
+            # Divided by 1, 10 or 100 for each chain: lengths, so the root.
+            size = torch.randint(3, (len(x),), generator=generator, device=x.device)
+            scale = expand_as_rows(torch.pow(10.0, -0.5 * size.to(x)), x)
+            return mala(model.energy, x, self.n_steps, step_size=h, scale=scale, generator=generator)[0]
         return ula(model.score, x, self.n_steps, step_size=h, generator=generator)[0]
 
     @torch.no_grad()

@@ -14,8 +14,9 @@ Mordatch go with 60 long steps, and with 10 short ones the energy comes out too 
 
 Persistent chains must keep up with the weights, so they take larger steps than those that start at the data, and a
 Metropolis correction in return for the bias that these would have. Chains that lag behind are the way in which training
-goes wrong: the energy is then pushed to and fro around them, grows steep, and steps of a fixed size are accepted ever
-less. So the size follows the energy (samplers.langevin: the acceptance that is best for the correction).
+goes wrong: where the energy is steep, steps of one size are refused again and again, the energy is pushed up under a
+chain that cannot leave, and grows steeper. So each chain moves with steps of one of three sizes, drawn anew each time
+it is picked: a mixture of kernels that all leave the density as it is leaves it too.
 
 The noise is the product of the data's marginals: values of each column, from independent rows. It is as wide as the
 data in every column, and discrete where they are.
@@ -42,7 +43,7 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
     n_steps : int, default=10
         Steps of a chain each time it is picked.
     step_size : float or None, default=None
-        h of Langevin's step; None starts at ``data_noise**2`` and adapts it to an acceptance of 0.574.
+        h of Langevin's step, the largest of those taken; None is ``data_noise**2``.
     data_noise : float, default=0.1
         Deviation of the noise on the data, in standard deviations of the training data.
     alpha : float, default=0.001

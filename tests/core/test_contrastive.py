@@ -93,7 +93,8 @@ class BinaryRBM(nn.Module):
 
     def log_likelihood(self, x):
         states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=x.shape[1])), dtype=x.dtype)
-        return float((-self.energy(x)).mean() - (-self.energy(states)).logsumexp(0))
+        with torch.no_grad():
+            return float((-self.energy(x)).mean() - (-self.energy(states)).logsumexp(0))
 
 
 def gaussian_rows(n, seed=1):
