@@ -103,6 +103,16 @@ def test_gpu_script_needs_neither_rich_nor_typer(tmp_path):
     assert "title\na  b\n1  2" in done.stdout
 
 
+@pytest.mark.slow
+def test_vae_script_compares_with_pyod(tmp_path):
+    out = tmp_path / "vae.json"
+    run("vae_against_pyod.py", "--output", out)
+    found = json.loads(out.read_text())
+    assert set(found["equal_work"]) == {"32", "256"}
+    assert found["defaults"][0]["pyod"]["auroc"] > 0
+
+
+@pytest.mark.slow
 def test_closed_form_script_runs(tmp_path):
     run("closed_form_denoiser.py")
 

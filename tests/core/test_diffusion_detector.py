@@ -76,7 +76,7 @@ def test_densities_are_in_the_units_of_the_rows(rows, fitted):
     assert np.mean(bound) < np.mean(exact) + 0.02
     assert np.mean(exact - bound) < 2
     assert np.mean(fitted.elbo(rows[:100], n_steps=20)) < np.mean(bound)
-    np.testing.assert_allclose(fitted.energy(rows[:20]), -fitted.elbo(rows[:20]))
+    np.testing.assert_allclose(fitted.energy(rows[:20]), -fitted.elbo(rows[:20], n_steps=32))
     other = DiffusionDetector(**fitted.get_params()).fit(rows * [1e-3, 1e3])
     np.testing.assert_allclose(other.log_prob(rows[:20] * [1e-3, 1e3]), exact[:20], atol=1e-3)
 
@@ -106,6 +106,17 @@ def test_samplers_by_name(rows, fitted, sampler):
     drawn = fitted.sample(300, sampler=sampler, n_steps=60, random_state=0)
     np.testing.assert_allclose(drawn.std(axis=0) / rows.std(axis=0), 1, atol=0.25)
     np.testing.assert_array_equal(drawn, fitted.sample(300, sampler=sampler, n_steps=60, random_state=0))
+
+
+def test_learned_variances_are_drawn_with(rows, monkeypatch):
+    detector = make(objective="improved-ddpm").fit(rows)
+    asked = []
+    denoise = type(detector.model_).denoise_and_variance
+    monkeypatch.setattr(
+        type(detector.model_), "denoise_and_variance", lambda *a: asked.append(denoise(*a)[1]) or denoise(*a)
+    )
+    assert detector.sample(5, sampler="ancestral", n_steps=10).shape == (5, 2)
+    assert asked[0] is not None
 
 
 def test_wrong_arguments_are_named(rows, fitted):
