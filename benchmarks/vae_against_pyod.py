@@ -96,7 +96,9 @@ def total(make: Any, tables: list[Any]) -> tuple[float, float]:
     for split in tables:
         detector, sign = make()
         seconds += timed(detector.fit, split.X_train)
-        aurocs.append(roc_auc_score(split.y_test == 1, sign * detector.decision_function(split.X_test)))
+        # pyod's reconstruction error overflows for some far rows: they are the most abnormal.
+        scores = np.nan_to_num(sign * detector.decision_function(split.X_test))
+        aurocs.append(roc_auc_score(split.y_test == 1, scores))
     return seconds, float(np.mean(aurocs))
 
 

@@ -162,7 +162,7 @@ def test_composed_detectors_compose(pair):
 
 def test_energies_of_all_families_are_on_one_scale(fitted, X):
     small = {"hidden_features": 16, "max_iter": 30, "random_state": 0, "device": "cpu"}
-    vae, energy = VAEDetector(**small).fit(X), EnergyDetector(**small).fit(X)
+    vae, energy = VAEDetector(**small).fit(X), EnergyDetector(anomaly="energy", **small).fit(X)
     np.testing.assert_array_equal(fitted.energy(X), -fitted.log_prob(X))
     np.testing.assert_array_equal(vae.energy(X), -vae.score_samples(X))
     np.testing.assert_array_equal(energy.energy(X), -energy.score_samples(X))

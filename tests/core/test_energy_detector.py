@@ -13,6 +13,7 @@ from sklearn.exceptions import NotFittedError
 
 from anomalib_gen import EnergyDetector
 from anomalib_gen._component import Component
+from anomalib_gen.anomaly import Energy, ScoreNorm
 from anomalib_gen.networks import MLP
 from anomalib_gen.objectives import ContrastiveDivergence, DenoisingScoreMatching, GradientPenalty
 
@@ -29,6 +30,7 @@ OBJECTIVES = [
 
 def make(**parameters):
     settings = {
+        "anomaly": "energy",
         "hidden_features": 8,
         "n_layers": 1,
         "max_iter": 20,
@@ -43,6 +45,21 @@ def make(**parameters):
 def energetic(X):
     """A fitted detector that no test may change."""
     return make().fit(X)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "anomaly"),
+    [
+        ({}, ScoreNorm),
+        ({"max_noise": None}, Energy),
+        ({"objective": "telescoping"}, Energy),
+        ({"objective": "sliced-score-matching"}, ScoreNorm),
+    ],
+    ids=str,
+)
+def test_the_anomaly_suits_the_objective_unless_it_is_chosen(X, parameters, anomaly):
+    detector = make(anomaly=None, max_iter=2, **parameters).fit(X)
+    assert isinstance(detector.anomaly_, anomaly)
 
 
 def test_scores_are_minus_the_energy_in_the_units_of_the_rows(energetic, X):

@@ -138,6 +138,7 @@ ENERGIES = [
 
 def make_energy(**parameters):
     settings = {
+        "anomaly": "energy",
         "hidden_features": 16,
         "max_iter": 60,
         "contamination": 0.1,
