@@ -50,6 +50,8 @@ Transition = Callable[[Any, torch.Tensor, torch.Generator], torch.Tensor]
 """A chain of Markov steps, ``(model, x, generator) -> x``, that leaves the model's density invariant."""
 
 TRANSITIONS = ("auto", "langevin", "mala", "gibbs")
+SHORT_RUNS = 0.2
+"""Share of the runs of Metropolis-adjusted chains that take shorter steps than h."""
 MEMORY = 0.99
 """Decay of the running means that tell a divergence; they see about a hundred steps."""
 FAR = 5.0
@@ -78,8 +80,8 @@ class ContrastiveDivergence(Component):
         Weight of the squared energies; flattens the density by the power ``1 / (1 + 4 alpha)``.
     transition : {"auto", "langevin", "mala", "gibbs"} or callable, default="auto"
         The chain. "auto" takes Gibbs sampling where the model offers it, and Langevin's elsewhere. "mala" adds the
-        Metropolis correction, and a chain then moves with h, h / 10 or h / 100, drawn for each run of k steps: no one
-        size suits all places, and where it is too large a corrected chain stays for ever. A callable
+        Metropolis correction, and one run of k steps in five is then of steps of h / 10 or h / 100: where h is too
+        large, a corrected chain would stay for ever. A callable
         ``(model, x, generator) -> x`` makes all the steps itself.
 
     References
@@ -184,9 +186,10 @@ class ContrastiveDivergence(Component):
             return x
         h = self._auto_step * self.data_noise**2 if self.step_size is None else self.step_size
         if "mala" in (self.transition, self._auto_transition if self.transition == "auto" else None):
-            # Divided by 1, 10 or 100 for each chain: lengths, so the root.
-            size = torch.randint(3, (len(x),), generator=generator, device=x.device)
-            scale = expand_as_rows(torch.pow(10.0, -0.5 * size.to(x)), x)
+            # One run in five is of short steps, h / 10 or h / 100: lengths, so the root.
+            u = torch.rand(len(x), generator=generator, device=x.device)
+            size = (u < SHORT_RUNS).to(x) + (u < 0.5 * SHORT_RUNS).to(x)
+            scale = expand_as_rows(torch.pow(10.0, -0.5 * size), x)
             return mala(model.energy, x, self.n_steps, step_size=h, scale=scale, generator=generator)[0]
         return ula(model.score, x, self.n_steps, step_size=h, generator=generator)[0]
 
