@@ -264,7 +264,7 @@ def test_a_boltzmann_machine_gains_exact_likelihood(make):
     model = BinaryRBM(6, 8)
     before = model.log_likelihood(x)
     objective = make(n_steps=1, alpha=0.0)
-    judged = float(objective.validate(model, x, make_generator(0, CPU)).mean())
+    judged = (objective.validate(model, x, make_generator(0, CPU)).mean()).item()
     descend(model, objective, x, n_steps=800, learning_rate=0.03, batch=100)
     # 6 log 2 = 4.16 nats is a coin for each pixel; the entropy of the source is 2.2 nats.
     assert before == pytest.approx(-6 * math.log(2), abs=0.1)
