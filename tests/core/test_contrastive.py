@@ -269,7 +269,7 @@ def test_a_boltzmann_machine_gains_exact_likelihood(make):
     # 6 log 2 = 4.16 nats is a coin for each pixel; the entropy of the source is 2.2 nats.
     assert before == pytest.approx(-6 * math.log(2), abs=0.1)
     assert model.log_likelihood(x) > -2.7
-    assert float(objective.validate(model, x, make_generator(0, CPU)).mean()) < judged - 1
+    assert objective.validate(model, x, make_generator(0, CPU)).mean().item() < judged - 1
     if make is PersistentContrastiveDivergence:
         assert set(objective.buffer_.unique().tolist()) == {0.0, 1.0}
 
@@ -283,7 +283,7 @@ def test_validation_is_least_at_the_score_of_the_smoothed_density():
     objective = ContrastiveDivergence(data_noise=noise)
 
     def judge(mean, covariance):
-        return float(objective.validate(Gaussian(mean, covariance), x, make_generator(0, CPU)).mean())
+        return objective.validate(Gaussian(mean, covariance), x, make_generator(0, CPU)).mean().item()
 
     best = judge(MEAN, smoothed)
     for mean, covariance in [(MEAN + 0.2, smoothed), (MEAN, 1.2 * smoothed), (MEAN, 0.8 * smoothed)]:
