@@ -330,7 +330,8 @@ class DiffusionDetector(GenerativeDetector):
         ----------
         X : array-like or data frame of shape (n_samples, n_features)
         n_steps : int, default=100
-            Steps from the row to noise; each costs as many passes as there are columns, up to 32, and two.
+            Runge-Kutta steps from the row to noise. Each has four evaluations of the model, with a backward pass for
+            each column (beyond 32 columns for each of a few random directions).
 
         Returns
         -------

@@ -315,7 +315,8 @@ class EnergyDetector(GenerativeDetector):
             if hasattr(self, name):
                 delattr(self, name)
         if getattr(self._resolve_objective(), "learns_log_z", False):
-            self.log_normalizer_ = float(self.model_.log_z.detach())  # type: ignore[operator]
+            model: Any = self.model_
+            self.log_normalizer_ = model.log_z.item()
         return self
 
     def _resolve_objective(self) -> Component:
