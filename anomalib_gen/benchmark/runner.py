@@ -498,14 +498,15 @@ def evaluate_cell(job: Job) -> tuple[dict[str, Any], tuple[Any, Split, Evaluatio
         with threadpool_limits(limits=job.threads):
             estimator, seconds = _from_last_fit(job, estimator, own)
             result = evaluate(estimator, own, fit_seconds=seconds)
-        _last_fit[:] = [(_fit_identity(job), estimator, result.fit_seconds)]
+        shared = hasattr(estimator, "with_anomaly")
+        _last_fit[:] = [(_fit_identity(job), estimator, result.fit_seconds)] if shared else []
     except (Exception, SystemExit) as error:
         return describe_failure(cell, "exception", error), None
     return describe_success(cell, split, result), (estimator, split, result)
 
 
 _last_fit: list[tuple[Any, Any, float]] = []
-"""In a worker: what the last finished cell fitted, with the seconds it took; one or none."""
+"""In a worker: what the last finished cell fitted, with the seconds it took, if other anomalies can share it."""
 
 
 def _fit_identity(job: Job) -> tuple[Any, ...]:

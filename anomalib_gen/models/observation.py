@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -190,8 +191,8 @@ class StudentTObservation(ScaledObservation):
 
     def sample(self, location: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Draw a row ``(B, D)`` for each location, by the polar method of Bailey (1994, Math. Comp. 62, 779-781)."""
-        kind = {"generator": generator, "dtype": location.dtype, "device": location.device}
-        u, v = (torch.rand(location.shape, **kind) for _ in range(2))  # type: ignore[call-overload]
+        kind: dict[str, Any] = {"generator": generator, "dtype": location.dtype, "device": location.device}
+        u, v = (torch.rand(location.shape, **kind) for _ in range(2))
         nu = self.freedom
         # u in [0, 1): 1 - u is never 0.
         radius = (nu * torch.expm1(-2 / nu * torch.log1p(-u))).sqrt()
@@ -238,8 +239,8 @@ class DiscretisedLogisticObservation(ScaledObservation):
 
     def sample(self, location: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Draw a row ``(B, D)`` for each location, anywhere in its cell."""
-        kind = {"generator": generator, "dtype": location.dtype, "device": location.device}
-        u, v = (torch.rand(location.shape, **kind) for _ in range(2))  # type: ignore[call-overload]
+        kind: dict[str, Any] = {"generator": generator, "dtype": location.dtype, "device": location.device}
+        u, v = (torch.rand(location.shape, **kind) for _ in range(2))
         s = self.deviation * (math.sqrt(3) / math.pi)
         u = u.clamp(min=torch.finfo(u.dtype).tiny)
         x = self.centre(location + s * (u.log() - torch.log1p(-u)))
