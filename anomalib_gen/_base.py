@@ -30,7 +30,7 @@ from anomalib_gen._inputs import validate_rows
 from anomalib_gen._outlier import OutlierScores
 from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain, rows_per_block
 from anomalib_gen._scoring import dry_run, map_in_blocks, score_in_blocks
-from anomalib_gen._training import TrainingOptions, train
+from anomalib_gen._training import TrainingOptions, TrainingResult, train
 from anomalib_gen.anomaly import Energy
 
 MAX_THRESHOLD_ROWS = 200_000
@@ -145,6 +145,11 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         """Scaling between the units of X and those of the model; a family of discrete rows may take none."""
         return Standardizer.fit(X, rows, weights)
 
+    def _meet_rows(
+        self, model: nn.Module, rows: ArrayRows, generator: torch.Generator, *, more: bool
+    ) -> None:
+        """Show a model the rows that it will be trained on, if it keeps any; `more` if earlier ones stay."""
+
     def _note_rows(self, X: npt.NDArray[Any], index: npt.NDArray[np.integer]) -> None:
         """Set what else a family tells of the rows at `index` that it was just fitted to."""
 
@@ -248,6 +253,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         model = model.to(device)
         rows = ArrayRows(X, index[train_index], scaler, device)
         held_out = ArrayRows(X, index[held_out_index], scaler, device) if len(held_out_index) else None
+        self._meet_rows(model, rows, _runtime.make_generator(seeds[1], device), more=continued and one_pass)
         if hasattr(objective, "prepare"):
             with _runtime.forked_rng(seeds[2], device):
                 objective.prepare(model, rows, _runtime.make_generator(seeds[2], device))
@@ -256,19 +262,21 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         def pick(positions: npt.NDArray[np.integer]) -> torch.Tensor | None:
             return None if weights is None else torch.from_numpy(weights[positions])
 
-        with _runtime.forked_rng(seeds[2], device):
-            result = train(
-                model,
-                objective,
-                rows,
-                options=self._training_options(len(rows), one_pass=one_pass),
-                seed=seeds[2],
-                device=device,
-                weights=pick(train_index),
-                validation=held_out,
-                validation_weights=pick(held_out_index),
-                label=type(self).__name__,
-            )
+        result = TrainingResult()
+        if any(parameter.requires_grad for parameter in model.parameters()):
+            with _runtime.forked_rng(seeds[2], device):
+                result = train(
+                    model,
+                    objective,
+                    rows,
+                    options=self._training_options(len(rows), one_pass=one_pass),
+                    seed=seeds[2],
+                    device=device,
+                    weights=pick(train_index),
+                    validation=held_out,
+                    validation_weights=pick(held_out_index),
+                    label=type(self).__name__,
+                )
         if hasattr(objective, "conclude"):
             objective.conclude(model, rows, _runtime.make_generator(seeds[2], device))
         model = model.to(_runtime.scoring_dtype(device))

@@ -123,6 +123,11 @@ class _MovingAverage:
         self.average: list[torch.Tensor] = [
             named[name] for name, p in model.named_parameters() if p.requires_grad
         ]
+        # What a copy of the model shares with it (stored rows) does not change in training.
+        pairs = zip(self.model.buffers(), model.buffers(), strict=True)
+        moving = [(mine, theirs) for mine, theirs in pairs if mine is not theirs]
+        self.buffers: list[torch.Tensor] = [mine for mine, _ in moving]
+        self.source_buffers: list[torch.Tensor] = [theirs for _, theirs in moving]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -130,14 +135,14 @@ class _MovingAverage:
         torch._foreach_lerp_(self.average, self.source, weight)
 
     @torch.no_grad()
-    def follow_buffers(self, model: nn.Module) -> None:
+    def follow_buffers(self) -> None:
         """Take over what is no weight but changes in training, such as running statistics."""
-        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+        for mine, theirs in zip(self.buffers, self.source_buffers, strict=True):
             mine.copy_(theirs)
 
     def state(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Copies of the averaged weights and of the buffers that belong to them."""
-        return [p.clone() for p in self.average], [b.clone() for b in self.model.buffers()]
+        return [p.clone() for p in self.average], [b.clone() for b in self.buffers]
 
 
 def _non_finite_message(step: int, lr: float, x: torch.Tensor) -> str:
@@ -273,7 +278,7 @@ def train(
             if hasattr(objective, "diverged"):
                 best_weights = average.state()
             return False
-        average.follow_buffers(model)
+        average.follow_buffers()
         loss = evaluate(
             average.model,
             judge,
@@ -295,7 +300,7 @@ def train(
         """Make sure that there are weights to keep, and warn."""
         nonlocal best_weights
         if best_weights is None:
-            average.follow_buffers(model)
+            average.follow_buffers()
             best_weights = average.state()
             result.best_iter = result.n_iter
             if not all(bool(torch.isfinite(value).all()) for value in best_weights[0]):
@@ -390,9 +395,9 @@ def train(
     assert result.n_iter > 0
     with torch.no_grad():
         if best_weights is None:
-            average.follow_buffers(model)
+            average.follow_buffers()
             best_weights = average.state()
-        for kept, current in zip(best_weights, (average.source, list(model.buffers())), strict=True):
+        for kept, current in zip(best_weights, (average.source, average.source_buffers), strict=True):
             for value, target in zip(kept, current, strict=True):
                 target.copy_(value)
     model.eval()

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 
 from anomalib_gen._component import Component
+from anomalib_gen.anomaly.closed_form import ClosedFormResidual
+from anomalib_gen.anomaly.combined import CombinedAnomaly
 from anomalib_gen.anomaly.denoising_error import DenoisingError
 from anomalib_gen.anomaly.diffusion_elbo import DiffusionELBO
 from anomalib_gen.anomaly.diffusion_time import DiffusionTime
@@ -21,6 +23,8 @@ from anomalib_gen.anomaly.score_norm import ScoreNorm
 from anomalib_gen.anomaly.typicality import Typicality
 
 ANOMALIES: Mapping[str, type[Component]] = {
+    "closed_form": ClosedFormResidual,
+    "combined": CombinedAnomaly,
     "denoising_error": DenoisingError,
     "diffusion_time": DiffusionTime,
     "elbo": NegativeELBO,
@@ -39,6 +43,8 @@ ANOMALIES: Mapping[str, type[Component]] = {
 
 __all__ = [
     "ANOMALIES",
+    "ClosedFormResidual",
+    "CombinedAnomaly",
     "DenoisingError",
     "DiffusionELBO",
     "DiffusionPath",

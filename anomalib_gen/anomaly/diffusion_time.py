@@ -25,6 +25,7 @@ import torch
 
 from anomalib_gen._component import Component
 from anomalib_gen.anomaly._feature_density import keep_rows, nearest_square_distances
+from anomalib_gen.models import nearest_rows
 
 ESTIMATORS = ("learned", "non-parametric")
 
@@ -35,17 +36,17 @@ class DiffusionTime(Component):
     Parameters
     ----------
     estimator : {"non-parametric", "learned"}, default="non-parametric"
-        "non-parametric" is equation 1 and works beside any model, which it does not use: it needs rows in `prepare`,
-        of which it keeps 16,384 at most. A detector gives its held-out rows, often a tenth of the data, and distances
-        to their neighbours are accordingly larger and rougher than to those among all training rows. "learned" asks
-        the model, a `models.TimeClassifier` or `models.InverseGammaTime`.
+        "non-parametric" is equation 1. Its neighbours are the rows that the model stores, if it stores any
+        (`models.Memory`). Else it keeps 16,384 rows at most of those given to `prepare`; a detector gives its held-out
+        rows, often a tenth of the data, and distances to them are larger and rougher than to the training rows.
+        "learned" asks the model, a `models.TimeClassifier` or `models.InverseGammaTime`.
     n_neighbors : int, default=5
         k of equation 1.
 
     Attributes
     ----------
     rows_ : Tensor of shape (n, *E)
-        The rows to be neighbours, for "non-parametric".
+        The rows to be neighbours, for "non-parametric" and a model that stores none.
 
     Raises
     ------
@@ -66,7 +67,7 @@ class DiffusionTime(Component):
 
     def prepare(self, model: Any, blocks: Iterable[torch.Tensor], generator: torch.Generator) -> None:
         """Keep normal rows from blocks, each ``(B, *E)``."""
-        if self.estimator == "non-parametric":
+        if self.estimator == "non-parametric" and not hasattr(model, "memory"):
             self.rows_ = keep_rows(blocks).cpu()  # so that a pickle opens on any machine
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -77,5 +78,9 @@ class DiffusionTime(Component):
         if self.estimator == "learned":
             level: torch.Tensor = model.estimate_level(x)
             return level
-        squares = nearest_square_distances(x.flatten(1), self.rows_.to(x).flatten(1), self.n_neighbors)
+        flat, memory = x.flatten(1), getattr(model, "memory", None)
+        if memory is not None:
+            squares = nearest_rows(flat, memory.rows[0], min(self.n_neighbors, len(memory))).squared.to(x)
+        else:
+            squares = nearest_square_distances(flat, self.rows_.to(x).flatten(1), self.n_neighbors)
         return squares.mean(1).sqrt() / math.sqrt(x[0].numel())

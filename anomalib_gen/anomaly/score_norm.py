@@ -5,8 +5,14 @@ r"""Score norm: a row is as anomalous as the slope on which it lies,
 
 for a model that is conditional on noise. Normal rows lie near modes and ridges of the density, where the score is
 small; the noised scores at larger s see further. Row and score are taken as they are, *without* noise on the row: what
-noise adds to the norm is the same for every row and hides the rest. As s g is the noise that a denoiser finds in the
-row, (2) weights the noise found at level s by 1 / s.
+noise adds to the norm is the same for every row and hides the rest.
+
+s g(x, s) is the noise that a denoiser finds in the row. Taken in that unit, as with ``weighting="noise"``,
+
+    a(x) = 1/K sum_k s_k |g(x, s_k)|,                                                                (4)
+
+a row with noise of the level has the norm sqrt(D) at every level, and none counts for more than another. (2) weights
+the noise found at level s by 1 / s: the smallest levels decide, at which a network has learned least.
 
 Multiscale score matching (MSMA; Mahmood et al. 2021, arXiv:2010.13132) takes the norms as a vector,
 
@@ -33,6 +39,8 @@ from anomalib_gen.anomaly._feature_density import check_density, fit_density, ke
 from anomalib_gen.anomaly._levels import DATA_LEVELS, level_ladder
 from anomalib_gen.networks import TAIL_START
 
+WEIGHTINGS = ("score", "noise")
+
 
 class ScoreNorm(Component):
     """Norm of the gradient of the log-density (equations 1 and 2), or how unusual its norms are (equation 3).
@@ -44,6 +52,9 @@ class ScoreNorm(Component):
     noise_levels : tuple of float, default=(0.02, 5.0)
         Range of the ladder, in standard deviations of the data; the part of it that the model knows is used. See
         `_levels.DATA_LEVELS` for the reason.
+    weighting : {"score", "noise"}, default="score"
+        Whether norms are those of the score (equation 2) or of the noise that it finds (equation 4). For a model
+        without levels there is no difference.
     summary : {"sum", "mahalanobis", "gaussian-mixture", "neighbors"}, default="sum"
         What is made of the norms. "sum" is equation 2 and needs no other rows. The others compare (3) with the vectors
         of normal rows given to `prepare`; on tables they have been weaker than the sum.
@@ -60,7 +71,7 @@ class ScoreNorm(Component):
     Raises
     ------
     ValueError
-        When called, if `summary` is unknown.
+        When called, if `summary` or `weighting` is unknown.
 
     References
     ----------
@@ -75,12 +86,14 @@ class ScoreNorm(Component):
         *,
         n_levels: int = 10,
         noise_levels: tuple[float, float] = DATA_LEVELS,
+        weighting: str = "score",
         summary: str = "sum",
         n_components: int = 4,
         n_neighbors: int = 5,
     ) -> None:
         self.n_levels = n_levels
         self.noise_levels = noise_levels
+        self.weighting = weighting
         self.summary = summary
         self.n_components = n_components
         self.n_neighbors = n_neighbors
@@ -107,6 +120,9 @@ class ScoreNorm(Component):
 
     def norms(self, model: Any, x: torch.Tensor) -> torch.Tensor:
         """Norms of the score of rows ``(B, *E)`` along the ladder (equation 3), ``(B, K)``; K = 1 without levels."""
+        if self.weighting not in WEIGHTINGS:
+            known = ", ".join(map(repr, WEIGHTINGS))
+            raise ValueError(f"weighting={self.weighting!r} is unknown. Known weightings: {known}.")
         # (A model with a denoiser is one for compressed rows.)
         stretch = 1.0 if hasattr(model, "denoise") else 1 + (x.abs() - TAIL_START).clamp(min=0)
         if getattr(model, "noise_levels", None) is None:
@@ -114,5 +130,6 @@ class ScoreNorm(Component):
         norms = []
         for level in level_ladder(model, self.noise_levels, self.n_levels):
             score = model.score(x, x.new_full((len(x),), level))
-            norms.append((stretch * score).flatten(1).norm(dim=1))
+            unit = level if self.weighting == "noise" else 1.0
+            norms.append(unit * (stretch * score).flatten(1).norm(dim=1))
         return torch.stack(norms, 1)

@@ -30,10 +30,13 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
+from anomalib_gen import _runtime
 from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._component import Component
-from anomalib_gen._scaling import Standardizer, TailedStandardizer
+from anomalib_gen._scaling import ArrayRows, Standardizer, TailedStandardizer
 from anomalib_gen.anomaly import (
+    ClosedFormResidual,
+    CombinedAnomaly,
     DenoisingError,
     DiffusionELBO,
     DiffusionPath,
@@ -42,13 +45,20 @@ from anomalib_gen.anomaly import (
     ODELikelihood,
     ScoreNorm,
 )
-from anomalib_gen.models import EnergyModel, NetworkDenoiser, ScoreDenoiser
-from anomalib_gen.models.denoiser import LEVEL_FEATURES, PARAMETRIZATIONS
+from anomalib_gen.models import (
+    ClosedFormDenoiser,
+    EnergyModel,
+    HybridDenoiser,
+    NetworkDenoiser,
+    ScoreDenoiser,
+)
+from anomalib_gen.models.denoiser import LEVEL_FEATURES, PARAMETRIZATIONS, Denoiser
 from anomalib_gen.networks import MLP, ResidualMLP
-from anomalib_gen.objectives import Denoising, FlowMatching, ImprovedDDPM
+from anomalib_gen.objectives import Denoising, DiffusionTimeEstimation, FlowMatching, ImprovedDDPM
 from anomalib_gen.paths import EDM, PATHS, CosineBetas, Linear, Path
 from anomalib_gen.samplers import SAMPLERS, solve_ode
 
+DENOISERS = ("closed-form", "hybrid", "network")
 NETWORKS = ("energy", "mlp", "residual")
 ENERGY_STEPS = 32
 """Steps of the bound that `energy` is; with more it is tighter by about the same for all rows."""
@@ -72,21 +82,38 @@ class DiffusionDetector(GenerativeDetector):
 
         A name takes that path's published defaults. None takes a path that suits the objective: discrete cosine steps
         for "improved-ddpm", "linear" for "flow-matching", and otherwise ``EDM(sigma_min=0.01, sigma_max=20)``.
+    denoiser : {"hybrid", "network", "closed-form"}, default=None
+        What takes noise away.
+
+        - ``"network"``: a network that learns to;
+        - ``"closed-form"``: the stored training rows, as a kernel density estimate has its denoiser in closed form;
+          nothing is trained, and parameters of network, objective and training are not used;
+        - ``"hybrid"``: a network that learns what the closed form leaves; the closed form rules where rows are few.
+
+        None takes "hybrid", and "network" with ``network="energy"``, whose score has to be the gradient of one
+        network.
     network : {"residual", "mlp", "energy"} or callable, default="residual"
         The network. "energy" is a residual network with a scalar output whose gradient is the score: the model is then
         an energy, too (see `energy`). A callable ``factory(n_inputs, n_outputs, context_features)`` returns a
-        `torch.nn.Module` with ``forward(x, context) -> (B, n_outputs)``.
+        `torch.nn.Module` with ``forward(x, context) -> (B, n_outputs)``. A hybrid's has two inputs a column.
     parametrization : {"edm", "v", "eps", "x0"}, default="edm"
-        What the network predicts; see `anomalib_gen.models.NetworkDenoiser`. Ignored with ``network="energy"``.
+        What the network predicts; see `anomalib_gen.models.NetworkDenoiser`. For ``denoiser="network"`` alone, and not
+        for ``network="energy"``.
     hidden_features : int, default=256
         Width of the network. Ignored, as is the next, where `network` is a callable.
     n_blocks : int, default=2
         Residual blocks of two layers each, or hidden layers of the "mlp".
-    objective : {"denoising", "flow-matching", "improved-ddpm"} or component, default="denoising"
-        How the network is fitted. "improved-ddpm" also learns the variances of the reverse steps.
-    anomaly : str or component, default="score_norm"
-        The number per row; `score_samples` is minus that.
+    objective : {"denoising", "flow-matching", "improved-ddpm", "diffusion-time"} or component, default="denoising"
+        How the network is fitted. "improved-ddpm" also learns the variances of the reverse steps. With
+        "diffusion-time" the network does not take noise away but tells how much there is: the model then is no
+        denoiser, `denoiser` and `path` are not used, and of the anomalies only "diffusion_time" works.
+    anomaly : str or component, default=None
+        The number per row; `score_samples` is minus that. None takes what suits the denoiser: "combined" for a hybrid,
+        "closed_form" for the closed form, for a network ``ScoreNorm(weighting="noise")``, and for the objective
+        "diffusion-time" ``DiffusionTime(estimator="learned")``.
 
+        - ``"combined"``: the mean of "closed_form" and the norms of the noise that the model finds, on one scale;
+        - ``"closed_form"``: distance from what the nearest stored rows make of a row, in three coordinates;
         - ``"score_norm"``: norms of the score over a ladder of noise levels;
         - ``"reconstruction"``: distance to the row after a way to noise and back;
         - ``"denoising_error"``: error of one step of denoising over a ladder of noise levels;
@@ -184,10 +211,13 @@ class DiffusionDetector(GenerativeDetector):
 
     _objectives: ClassVar[Any] = {
         "denoising": Denoising,
+        "diffusion-time": DiffusionTimeEstimation,
         "flow-matching": FlowMatching,
         "improved-ddpm": ImprovedDDPM,
     }
     _anomalies: ClassVar[Any] = {
+        "closed_form": ClosedFormResidual,
+        "combined": CombinedAnomaly,
         "denoising_error": DenoisingError,
         "diffusion_time": DiffusionTime,
         "elbo": DiffusionELBO,
@@ -199,6 +229,7 @@ class DiffusionDetector(GenerativeDetector):
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **GenerativeDetector._parameter_constraints,
         "path": [str, Path, None],
+        "denoiser": [StrOptions(set(DENOISERS)), None],
         "network": [StrOptions(set(NETWORKS)), callable],
         "parametrization": [StrOptions(set(PARAMETRIZATIONS))],
         "hidden_features": [Interval(Integral, 1, None, closed="left")],
@@ -210,12 +241,13 @@ class DiffusionDetector(GenerativeDetector):
         self,
         *,
         path: Any = None,
+        denoiser: str | None = None,
         network: Any = "residual",
         parametrization: str = "edm",
         hidden_features: int = 256,
         n_blocks: int = 2,
         objective: Any = "denoising",
-        anomaly: Any = "score_norm",
+        anomaly: Any = None,
         learning_rate: float = 2e-3,
         weight_decay: float = 1e-4,
         batch_size: int = 256,
@@ -231,6 +263,7 @@ class DiffusionDetector(GenerativeDetector):
         verbose: int = 0,
     ) -> None:
         self.path = path
+        self.denoiser = denoiser
         self.network = network
         self.parametrization = parametrization
         self.hidden_features = hidden_features
@@ -272,7 +305,6 @@ class DiffusionDetector(GenerativeDetector):
         ValueError
             If the model has not learned that noise level.
         """
-        check_is_fitted(self)
         level = self._check_level(noise)
 
         def clean(model: Any, x: torch.Tensor) -> torch.Tensor:
@@ -305,7 +337,6 @@ class DiffusionDetector(GenerativeDetector):
         ValueError
             If the model has not learned that noise level.
         """
-        check_is_fitted(self)
         level = self._check_level(noise)
         if not isinstance(n_steps, Integral) or n_steps < 1:
             raise ValueError(f"n_steps must be a positive integer, got {n_steps!r}.")
@@ -338,7 +369,7 @@ class DiffusionDetector(GenerativeDetector):
         ndarray of shape (n_samples,)
             In nats, in the units of X; of rows with noise of the path's smallest level.
         """
-        check_is_fitted(self)
+        self._check_denoiser()
         return -self._apply(ODELikelihood(n_steps=n_steps), self._validate(X, reset=False))
 
     def elbo(self, X: Any, *, n_steps: int = 100) -> npt.NDArray[np.float64]:
@@ -355,7 +386,7 @@ class DiffusionDetector(GenerativeDetector):
         ndarray of shape (n_samples,)
             In nats, in the units of X.
         """
-        check_is_fitted(self)
+        self._check_denoiser()
         return -self._apply(DiffusionELBO(n_steps=n_steps), self._validate(X, reset=False))
 
     def sample(
@@ -394,12 +425,22 @@ class DiffusionDetector(GenerativeDetector):
             raise ValueError(f"n_steps must be a positive integer, got {n_steps!r}.")
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler={sampler!r} is unknown. Known: {', '.join(map(repr, SAMPLERS))}.")
+        self._check_denoiser()
         options = {"sampler": sampler, "n_steps": int(n_steps)}
         if sampler == "ancestral" and getattr(getattr(self, "model_", None), "learned_variance", False):
             options["variance"] = "learned"
         return self._draw(n_samples, random_state, **options)
 
+    def _check_denoiser(self) -> None:
+        check_is_fitted(self)
+        if not isinstance(self.model_, Denoiser):
+            raise TypeError(
+                f"This detector has learned to tell how much noise is in a row, not to take it away: it has a "
+                f"{type(self.model_).__name__} and no denoiser. Fit it with another objective than 'diffusion-time'."
+            )
+
     def _check_level(self, noise: float) -> float:
+        self._check_denoiser()
         model: Any = self.model_
         low, high = model.noise_levels
         if not isinstance(noise, Real) or not low <= noise <= high:
@@ -437,15 +478,34 @@ class DiffusionDetector(GenerativeDetector):
             raise ValueError(f"path={self.path!r} is unknown. Known names: {known}; or pass a Path.")
         return PATHS[self.path]()
 
+    def _resolve_denoiser(self) -> str:
+        energy = self.network == "energy"
+        if self.denoiser is None:
+            return "network" if energy else "hybrid"
+        if self.denoiser == "hybrid" and energy:
+            raise ValueError(
+                "denoiser='hybrid' does not work with network='energy': what it adds to the closed form is no "
+                "gradient. Choose another network, or denoiser='network'."
+            )
+        return self.denoiser
+
+    def _meet_rows(
+        self, model: nn.Module, rows: ArrayRows, generator: torch.Generator, *, more: bool
+    ) -> None:
+        if isinstance(model, ClosedFormDenoiser):
+            block = _runtime.scoring_block_rows(math.prod(rows.take(torch.arange(1)).shape), rows.device)
+            model.remember(rows.blocks(block), generator, keep=more)
+
     def _make_model(self, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]) -> nn.Module:
         (features,) = event_shape
         objective = self._resolve_objective()
+        if isinstance(objective, DiffusionTimeEstimation):
+            return objective.make_model(lambda n_outputs: self._make_network(features, n_outputs, 0))
         path = self._resolve_path(objective)
+        denoiser = self._resolve_denoiser()
+        if denoiser == "closed-form":
+            return ClosedFormDenoiser(path, event_shape, torch.from_numpy(grain))
         learned_variance = getattr(objective, "learns_variance", False)
-        sizes: dict[str, Any] = {
-            "hidden_features": self.hidden_features,
-            "context_features": LEVEL_FEATURES,
-        }
         if self.network == "energy":
             if learned_variance:
                 raise ValueError(
@@ -464,12 +524,12 @@ class DiffusionDetector(GenerativeDetector):
             )
             return ScoreDenoiser(model, path, event_shape=event_shape)
         width = 2 * features if learned_variance else features
-        if callable(self.network):
-            network = self.network(features, width, LEVEL_FEATURES)
-        elif self.network == "mlp":
-            network = MLP(features, width, n_layers=self.n_blocks, **sizes)
-        else:
-            network = ResidualMLP(features, width, n_blocks=self.n_blocks, **sizes)
+        seen = 2 * features if denoiser == "hybrid" else features
+        network = self._make_network(seen, width, LEVEL_FEATURES)
+        if denoiser == "hybrid":
+            return HybridDenoiser(
+                network, path, event_shape, torch.from_numpy(grain), learned_variance=learned_variance
+            )
         return NetworkDenoiser(
             network,
             path,
@@ -479,13 +539,29 @@ class DiffusionDetector(GenerativeDetector):
             learned_variance=learned_variance,
         )
 
+    def _make_network(self, n_inputs: int, n_outputs: int, context_features: int) -> nn.Module:
+        if callable(self.network):
+            network: nn.Module = self.network(n_inputs, n_outputs, context_features)
+            return network
+        sizes: dict[str, Any] = {
+            "hidden_features": self.hidden_features,
+            "context_features": context_features,
+        }
+        if self.network == "mlp":
+            return MLP(n_inputs, n_outputs, n_layers=self.n_blocks, **sizes)
+        return ResidualMLP(n_inputs, n_outputs, n_blocks=self.n_blocks, **sizes)
+
     def _default_objective(self) -> Component:
         return Denoising()
 
     def _default_anomaly(self) -> Component:
-        return ScoreNorm()
+        if isinstance(self._resolve_objective(), DiffusionTimeEstimation):
+            return DiffusionTime(estimator="learned")
+        anomalies = {"closed-form": ClosedFormResidual(), "hybrid": CombinedAnomaly()}
+        return anomalies.get(self._resolve_denoiser(), ScoreNorm(weighting="noise"))
 
     def _energy_anomaly(self) -> Any:
+        self._check_denoiser()
         # Few steps: what composes with others is differentiated, hundreds of times.
         return DiffusionELBO(n_steps=ENERGY_STEPS)
 

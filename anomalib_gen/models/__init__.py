@@ -12,6 +12,7 @@ from anomalib_gen.models.diffusion_time import InverseGammaTime, TimeClassifier
 from anomalib_gen.models.empirical import KernelDenoiser, LocalLinearDenoiser
 from anomalib_gen.models.energy import EnergyModel, TailedNormal
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, FlowTransform, make_flow_transform
+from anomalib_gen.models.hybrid import ClosedFormDenoiser, HybridDenoiser
 from anomalib_gen.models.likelihood import (
     ELBOTerms,
     ODELogProb,
@@ -19,6 +20,7 @@ from anomalib_gen.models.likelihood import (
     elbo_terms,
     ode_log_prob,
 )
+from anomalib_gen.models.memory import Memory
 from anomalib_gen.models.neighbors import Neighbors, nearest_rows, neighbor_scale
 from anomalib_gen.models.noise import NOISES, GaussianNoise, MarginalNoise, NoiseBase, fit_noise
 from anomalib_gen.models.observation import OBSERVATIONS, Observation
@@ -29,6 +31,7 @@ __all__ = [
     "NOISES",
     "OBSERVATIONS",
     "BinaryRBM",
+    "ClosedFormDenoiser",
     "Denoiser",
     "ELBOTerms",
     "EnergyModel",
@@ -38,10 +41,12 @@ __all__ = [
     "GaussianEnergy",
     "GaussianMixtureEnergy",
     "GaussianNoise",
+    "HybridDenoiser",
     "InverseGammaTime",
     "KernelDenoiser",
     "LocalLinearDenoiser",
     "MarginalNoise",
+    "Memory",
     "Neighbors",
     "NetworkDenoiser",
     "NetworkFactory",

@@ -355,17 +355,48 @@ class LocalLinearDenoiser(_EmpiricalDenoiser):
             share = torch.full_like(squared, 1 / k)
             if self.weighted:
                 share = (-0.5 * squared / variance[block].unsqueeze(1)).softmax(1)
-            mean = (share.unsqueeze(1) @ y).squeeze(1)
-            Z = share.sqrt().unsqueeze(2) * (y - mean.unsqueeze(1))
-            v = q[block] - mean
-            trace = Z.square().sum((1, 2))
-            ridge = self.shrinkage * trace / size + variance[block]
-            # Not below what rounding of the products takes from their smallest eigenvalue.
-            c = torch.maximum(ridge, k * torch.finfo(q.dtype).eps * trace)
-            left, w = _regress(v, Z, c)
+            left, square, ridge = local_residual(q[block], y, share, self.shrinkage, variance[block])
             clean.append(q[block] - (variance[block] / ridge).unsqueeze(1) * left)
-            squares.append(left.square().sum(1) + c * w.square().sum(1))
+            squares.append(square)
         return torch.cat(clean), torch.cat(squares)
+
+
+def local_residual(
+    x: torch.Tensor, near: torch.Tensor, share: torch.Tensor, shrinkage: float, variance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a Gaussian of neighbours leaves of rows (equations 3 and 4).
+
+    Parameters
+    ----------
+    x : Tensor of shape (B, D)
+        Rows.
+    near : Tensor of shape (B, k, D)
+        Their neighbours.
+    share : Tensor of shape (B, k)
+        Weights of these, of sum one.
+    shrinkage : float
+        lambda.
+    variance : Tensor of shape (B,)
+        s^2.
+
+    Returns
+    -------
+    left : Tensor of shape (B, D)
+        q of equation 3.
+    squares : Tensor of shape (B,)
+        Equation 4.
+    ridge : Tensor of shape (B,)
+        c = l + s^2.
+    """
+    mean = (share.unsqueeze(1) @ near).squeeze(1)
+    Z = share.sqrt().unsqueeze(2) * (near - mean.unsqueeze(1))
+    v = x - mean
+    trace = Z.square().sum((1, 2))
+    ridge = shrinkage * trace / x.shape[1] + variance
+    # Not below what rounding of the products takes from their smallest eigenvalue.
+    c = torch.maximum(ridge, near.shape[1] * torch.finfo(x.dtype).eps * trace)
+    left, w = _regress(v, Z, c)
+    return left, left.square().sum(1) + c * w.square().sum(1), ridge
 
 
 def _regress(v: torch.Tensor, Z: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,6 +22,7 @@ OBJECTIVES: Mapping[str, type[Component]] = {
     "contrastive-divergence": ContrastiveDivergence,
     "denoising": Denoising,
     "denoising-score-matching": DenoisingScoreMatching,
+    "diffusion-time": DiffusionTimeEstimation,
     "elbo": EvidenceLowerBound,
     "flow-matching": FlowMatching,
     "improved-ddpm": ImprovedDDPM,

@@ -89,6 +89,12 @@ def clean_rows(model: Any, x: torch.Tensor, generator: torch.Generator) -> torch
     return smooth(data_model(model), x, 0.0, generator)
 
 
+def unseen(model: Any, x: torch.Tensor) -> Any:
+    """Return the model as it is for noisy rows made of clean rows `x`: one with stored rows must not see these."""
+    without = getattr(model, "without", None)
+    return model if without is None else without(x)
+
+
 def judged_draws(x: torch.Tensor) -> int:
     """How often held-out rows are repeated, each time with noise in a pair e and -e."""
     return max(1, min(8, JUDGED_ROWS // (2 * len(x))))

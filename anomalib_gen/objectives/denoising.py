@@ -28,7 +28,14 @@ import torch
 
 from anomalib_gen._component import Component
 from anomalib_gen._runtime import expand_as_rows, normal_like
-from anomalib_gen.objectives._levels import clean_rows, data_model, judged_draws, levels_at, places
+from anomalib_gen.objectives._levels import (
+    clean_rows,
+    data_model,
+    judged_draws,
+    levels_at,
+    places,
+    unseen,
+)
 
 WEIGHTINGS = ("edm", "eps", "truncated", "v", "x0")
 
@@ -81,6 +88,7 @@ class Denoising(Component):
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""
         level = self._levels(model, places(len(x), x, generator))
+        model = unseen(model, x)
         clean = clean_rows(model, x, generator)
         return self.loss_at(model, clean, level, normal_like(x, generator))
 
@@ -93,6 +101,7 @@ class Denoising(Component):
         draws = judged_draws(x)
         levels = self._levels(model, places(len(x), x, generator, draws=draws)).reshape(draws, len(x))
         total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        model = unseen(model, x)
         for level in levels:
             clean, e = clean_rows(model, x, generator), normal_like(x, generator)
             total += self.loss_at(model, clean, level, e) + self.loss_at(model, clean, level, -e)

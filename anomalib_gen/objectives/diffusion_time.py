@@ -10,11 +10,14 @@ sure it can be; here it is taken once.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from anomalib_gen._component import Component
+from anomalib_gen.models import InverseGammaTime, TimeClassifier
 from anomalib_gen.objectives._scores import noised_rows
 from anomalib_gen.objectives.denoising_score_matching import JUDGED_ROWS
 
@@ -22,11 +25,38 @@ from anomalib_gen.objectives.denoising_score_matching import JUDGED_ROWS
 class DiffusionTimeEstimation(Component):
     """Minus the log-probability of the noise level of noised rows (equation 1), for `TimeClassifier` and the like.
 
+    Parameters
+    ----------
+    distribution : {"categorical", "inverse-gamma"}, default="categorical"
+        q, which says what model a detector makes: a `TimeClassifier` or an `InverseGammaTime`. The objective itself
+        takes either.
+    n_bins : int, default=7
+        Bins of the categorical distribution, as in the reference.
+
+    Raises
+    ------
+    ValueError
+        When a model is made, if `distribution` is unknown.
+
     References
     ----------
     Livernoche, V., Jain, V., Hezaveh, Y., Ravanbakhsh, S. (2024). On diffusion modeling for anomaly detection. ICLR.
     arXiv:2305.18593.
     """
+
+    def __init__(self, *, distribution: str = "categorical", n_bins: int = 7) -> None:
+        self.distribution = distribution
+        self.n_bins = n_bins
+
+    def make_model(self, make_network: Callable[[int], nn.Module]) -> nn.Module:
+        """Return a model of the distribution on a network of ``make_network(n_outputs)``."""
+        if self.distribution == "categorical":
+            return TimeClassifier(make_network(self.n_bins), n_bins=self.n_bins)
+        if self.distribution == "inverse-gamma":
+            return InverseGammaTime(make_network(1))
+        raise ValueError(
+            f"distribution={self.distribution!r} is unknown. Known: 'categorical', 'inverse-gamma'."
+        )
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""

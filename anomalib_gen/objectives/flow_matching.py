@@ -34,7 +34,7 @@ from scipy.optimize import linear_sum_assignment
 
 from anomalib_gen._component import Component
 from anomalib_gen._runtime import expand_as_rows, normal_like, row_blocks
-from anomalib_gen.objectives._levels import clean_rows, judged_draws, places, uniform_times
+from anomalib_gen.objectives._levels import clean_rows, judged_draws, places, uniform_times, unseen
 
 PAIRINGS = ("independent", "optimal-transport")
 PAIRED_ROWS = 256
@@ -71,7 +71,7 @@ class FlowMatching(Component):
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""
         t = uniform_times(model.path, places(len(x), x, generator))
         clean = clean_rows(model, x, generator)
-        return _loss(model, clean, t, self._pair(clean, normal_like(x, generator)))
+        return _loss(unseen(model, x), clean, t, self._pair(clean, normal_like(x, generator)))
 
     def validate(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss by which training is judged, ``(B,)``.
@@ -86,6 +86,7 @@ class FlowMatching(Component):
         # All at once, so that few rows are matched among as many as in training.
         clean = torch.cat([clean, clean])
         e = self._pair(clean, torch.cat([e, -e]))
+        model = unseen(model, torch.cat([repeated, repeated]))
         return _loss(model, clean, t, e).reshape(2 * draws, len(x)).mean(0)
 
     def _pair(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:

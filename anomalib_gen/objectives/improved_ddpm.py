@@ -36,7 +36,7 @@ import torch
 
 from anomalib_gen._component import Component
 from anomalib_gen._runtime import expand_as_rows, normal_like
-from anomalib_gen.objectives._levels import clean_rows, judged_draws, places
+from anomalib_gen.objectives._levels import clean_rows, judged_draws, places, unseen
 from anomalib_gen.paths import Path
 
 HISTORY = 10
@@ -137,10 +137,10 @@ class ImprovedDDPM(Component):
         pairs: bool = False,
     ) -> torch.Tensor:
         """Loss ``(B,)`` at steps of positions ``(B,)``, with noise e, or the mean over e and -e."""
-        x, e = clean_rows(model, x, generator), normal_like(x, generator)
+        model, clean, e = unseen(model, x), clean_rows(model, x, generator), normal_like(x, generator)
         losses = []
         for noise in (e, -e) if pairs else (e,):
-            simple, vlb = hybrid_terms(model, x, steps, noise, tables)
+            simple, vlb = hybrid_terms(model, clean, steps, noise, tables)
             losses.append(simple + self.vlb_weight * len(tables.level) * vlb)
         return torch.stack(losses).mean(0)
 

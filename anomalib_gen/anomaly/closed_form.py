@@ -1,0 +1,35 @@
+r"""Closed form: a row is as anomalous as it is far from what its neighbours make of it,
+
+    a(x) = 1/6 sum_k u_k(r_k(x)),                                                                    (1)
+
+where r_k are the residuals of the kernel and of the local-linear denoiser, each in three coordinates (models.memory),
+and u_k is the surprise at r_k among the residuals that stored rows have when they are left out (models.tail). Nothing
+is trained.
+
+The residual of a denoiser is less than the distance to the nearest row by what the rows around explain: structure that
+normal rows have in common does not count. That is what makes (1) better than nearest neighbours, and averages over
+coordinates and over the two denoisers make it better than its parts: where one of them is blind, others see.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from anomalib_gen._component import Component
+
+
+class ClosedFormResidual(Component):
+    """Surprise at the residuals of closed-form denoisers (equation 1), for models with stored rows.
+
+    In nats of a tail probability: 1 is what one normal row in three reaches, 2.3 what one in ten does. A row that is
+    stored, as the rows that a detector was fitted to are, finds itself among its neighbours and looks too normal.
+    """
+
+    in_nats = False
+
+    def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Anomaly of each row of ``(B, *E)``, as ``(B,)``."""
+        surprise: torch.Tensor = model.memory.surprise(x.flatten(1)).mean(0)
+        return surprise.to(x.dtype)

@@ -1,0 +1,246 @@
+r"""Stored rows, and how far a row is from what closed-form denoisers make of it.
+
+Distances depend on coordinates, and no one choice suits all tables. So stored rows are looked at in three, column by
+column and monotone each:
+
+    standard:   z_j, as the model has it;
+    arsinh:     arsinh(z_j), which is z_j around the middle and its logarithm far out, for columns with long tails;
+    rank:       Phi^-1(F_j(z_j)), the normal score of the rank among the stored values, where columns have one shape.
+
+In each of them two denoisers are asked (models.empirical): the kernel denoiser at the spacing h of the stored rows
+(models.neighbors, equation 2), kept to the k = 50 nearest, whose residual is
+
+    r(x) = |x - sum_i p_i x_i|,     p_i = softmax_i(-|x - x_i|^2 / 2 h^2),                               (1)
+
+and the local-linear one, whose residual is what the 20 nearest rows, combined linearly with a ridge penalty, leave of
+x (equation 4 there, with lambda = 0.3). (1) sees how far the next rows are; the second, whether x lies on the surface
+that they lie on. These six numbers are put on one scale by the residuals of stored rows that were left out: each goes
+through `tail_surprise`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from anomalib_gen._runtime import row_blocks, scoring_dtype
+from anomalib_gen.models.empirical import local_residual
+from anomalib_gen.models.neighbors import nearest_rows, neighbor_scale, values_per_block
+from anomalib_gen.models.tail import tail_surprise
+
+COORDINATES = ("standard", "arsinh", "rank")
+KERNEL_NEIGHBORS, LINEAR_NEIGHBORS, SHRINKAGE = 50, 20, 0.3
+REFERENCE_ROWS = 2000
+"""Stored rows whose left-out residuals say what is usual, at most."""
+MAX_STORED_ROWS = 1_000_000
+"""Rows kept; of more, an even choice."""
+RANK_KNOTS = 1000
+"""Values of a column that its ranks are kept for, at most; between them they are interpolated."""
+LEAST_VARIANCE = 1e-5
+"""Keeps the local-linear solve defined where neighbours are equal."""
+EXTREME_KNOTS = 100
+"""Of these the least and the greatest values, this many each, which are far apart where ranks differ most."""
+
+
+def row_keys(x: torch.Tensor) -> torch.Tensor:
+    """Keys ``(B,)`` of rows ``(B, *E)``, equal for rows that are equal in float32.
+
+    They are sums of the bits of the values, each multiplied by an odd number of its own, modulo 2^64: exact, so that
+    they depend on neither the device nor the rows beside. Different rows share a key with probability 2^-63 or so.
+    """
+    # (Adding zero makes one zero of two.)
+    bits = (x.flatten(1).float() + 0.0).contiguous().view(torch.int32).to(torch.int64)
+    factors = [_odd_factor(k) for k in range(bits.shape[1])]
+    return (bits * torch.tensor(factors, dtype=torch.int64, device=x.device)).sum(1)
+
+
+@cache
+def _odd_factor(k: int) -> int:
+    """The k-th number of SplitMix64 (Steele et al. 2014, doi:10.1145/2660193.2660195), odd, as a signed integer."""
+    z = (k + 1) * 0x9E3779B97F4A7C15 % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    z = (z ^ z >> 31) | 1
+    return z - 2**64 if z >= 2**63 else z
+
+
+class Memory(nn.Module):
+    """Stored rows in three coordinates.
+
+    It is empty until `remember` is called. Rows are stored in float32, whatever precision the module is moved to.
+
+    Attributes
+    ----------
+    rows : Tensor of shape (3, N, D)
+        The stored rows in each of the coordinates.
+    knots, scores : Tensor of shape (D, K)
+        Values of each column in rising order, and their normal scores.
+    bandwidths : Tensor of shape (3,)
+        h of equation 1.
+    reference : Tensor of shape (6, n)
+        Sorted residuals of stored rows that were left out: of equation 1 in each of the coordinates, then of the
+        local-linear denoiser.
+    """
+
+    rows: torch.Tensor
+    knots: torch.Tensor
+    scores: torch.Tensor
+    bandwidths: torch.Tensor
+    reference: torch.Tensor
+
+    def __init__(self, n_columns: int) -> None:
+        super().__init__()
+        n = len(COORDINATES)
+        self.register_buffer("rows", torch.zeros(n, 0, n_columns))
+        self.register_buffer("knots", torch.zeros(n_columns, 0))
+        self.register_buffer("scores", torch.zeros(n_columns, 0))
+        self.register_buffer("bandwidths", torch.ones(n))
+        self.register_buffer("reference", torch.zeros(2 * n, 0))
+
+    def __len__(self) -> int:
+        return self.rows.shape[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # Nothing that is stored is ever changed in place, so copies of a model share it.
+        other = type(self)(self.rows.shape[2])
+        memo[id(self)] = other
+        for name, value in self._buffers.items():
+            setattr(other, name, value)
+        return other
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # A change of the model's precision leaves what is stored as it is; only the device follows.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            assert value is not None
+            device = getattr(self, name).device
+            dtype = torch.float32 if value.dtype == torch.float32 else scoring_dtype(device)
+            setattr(self, name, value.to(device=device, dtype=dtype))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # An empty memory takes on the sizes of the one that was saved.
+        for name in self._buffers:
+            if (value := state_dict.get(prefix + name)) is not None:
+                setattr(self, name, torch.empty_like(value))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def remember(
+        self, blocks: Iterable[torch.Tensor], *, grain: torch.Tensor | None = None, keep: bool = False
+    ) -> None:
+        """Store rows.
+
+        Parameters
+        ----------
+        blocks : iterable of Tensor of shape (B, D)
+            Rows, on the module's device. Of more than a million, every second, third, ... is stored.
+        grain : Tensor of shape (D,), optional
+            Deviation of the dequantisation noise of each column; bandwidths are not less than its root mean square.
+        keep : bool, default=False
+            Whether the rows stored so far are kept.
+        """
+        parts = [block.float().clone() for block in blocks]
+        rows = torch.cat([self.rows[0], *parts] if keep else parts)
+        rows = rows[:: -(-len(rows) // MAX_STORED_ROWS)]
+        precise = scoring_dtype(rows.device)
+        self.knots, self.scores = _column_ranks(rows.to(precise))
+        stored = [rows, rows.asinh(), self._normal_scores(rows.to(precise)).float()]
+        self.rows = torch.stack(stored)
+        scales = []
+        for k, part in enumerate(stored):
+            scales.append(neighbor_scale(part.to(precise), grain=grain if k == 0 else None))
+        self.bandwidths = torch.tensor(scales, dtype=precise, device=rows.device)
+        n = min(len(rows), REFERENCE_ROWS)
+        positions = torch.arange(n, device=rows.device) * len(rows) // n
+        self.reference = self.residuals(rows[positions].to(precise), exclude=positions).sort(dim=1).values
+
+    def coordinates(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows ``(B, D)`` in all coordinates, ``(3, B, D)``."""
+        return torch.stack([x, x.asinh(), self._normal_scores(x)])
+
+    def _normal_scores(self, x: torch.Tensor) -> torch.Tensor:
+        knots, scores = self.knots.to(x), self.scores.to(x)
+        values = x.T.contiguous()
+        right = torch.searchsorted(knots, values).clamp(1, knots.shape[1] - 1)
+        start, end = knots.gather(1, right - 1), knots.gather(1, right)
+        width = end - start
+        share = ((values - start) / torch.where(width > 0, width, 1.0)).clamp(0, 1)
+        low = scores.gather(1, right - 1)
+        return (low + share * (scores.gather(1, right) - low)).T
+
+    @torch.no_grad()
+    def residuals(self, x: torch.Tensor, *, exclude: torch.Tensor | None = None) -> torch.Tensor:
+        """Residuals of both denoisers in all coordinates.
+
+        Parameters
+        ----------
+        x : Tensor of shape (B, D)
+            Rows.
+        exclude : Tensor of int64 of shape (B,), optional
+            Position of the stored row that each row must not see (leave-one-out).
+
+        Returns
+        -------
+        Tensor of shape (6, B)
+            In float64, where the device has it.
+        """
+        seen = len(self) - (exclude is not None)
+        n, size = len(COORDINATES), x.shape[1]
+        x = x.to(scoring_dtype(x.device))
+        out = x.new_zeros(2 * n, len(x))
+        if seen == 0:  # the only stored row cannot be compared with itself
+            return out
+        k = min(KERNEL_NEIGHBORS, seen)
+        for v, y in enumerate(self.coordinates(x)):
+            rows = self.rows[v]
+            found = nearest_rows(y, rows, k, exclude=exclude)
+            precision = 0.5 / self.bandwidths[v].to(y).square()
+            for block in row_blocks(len(y), max(1, values_per_block(x.device) // (k * size))):
+                near = rows[found.positions[block]].to(y.dtype)
+                weights = (-precision * found.squared[block]).softmax(1)
+                mean = (weights.unsqueeze(1) @ near).squeeze(1)
+                out[v, block] = (y[block] - mean).norm(dim=1)
+                some = near[:, :LINEAR_NEIGHBORS]
+                share = torch.full_like(some[..., 0], 1 / some.shape[1])
+                variance = y.new_full((len(some),), LEAST_VARIANCE)
+                squares = local_residual(y[block], some, share, SHRINKAGE, variance)[1]
+                out[n + v, block] = squares.sqrt()
+        return out
+
+    def surprise(self, x: torch.Tensor) -> torch.Tensor:
+        """Surprise at the residuals of rows ``(B, D)`` among those of stored rows, ``(6, B)``, in nats."""
+        return tail_surprise(self.residuals(x), self.reference)
+
+
+def _column_ranks(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of each column ``(D, K)`` in rising order, and normal scores of their midranks ``(D, K)``.
+
+    One cell of the grid beyond the ends lie the scores of a value that none of n stored ones surpasses.
+    """
+    n = len(rows)
+    columns = []
+    for column in rows.T:
+        values, counts = torch.unique(column, return_counts=True)
+        midranks = counts.cumsum(0) - 0.5 * counts
+        gap = values.diff().median() if len(values) > 1 else values.new_ones(())
+        if len(values) > RANK_KNOTS - 2:
+            last = len(values) - 1
+            extreme = torch.arange(EXTREME_KNOTS, device=rows.device)
+            between = torch.linspace(0, last, RANK_KNOTS - 2 - 2 * EXTREME_KNOTS, device=rows.device)
+            chosen = torch.cat([extreme, between.round().long(), last - extreme]).unique()
+            values, midranks = values[chosen], midranks[chosen]
+        values = torch.cat([values[:1] - gap, values, values[-1:] + gap])
+        midranks = torch.cat([midranks.new_zeros(1), midranks, midranks.new_full((1,), n)])
+        columns.append((values, torch.special.ndtri((midranks + 0.5) / (n + 1))))
+    width = max(len(values) for values, _ in columns)
+
+    def padded(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([torch.cat([part, part[-1:].expand(width - len(part))]) for part in parts])
+
+    return padded([values for values, _ in columns]), padded([scores for _, scores in columns])
