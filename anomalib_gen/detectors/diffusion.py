@@ -99,7 +99,7 @@ class DiffusionDetector(GenerativeDetector):
     parametrization : {"edm", "v", "eps", "x0"}, default="edm"
         What the network predicts; see `anomalib_gen.models.NetworkDenoiser`. For ``denoiser="network"`` alone, and not
         for ``network="energy"``.
-    hidden_features : int, default=256
+    hidden_features : int, default=128
         Width of the network. Ignored, as is the next, where `network` is a callable.
     n_blocks : int, default=2
         Residual blocks of two layers each, or hidden layers of the "mlp".
@@ -244,7 +244,7 @@ class DiffusionDetector(GenerativeDetector):
         denoiser: str | None = None,
         network: Any = "residual",
         parametrization: str = "edm",
-        hidden_features: int = 256,
+        hidden_features: int = 128,
         n_blocks: int = 2,
         objective: Any = "denoising",
         anomaly: Any = None,

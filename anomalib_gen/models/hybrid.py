@@ -30,16 +30,49 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomalib_gen._runtime import expand_as_rows, normal_like, row_blocks
+from anomalib_gen._runtime import expand_as_rows, normal_like, row_blocks, scoring_dtype
+from anomalib_gen.models._stored import Stored, row_keys
 from anomalib_gen.models.denoiser import NETWORK_BOUND, Denoiser, embed_levels
-from anomalib_gen.models.memory import Memory, row_keys
-from anomalib_gen.models.neighbors import values_per_block
+from anomalib_gen.models.memory import Memory
+from anomalib_gen.models.neighbors import neighbor_scale, values_per_block
 from anomalib_gen.paths import Path, Prediction
 
-KERNEL_ROWS = 8192
+KERNEL_ROWS = 2048
 """Stored rows that equation 1 sums over, an even choice of all: it is evaluated at every step and level."""
 PROFILE_LEVELS, PROFILE_ROWS = 24, 512
 """Levels at which c(s) is measured, and rows it is measured on."""
+
+
+class KernelRows(Stored):
+    """The rows that equation 1 sums over.
+
+    Attributes
+    ----------
+    rows : Tensor of shape (N, D)
+        In float32.
+    keys : Tensor of int64 of shape (N,)
+        What `row_keys` gives for them.
+    bandwidth : Tensor of shape ()
+        h, by the spacing of these rows.
+    """
+
+    rows: torch.Tensor
+    keys: torch.Tensor
+    bandwidth: torch.Tensor
+
+    def __init__(self, n_columns: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(0, n_columns))
+        self.register_buffer("keys", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("bandwidth", torch.ones((), dtype=torch.float64))
+
+    def set(self, rows: torch.Tensor) -> None:
+        """Store rows ``(N, D)``, or an even choice of them."""
+        rows = rows[:: -(-len(rows) // KERNEL_ROWS)].float()
+        self.rows, self.keys = rows, row_keys(rows)
+        self.bandwidth = torch.tensor(
+            neighbor_scale(rows), dtype=scoring_dtype(rows.device), device=rows.device
+        )
 
 
 class ClosedFormDenoiser(Denoiser):
@@ -60,6 +93,8 @@ class ClosedFormDenoiser(Denoiser):
     ----------
     memory : Memory
         The stored rows.
+    kernel : KernelRows
+        Those that the denoiser is made of.
     """
 
     grain: torch.Tensor
@@ -70,14 +105,17 @@ class ClosedFormDenoiser(Denoiser):
     def __init__(self, path: Path, event_shape: Sequence[int], grain: torch.Tensor) -> None:
         super().__init__(path, event_shape)
         self.memory = Memory(math.prod(event_shape))
+        self.kernel = KernelRows(math.prod(event_shape))
         self.register_buffer("grain", grain)
         self.register_buffer("spread", (1 + grain.square()).sqrt())
 
     def remember(
         self, blocks: Iterable[torch.Tensor], generator: torch.Generator, *, keep: bool = False
     ) -> None:
-        """Store clean rows from blocks ``(B, *E)``; see `Memory.remember`."""
-        self.memory.remember((block.flatten(1) for block in blocks), grain=self.grain.flatten(), keep=keep)
+        """Store clean rows from blocks ``(B, *E)``, beside those stored so far if they are to be kept."""
+        rows = torch.cat([block.flatten(1) for block in blocks])
+        self.memory.remember([rows], keep=keep)
+        self.kernel.set(torch.cat([self.kernel.rows, rows]) if keep else rows)
 
     def denoise(
         self, x: torch.Tensor, level: torch.Tensor, *, unlike: torch.Tensor | None = None
@@ -107,21 +145,16 @@ class ClosedFormDenoiser(Denoiser):
         self, x: torch.Tensor, level: torch.Tensor, unlike: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K of equation 1 and (m - x) / sqrt(s^2 + h^2), both ``(B, *E)``."""
-        stored = self.memory.rows[0]
-        stored = stored[:: -(-len(stored) // KERNEL_ROWS)]
-        keys = row_keys(stored[:0] if unlike is None else stored)
-        rows, q = stored.to(x.dtype), x.flatten(1)
-        half_squares = 0.5 * rows.square().sum(1)
-        bandwidth = self.memory.bandwidths[0].to(x)
-        variance = level.square() + bandwidth.square()
+        rows, keys = self.kernel.rows.to(x.dtype), self.kernel.keys
+        q, half_squares = x.flatten(1), -0.5 * rows.square().sum(1)
+        variance = level.square() + self.kernel.bandwidth.to(x).square()
         means = [q[:0]]
         for block in row_blocks(len(q), max(1, values_per_block(x.device) // len(rows))):
             # (|x|^2 is the same for all stored rows.)
-            logits = (q[block] @ rows.T - half_squares) / variance[block].unsqueeze(1)
+            logits = torch.addmm(half_squares, q[block], rows.T).div_(variance[block].unsqueeze(1))
             if unlike is not None:
-                same = keys == unlike[block].unsqueeze(1)
-                # If all stored rows are equal there is nothing else to be seen.
-                logits = logits.masked_fill(same & ~same.all(1, keepdim=True), -math.inf)
+                # Not minus infinity: if all stored rows are equal there is nothing else to be seen.
+                logits.masked_fill_(keys == unlike[block].unsqueeze(1), -1e30)
             means.append(logits.softmax(1) @ rows)
         pull = torch.cat(means).reshape(x.shape) - x
         share = expand_as_rows(level.square() / variance, x)
@@ -166,7 +199,7 @@ class HybridDenoiser(ClosedFormDenoiser):
     ) -> None:
         """Store clean rows from blocks ``(B, *E)``, and measure what the closed form leaves of them."""
         super().remember(blocks, generator, keep=keep)
-        stored = self.memory.rows[0]
+        stored = self.kernel.rows
         n = min(len(stored), PROFILE_ROWS)
         clean = stored[torch.arange(n, device=stored.device) * len(stored) // n].reshape(n, *self.event_shape)
         # Few rows are taken several times, with other noise.

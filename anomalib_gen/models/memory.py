@@ -3,9 +3,11 @@ r"""Stored rows, and how far a row is from what closed-form denoisers make of it
 Distances depend on coordinates, and no one choice suits all tables. So stored rows are looked at in three, column by
 column and monotone each:
 
-    standard:   z_j, as the model has it;
+    standard:   z_j, the standardised value;
     arsinh:     arsinh(z_j), which is z_j around the middle and its logarithm far out, for columns with long tails;
     rank:       Phi^-1(F_j(z_j)), the normal score of the rank among the stored values, where columns have one shape.
+
+A model sees z with compressed tails (networks.tails); they are expanded here, up to 10^15 deviations.
 
 In each of them two denoisers are asked (models.empirical): the kernel denoiser at the spacing h of the stored rows
 (models.neighbors, equation 2), kept to the k = 50 nearest, whose residual is
@@ -20,17 +22,17 @@ through `tail_surprise`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import cache
-from typing import Any, Self
+import math
+from collections.abc import Iterable
 
 import torch
-from torch import nn
 
 from anomalib_gen._runtime import row_blocks, scoring_dtype
+from anomalib_gen.models._stored import Stored
 from anomalib_gen.models.empirical import local_residual
 from anomalib_gen.models.neighbors import nearest_rows, neighbor_scale, values_per_block
 from anomalib_gen.models.tail import tail_surprise
+from anomalib_gen.networks import TAIL_START, compress_tails, expand_tails
 
 COORDINATES = ("standard", "arsinh", "rank")
 KERNEL_NEIGHBORS, LINEAR_NEIGHBORS, SHRINKAGE = 50, 20, 0.3
@@ -40,38 +42,19 @@ MAX_STORED_ROWS = 1_000_000
 """Rows kept; of more, an even choice."""
 RANK_KNOTS = 1000
 """Values of a column that its ranks are kept for, at most; between them they are interpolated."""
+FARTHEST = 1e15
+"""Bound on standardised values, whose squares single precision still has room for."""
 LEAST_VARIANCE = 1e-5
 """Keeps the local-linear solve defined where neighbours are equal."""
 EXTREME_KNOTS = 100
 """Of these the least and the greatest values, this many each, which are far apart where ranks differ most."""
 
 
-def row_keys(x: torch.Tensor) -> torch.Tensor:
-    """Keys ``(B,)`` of rows ``(B, *E)``, equal for rows that are equal in float32.
-
-    They are sums of the bits of the values, each multiplied by an odd number of its own, modulo 2^64: exact, so that
-    they depend on neither the device nor the rows beside. Different rows share a key with probability 2^-63 or so.
-    """
-    # (Adding zero makes one zero of two.)
-    bits = (x.flatten(1).float() + 0.0).contiguous().view(torch.int32).to(torch.int64)
-    factors = [_odd_factor(k) for k in range(bits.shape[1])]
-    return (bits * torch.tensor(factors, dtype=torch.int64, device=x.device)).sum(1)
-
-
-@cache
-def _odd_factor(k: int) -> int:
-    """The k-th number of SplitMix64 (Steele et al. 2014, doi:10.1145/2660193.2660195), odd, as a signed integer."""
-    z = (k + 1) * 0x9E3779B97F4A7C15 % 2**64
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
-    z = (z ^ z >> 31) | 1
-    return z - 2**64 if z >= 2**63 else z
-
-
-class Memory(nn.Module):
+class Memory(Stored):
     """Stored rows in three coordinates.
 
-    It is empty until `remember` is called. Rows are stored in float32, whatever precision the module is moved to.
+    Rows are given and asked for as models see them, standardised and with compressed tails. It is empty until
+    `remember` is called. Rows are stored in float32, whatever precision the module is moved to.
 
     Attributes
     ----------
@@ -104,57 +87,26 @@ class Memory(nn.Module):
     def __len__(self) -> int:
         return self.rows.shape[1]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # Nothing that is stored is ever changed in place, so copies of a model share it.
-        other = type(self)(self.rows.shape[2])
-        memo[id(self)] = other
-        for name, value in self._buffers.items():
-            setattr(other, name, value)
-        return other
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # A change of the model's precision leaves what is stored as it is; only the device follows.
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            assert value is not None
-            device = getattr(self, name).device
-            dtype = torch.float32 if value.dtype == torch.float32 else scoring_dtype(device)
-            setattr(self, name, value.to(device=device, dtype=dtype))
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # An empty memory takes on the sizes of the one that was saved.
-        for name in self._buffers:
-            if (value := state_dict.get(prefix + name)) is not None:
-                setattr(self, name, torch.empty_like(value))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     @torch.no_grad()
-    def remember(
-        self, blocks: Iterable[torch.Tensor], *, grain: torch.Tensor | None = None, keep: bool = False
-    ) -> None:
+    def remember(self, blocks: Iterable[torch.Tensor], *, keep: bool = False) -> None:
         """Store rows.
 
         Parameters
         ----------
         blocks : iterable of Tensor of shape (B, D)
             Rows, on the module's device. Of more than a million, every second, third, ... is stored.
-        grain : Tensor of shape (D,), optional
-            Deviation of the dequantisation noise of each column; bandwidths are not less than its root mean square.
         keep : bool, default=False
             Whether the rows stored so far are kept.
         """
         parts = [block.float().clone() for block in blocks]
-        rows = torch.cat([self.rows[0], *parts] if keep else parts)
+        if keep:
+            parts.insert(0, compress_tails(self.rows[0].to(scoring_dtype(self.rows.device)))[0].float())
+        rows = torch.cat(parts)
         rows = rows[:: -(-len(rows) // MAX_STORED_ROWS)]
         precise = scoring_dtype(rows.device)
         self.knots, self.scores = _column_ranks(rows.to(precise))
-        stored = [rows, rows.asinh(), self._normal_scores(rows.to(precise)).float()]
-        self.rows = torch.stack(stored)
-        scales = []
-        for k, part in enumerate(stored):
-            scales.append(neighbor_scale(part.to(precise), grain=grain if k == 0 else None))
+        self.rows = self.coordinates(rows.to(precise)).float()
+        scales = [neighbor_scale(part.to(precise)) for part in self.rows]
         self.bandwidths = torch.tensor(scales, dtype=precise, device=rows.device)
         n = min(len(rows), REFERENCE_ROWS)
         positions = torch.arange(n, device=rows.device) * len(rows) // n
@@ -162,7 +114,11 @@ class Memory(nn.Module):
 
     def coordinates(self, x: torch.Tensor) -> torch.Tensor:
         """Rows ``(B, D)`` in all coordinates, ``(3, B, D)``."""
-        return torch.stack([x, x.asinh(), self._normal_scores(x)])
+        standard = expand_tails(x)[0].clamp(-FARTHEST, FARTHEST)
+        # The same beyond the range of floating-point numbers: arsinh(z) goes to log 2 z.
+        beyond = x.sign() * (x.abs() - TAIL_START + math.log(2))
+        arsinh = torch.where(standard.abs() < FARTHEST, standard.asinh(), beyond)
+        return torch.stack([standard, arsinh, self._normal_scores(x)])
 
     def _normal_scores(self, x: torch.Tensor) -> torch.Tensor:
         knots, scores = self.knots.to(x), self.scores.to(x)

@@ -9,7 +9,8 @@ import torch
 
 from anomalib_gen.models import KernelDenoiser, LocalLinearDenoiser, Memory
 from anomalib_gen.models import memory as module
-from anomalib_gen.models.memory import row_keys
+from anomalib_gen.models._stored import row_keys
+from anomalib_gen.networks import compress_tails
 from anomalib_gen.paths import EDM
 
 PATH = EDM()
@@ -19,10 +20,20 @@ def draw(n, d, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def stored(rows, **options):
+def stored(rows):
     memory = Memory(rows.shape[1])
-    memory.remember(rows.split(97), **options)
+    memory.remember(rows.split(97))
     return memory
+
+
+def test_tails_are_expanded_and_far_rows_stay_apart():
+    z = torch.tensor([[-40.0], [0.3], [7.0], [1e12]], dtype=torch.float64)
+    standard, arsinh, _ = stored(draw(30, 1)).coordinates(compress_tails(z)[0])
+    torch.testing.assert_close(standard, z)
+    torch.testing.assert_close(arsinh, z.asinh())
+    far = stored(draw(30, 1)).coordinates(torch.tensor([[38.0], [45.0], [714.0]], dtype=torch.float64))
+    assert torch.isfinite(far).all()
+    assert bool((far[1].diff(dim=0) > 0).all())
 
 
 def test_rows_come_back_as_they_were_given():
@@ -101,11 +112,6 @@ def test_new_normal_rows_are_as_surprising_as_left_out_ones():
 def test_copies_of_a_row_do_not_shrink_the_bandwidth():
     rows = draw(200, 2)
     assert float(stored(rows).bandwidths[0]) == pytest.approx(float(stored(rows.repeat(3, 1)).bandwidths[0]))
-
-
-def test_bandwidths_do_not_fall_below_the_grain():
-    grain = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    assert float(stored(draw(200, 2), grain=grain).bandwidths[0]) == pytest.approx((25 / 2) ** 0.5)
 
 
 def test_more_rows_are_added_or_take_the_place_of_others(monkeypatch):
