@@ -120,6 +120,13 @@ def benchmark(
             "May be repeated.",
         ),
     ] = None,
+    library: Annotated[
+        bool,
+        typer.Option(
+            "--library",
+            help="Add every family of the library, and every transform, denoiser, objective and anomaly (hours).",
+        ),
+    ] = False,
     peers: Annotated[
         bool,
         typer.Option("--peers", help="Add 11 shallow detectors of scikit-learn and pyod at their defaults."),
@@ -176,15 +183,17 @@ def benchmark(
     **Examples**
 
     - `anomalib-gen benchmark --detector anomalib_gen.FlowDetector --peers --datasets cardio,thyroid`
+    - `anomalib-gen benchmark --library --peers --deep-peers --time-limit 600`: everything, as in docs/benchmark.md
     - `anomalib-gen benchmark --detector 'maf=anomalib_gen.FlowDetector(transform="maf")' --seeds 0,1`
     """
     _require_extra()
     folder = output or Path("anomalib-gen-benchmark") / suite.value
     if report_only:
         raise typer.Exit(_report(folder, failed=0))
-    chosen = [*(detector or []), *(["peers"] if peers else []), *(["deep-peers"] if deep_peers else [])]
+    sets = {"library": library, "peers": peers, "deep-peers": deep_peers}
+    chosen = [*(detector or []), *(name for name, wanted in sets.items() if wanted)]
     if not chosen:
-        raise typer.BadParameter("name at least one --detector, or add --peers or --deep-peers")
+        raise typer.BadParameter("name at least one --detector, or add --library, --peers or --deep-peers")
     names = [name.strip() for text in datasets or [] for name in text.split(",") if name.strip()]
     seed_list = _parse_seeds(seeds)
 

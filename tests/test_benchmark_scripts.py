@@ -1,11 +1,14 @@
 """The scripts in benchmarks/ run end to end; their figures are not judged here."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from anomalib_gen import EnergyDetector
@@ -151,3 +154,32 @@ def test_contrastive_objectives_stay_stable_on_a_mixture(tmp_path):
         assert one["steps"] == 2000
         assert max(map(abs, one["median_energy"])) < 20
         assert one["judge"][1] < one["judge"][0]
+
+
+def test_a_gain_is_confirmed_where_it_is_real_and_not_where_it_is_chosen(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = importlib.import_module("confirmed_gain")
+    random = np.random.default_rng(0)
+    peer = random.uniform(60, 90, size=30)
+    noise = {f"noise {k}": peer + random.normal(0, 3, size=30) for k in range(20)}
+    table = pd.DataFrame({"peer": peer, **noise})
+    best = max(one["gain"] for one in script.gains(table, list(noise), "peer"))
+    halves = script.confirm(table, list(noise), ["peer"], 200, random)
+    assert best > 0.8  # the best of twenty that are all worth nothing
+    assert abs(halves["mean"]) < 0.5
+    table["real"] = peer + 2 + random.normal(0, 1, size=30)
+    halves = script.confirm(table, [*noise, "real"], ["peer"], 200, random)
+    assert halves["mean"] == pytest.approx(2, abs=0.4)
+    assert halves["chosen"]["real"] > 0.8
+    (found,) = script.gains(table, ["real"], "peer")
+    assert found["gain"] == pytest.approx(float((table["real"] - peer).mean()))
+    assert found["won"] + found["lost"] <= 30
+
+
+def test_the_cost_of_diffusion_is_measured(tmp_path):
+    pytest.importorskip("pyod")
+    out = tmp_path / "cost.json"
+    run("diffusion_cost.py", "--output", out)
+    found = json.loads(out.read_text())
+    assert set(found["fit"]) == {"hybrid", "network", "closed-form"}
+    assert found["scores"]["ratio"] > 0

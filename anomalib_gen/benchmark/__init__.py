@@ -1,6 +1,15 @@
 """Compare detectors on labelled tables under fixed protocols; see `run_benchmark`."""
 
-from .detectors import DEEP_PEERS, PEERS, Detector, KNNDistance, parse_detector, parse_detectors, score_rows
+from .detectors import (
+    DEEP_PEERS,
+    PEERS,
+    Detector,
+    KNNDistance,
+    library_detectors,
+    parse_detector,
+    parse_detectors,
+    score_rows,
+)
 from .evaluation import Evaluation, anomaly_metrics, evaluate
 from .protocols import PROTOCOLS, Split, SplitError, clean, clean_unsupervised, published
 from .runner import BenchmarkInterrupted, DataError, load_results, run_benchmark
@@ -20,6 +29,7 @@ __all__ = [
     "clean",
     "clean_unsupervised",
     "evaluate",
+    "library_detectors",
     "load_results",
     "parse_detector",
     "parse_detectors",

@@ -10,7 +10,7 @@ import ast
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 from sklearn.neighbors import NearestNeighbors
+from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "PEERS",
     "Detector",
     "KNNDistance",
+    "library_detectors",
     "parse_detector",
     "parse_detectors",
     "score_rows",
@@ -172,7 +174,7 @@ def parse_detector(text: str) -> Detector:
 
 
 def parse_detectors(detectors: Iterable[str | Detector]) -> list[Detector]:
-    """Read several detectors; ``peers`` and ``deep-peers`` stand for the named sets.
+    """Read several detectors; ``library``, ``peers`` and ``deep-peers`` stand for the named sets.
 
     Parameters
     ----------
@@ -191,7 +193,8 @@ def parse_detectors(detectors: Iterable[str | Detector]) -> list[Detector]:
     """
     found: dict[str, Detector] = {}
     for item in detectors:
-        members = _SETS.get(item, ()) if isinstance(item, str) else (item,)
+        members = _SETS[item]() if isinstance(item, str) and item in _SETS else ()
+        members = (item,) if isinstance(item, Detector) else members
         for detector in members or (parse_detector(item),):  # type: ignore[arg-type]
             known = found.setdefault(detector.name, detector)
             if known != detector:
@@ -319,7 +322,55 @@ DEEP_PEERS: tuple[Detector, ...] = (
 )
 """Deep detectors of pyod at their defaults; slow without a GPU."""
 
-_SETS = {"peers": PEERS, "deep-peers": DEEP_PEERS}
+VARIED = ("transform", "denoiser", "objective", "anomaly")
+"""Parameters by which `library_detectors` tells the methods of a family apart."""
+
+
+def library_detectors() -> tuple[Detector, ...]:
+    """Return every family of the library at its defaults, and with every transform, denoiser, objective and anomaly.
+
+    One parameter is varied at a time, over all names that it takes; families and names are found, not listed.
+
+    Returns
+    -------
+    tuple of Detector
+    """
+    import anomalib_gen
+    from anomalib_gen._base import GenerativeDetector
+
+    found = []
+    for name in anomalib_gen.__all__:
+        family = getattr(anomalib_gen, name)
+        if not (isinstance(family, type) and issubclass(family, GenerativeDetector)):
+            continue
+        path = f"anomalib_gen.{name}"
+        found.append(_named(name, path))
+        detector = family()
+        known = {"objective": family._objectives, "anomaly": family._anomalies}
+        for parameter in VARIED:
+            if parameter not in detector.get_params():
+                continue
+            components = known.get(parameter, {})
+            names = components or next(
+                constraint.options
+                for constraint in family._parameter_constraints[parameter]
+                if isinstance(constraint, StrOptions)
+            )
+            # What the default stands for, which is in the list already.
+            resolve = getattr(detector, f"_resolve_{parameter}", None)
+            default = repr(detector.get_params()[parameter] if resolve is None else resolve())
+            for value in sorted(names):
+                part = components[value]() if components else value
+                if repr(part) != default:
+                    found.append(_named(f"{name} {value}", path, **{parameter: value}))
+    return tuple(found)
+
+
+_SETS: dict[str, Callable[[], tuple[Detector, ...]]] = {
+    "library": library_detectors,
+    "peers": lambda: PEERS,
+    "deep-peers": lambda: DEEP_PEERS,
+}
 
 
 def _bad(text: str, reason: str) -> ValueError:

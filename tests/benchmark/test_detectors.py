@@ -10,6 +10,7 @@ from anomalib_gen.benchmark import (
     PEERS,
     KNNDistance,
     anomaly_metrics,
+    library_detectors,
     parse_detector,
     parse_detectors,
     score_rows,
@@ -98,6 +99,24 @@ def test_peer_sets_are_what_the_names_say():
         peer.build(seed=0, n_features=4)
     deep = DEEP_PEERS[2].build(seed=5, n_features=4)
     assert (deep.n_features, deep.random_state) == (4, 5)
+
+
+def test_the_library_is_found_with_all_its_methods():
+    found = library_detectors()
+    assert parse_detectors(["library"]) == list(found)
+    names = [detector.name for detector in found]
+    assert {"DiffusionDetector", "EnergyDetector", "FlowDetector", "VAEDetector"} <= set(names)
+    assert {"FlowDetector maf", "DiffusionDetector closed-form", "VAEDetector iwae"} <= set(names)
+    # What a default stands for is not run twice.
+    assert not {"DiffusionDetector hybrid", "DiffusionDetector denoising", "VAEDetector elbo"} & set(names)
+    assert len(set(names)) == len(names)
+    built = [detector.build(seed=0, n_features=3) for detector in found]
+    for family in {type(detector) for detector in built}:
+        ours = [detector for detector in built if type(detector) is family]
+        for parameter, known in (("objective", family._objectives), ("anomaly", family._anomalies)):
+            if parameter in family().get_params():
+                named = {getattr(detector, parameter) for detector in ours} - {None}
+                assert len(set(known) - named) <= 1
 
 
 @pytest.fixture
