@@ -190,7 +190,10 @@ class ContrastiveDivergence(Component):
             u = torch.rand(len(x), generator=generator, device=x.device)
             size = (u < SHORT_RUNS).to(x) + (u < 0.5 * SHORT_RUNS).to(x)
             scale = expand_as_rows(torch.pow(10.0, -0.5 * size), x)
-            return mala(model.energy, x, self.n_steps, step_size=h, scale=scale, generator=generator)[0]
+            longest = math.sqrt(2 * x[0].numel() / h)  # of a score: its step is then as long as that of the noise
+            return mala(
+                model.energy, x, self.n_steps, step_size=h, scale=scale, max_score_norm=longest, generator=generator
+            )[0]
         return ula(model.score, x, self.n_steps, step_size=h, generator=generator)[0]
 
     @torch.no_grad()
