@@ -12,12 +12,12 @@ log-density -|x' - x - h s(x)|^2 / (4 h) + const, the log of the acceptance rati
     E(x) - E(x') + (|x' - x - h s(x)|^2 - |x - x' - h s(x')|^2) / (4 h).             (2)
 
 Its best acceptance rate in high dimensions is 0.574 (Roberts & Rosenthal 1998, doi:10.1111/1467-9868.00123). Where the
-energy is steep, h s overshoots by far and is refused again and again: the chain sticks. The *truncated* algorithm (MALTA,
-of the same paper) proposes with
+energy is steep, h s overshoots by far and is refused again and again: the chain sticks. The *truncated* algorithm
+(MALTA, of the same paper) proposes with
 
     s(x) min(1, b / |s(x)|)                                                          (3)
 
-in place of s(x), in (1) and in (2) alike: far from steep it is MALA, and where it is steep a random walk with a push
+in place of s(x), in (1) and in (2) alike: MALA where scores are shorter than b, and elsewhere a random walk with a push
 downhill, which does not stick.
 
 Between separated modes neither moves. *Annealed* Langevin dynamics (Song & Ermon 2019, arXiv:1907.05600, algorithm 1)
