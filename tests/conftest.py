@@ -1,5 +1,12 @@
 """What the tests of several folders share: rows, and detectors small enough to be fitted in a fraction of a second."""
 
+import os
+
+# `pytest -n` runs a process for each core, so the libraries under torch, and whatever processes a test starts, must
+# leave the other cores alone. They read this when they are imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 import torch

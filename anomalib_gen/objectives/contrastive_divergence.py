@@ -80,9 +80,9 @@ class ContrastiveDivergence(Component):
         Weight of the squared energies; flattens the density by the power ``1 / (1 + 4 alpha)``.
     transition : {"auto", "langevin", "mala", "gibbs"} or callable, default="auto"
         The chain. "auto" takes Gibbs sampling where the model offers it, and Langevin's elsewhere. "mala" adds the
-        Metropolis correction, and one run of k steps in five is then of steps of h / 10 or h / 100: where h is too
-        large, a corrected chain would stay for ever. A callable
-        ``(model, x, generator) -> x`` makes all the steps itself.
+        Metropolis correction; scores longer than sqrt(2 D / h) are then truncated, and one run of k steps in five is of
+        steps of h / 10 or h / 100: where the energy is too steep or too curved for h, a corrected chain would stay for
+        ever. A callable ``(model, x, generator) -> x`` makes all the steps itself.
 
     References
     ----------
@@ -190,7 +190,16 @@ class ContrastiveDivergence(Component):
             u = torch.rand(len(x), generator=generator, device=x.device)
             size = (u < SHORT_RUNS).to(x) + (u < 0.5 * SHORT_RUNS).to(x)
             scale = expand_as_rows(torch.pow(10.0, -0.5 * size), x)
-            return mala(model.energy, x, self.n_steps, step_size=h, scale=scale, generator=generator)[0]
+            longest = math.sqrt(2 * x[0].numel() / h)  # its step is as long as that of the noise
+            return mala(
+                model.energy,
+                x,
+                self.n_steps,
+                step_size=h,
+                scale=scale,
+                max_score_norm=longest,
+                generator=generator,
+            )[0]
         return ula(model.score, x, self.n_steps, step_size=h, generator=generator)[0]
 
     @torch.no_grad()

@@ -14,9 +14,12 @@ Mordatch go with 60 long steps, and with 10 short ones the energy comes out too 
 
 Persistent chains must keep up with the weights, so they take larger steps than those that start at the data, and a
 Metropolis correction in return for the bias that these would have. Chains that lag behind are the way in which training
-goes wrong: where the energy is steep, steps of one size are refused again and again, the energy is pushed up under a
-chain that cannot leave, and grows steeper. So a chain that is picked takes much shorter steps now and then: a mixture
-of kernels that all leave the density as it is leaves it too.
+goes wrong. Where the energy is steep the step h s overshoots and is refused again and again; the energy is pushed up
+under the chain that cannot leave, to the 1 / (2 alpha) at which alpha holds it, and the peak there is steeper still.
+So the scores in a step are truncated, by equation 3 of samplers.langevin, at the norm sqrt(2 D / h), where they move
+the chain as far as the noise does: under the smoothed data they seldom are that long. And a chain that is picked takes
+much shorter steps now and then, which help where the energy is curved. A mixture of kernels that all leave the density
+as it is leaves it too.
 
 The noise is the product of the data's marginals: values of each column, from independent rows. It is as wide as the
 data in every column, and discrete where they are.

@@ -11,7 +11,14 @@ log-density -|x' - x - h s(x)|^2 / (4 h) + const, the log of the acceptance rati
 
     E(x) - E(x') + (|x' - x - h s(x)|^2 - |x - x' - h s(x')|^2) / (4 h).             (2)
 
-Its best acceptance rate in high dimensions is 0.574 (Roberts & Rosenthal 1998, doi:10.1111/1467-9868.00123).
+Its best acceptance rate in high dimensions is 0.574 (Roberts & Rosenthal 1998, doi:10.1111/1467-9868.00123). Where the
+energy is steep, h s overshoots by far and is refused again and again: the chain sticks. The *truncated* algorithm
+(MALTA, of the same paper) proposes with
+
+    s(x) min(1, b / |s(x)|)                                                          (3)
+
+in place of s(x), in (1) and in (2) alike: MALA where scores are shorter than b, and elsewhere a random walk with a push
+downhill, which does not stick.
 
 Between separated modes neither moves. *Annealed* Langevin dynamics (Song & Ermon 2019, arXiv:1907.05600, algorithm 1)
 runs (1) on the scores of data with noise of level sigma_1 > ... > sigma_L, each level starting where the last one
@@ -127,9 +134,7 @@ def _ula_step(
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Make one step of equation 1 from the scores `s`; also return which rows could not be moved, ``(B,)``."""
-    if max_score_norm is not None:
-        s = s * expand_as_rows(max_score_norm / s.flatten(1).norm(dim=1).clamp(min=max_score_norm), s)
-    moved = x + h * s + noise * normal_like(x, generator)
+    moved = x + h * _cut(s, max_score_norm) + noise * normal_like(x, generator)
     finite = moved.flatten(1).isfinite().all(1)
     return where_rows(finite, moved, x), ~finite
 
@@ -141,6 +146,7 @@ def mala(
     *,
     step_size: float,
     scale: torch.Tensor | None = None,
+    max_score_norm: float | None = None,
     n_warmup: int = 0,
     target_acceptance: float = 0.574,
     generator: torch.Generator,
@@ -179,9 +185,10 @@ def mala(
         ``(B, *E)``, where the chains end. States of non-finite energy are never accepted.
     info : SamplerInfo
     """
+    check_steps(n_steps, thin, max_score_norm=max_score_norm)
     with torch.no_grad():
         return run_chains(
-            mala_kernel(scale=scale, generator=generator),
+            mala_kernel(scale=scale, max_score_norm=max_score_norm, generator=generator),
             energy,
             x,
             n_steps,
@@ -195,20 +202,33 @@ def mala(
         )
 
 
-def mala_kernel(*, scale: torch.Tensor | None, generator: torch.Generator) -> Kernel:
+def mala_kernel(
+    *, scale: torch.Tensor | None, max_score_norm: float | None = None, generator: torch.Generator
+) -> Kernel:
     """One step of `mala` as a function of the energy, the state and the step size."""
     c: torch.Tensor | float = 1.0 if scale is None else scale
 
+    def drift(score: torch.Tensor, h: float) -> torch.Tensor:
+        """Move of the proposal's mean in the coordinates z = x / c, in units of the noise sqrt(2 h)."""
+        return math.sqrt(h / 2) * _cut(c * score, max_score_norm)
+
     def kernel(energy: Energy, state: ChainState, h: float) -> Move:
         # In the coordinates z = x / c, whose score is c s, the noise is (z' - z - h c s) / sqrt(2 h).
-        noise = normal_like(state.x, generator)
-        proposal = state_at(energy, state.x + h * c * c * state.score + math.sqrt(2 * h) * c * noise)
+        noise, forward = normal_like(state.x, generator), drift(state.score, h)
+        proposal = state_at(energy, state.x + math.sqrt(2 * h) * c * (forward + noise))
         # The noise that leads back; |forward|^2 / 2 = |z' - z - h c s|^2 / (4 h).
-        back = -noise - math.sqrt(h / 2) * c * (state.score + proposal.score)
+        back = -noise - forward - drift(proposal.score, h)
         log_ratio = state.energy - proposal.energy + 0.5 * (square_norm(noise) - square_norm(back))
         return metropolis(state, proposal, log_ratio, generator=generator)
 
     return kernel
+
+
+def _cut(s: torch.Tensor, max_norm: float | None) -> torch.Tensor:
+    """Scale scores ``(B, *E)`` of a larger norm than `max_norm` down to it."""
+    if max_norm is None:
+        return s
+    return s * expand_as_rows(max_norm / s.flatten(1).norm(dim=1).clamp(min=max_norm), s)
 
 
 @torch.no_grad()

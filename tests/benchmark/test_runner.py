@@ -100,7 +100,10 @@ def test_failed_cells_run_again_only_when_asked(tables, tmp_path, helpers):
 
 
 def test_views_of_one_model_share_its_fit(tables, tmp_path):
-    flow = "anomalib_gen.FlowDetector(max_iter=20, device='cpu', anomaly='{}')"
+    flow = (
+        "anomalib_gen.FlowDetector(transform='realnvp', n_layers=2, hidden_features=8, max_iter=20, device='cpu', "
+        "anomaly='{}')"
+    )
     views = [f"{name}={flow.format(name)}" for name in ("likelihood", "typicality")]
     arguments = {"suite": "clean", "datasets": tables[:2], "seeds": (0, 1)}
     shared = run_benchmark(views, output=tmp_path / "shared", **arguments).set_index("detector")

@@ -355,6 +355,21 @@ def test_a_batch_larger_than_the_buffer_is_refused():
         objective(Gaussian(MEAN, COVARIANCE), x, make_generator(0, CPU))
 
 
+@pytest.mark.parametrize("slope", [1e2, 1e3, 1e4])
+def test_no_slope_is_too_steep_for_a_persistent_chain(slope):
+    """Chains that stick push the energy up under them, which makes it steeper."""
+
+    class Cone(Gaussian):
+        def energy(self, x):
+            return slope * x.norm(dim=1)
+
+    start = 5.0 + torch.zeros(200, 12, dtype=torch.float64)
+    objective, model = PersistentContrastiveDivergence(), Cone(MEAN, COVARIANCE)
+    end = objective._transit(model, start, make_generator(0, CPU))
+    assert float((end != start).any(1).double().mean()) > 0.95
+    assert float((model.energy(end) < model.energy(start)).double().mean()) > 0.95
+
+
 def test_unknown_transition():
     with pytest.raises(ValueError, match=r"'nuts' is unknown\. Known: 'auto'"):
         ContrastiveDivergence(transition="nuts")(
@@ -423,7 +438,7 @@ def test_silent_at_the_defaults(make):
 
 @pytest.mark.parametrize("make", BOTH)
 def test_an_unstable_setting_is_told(make):
-    objective = make(step_size=3.0, data_noise=0.01, alpha=0.0)
+    objective = make(step_size=3.0, data_noise=0.01, alpha=0.0, transition="langevin")
     with pytest.warns(UserWarning, match="diverged and was stopped") as told:
         train_energy(objective, n_steps=400, learning_rate=0.1)
     assert "Markov chains" in str(told[0].message)

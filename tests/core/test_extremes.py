@@ -118,8 +118,9 @@ def test_saturation_in_float32_is_finite_too(make, rows, member, monkeypatch):
     for direction in directions(rows.shape[1])[:6]:
         scores = detector.score_samples(10.0 ** POWERS[:, None] * direction)
         assert np.isfinite(scores).all()
-        # Beyond 3.4e38 standard deviations all rows are alike.
-        assert (np.diff(scores) <= 0).all()
+        # Beyond 3.4e38 standard deviations all rows are alike but for the last digit, which may depend on the place of
+        # a row in its block.
+        assert (np.diff(scores) <= 1e-6 * np.abs(scores[:-1])).all()
 
 
 # Energies -------------------------------------------------------------------------------------------------

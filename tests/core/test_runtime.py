@@ -120,8 +120,12 @@ def global_state():
 
 
 @pytest.fixture
-def unchanged():
-    """Fail the test if global state differs at its end; start from seeds that are not the usual ones."""
+def unchanged(fitted):
+    """Fail the test if global state differs at its end; start from seeds that are not the usual ones.
+
+    The first fit of a process, that of `fitted`, makes scikit-learn and torch import what draws from Python's generator
+    and filters warnings as it is imported (rich, sympy): not ours to fence in.
+    """
     with warnings.catch_warnings():
         random.seed(123)
         np.random.seed(456)  # noqa: NPY002

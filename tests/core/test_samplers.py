@@ -83,7 +83,10 @@ def test_moments_of_a_correlated_gaussian(sampler, scale):
             assert_mean((x[..., i] - MEAN[i]) * (x[..., j] - MEAN[j]), COVARIANCE[i, j])
 
 
-@pytest.mark.parametrize("sampler", METROPOLIS)
+# Without truncated scores MALA sees too little of tails so light: it sticks in them, and so it hardly ever gets there.
+@pytest.mark.parametrize(
+    "sampler", [pytest.param(partial(MALA, max_score_norm=2.0), id="mala"), pytest.param(HMC, id="hmc")]
+)
 def test_moments_of_a_quartic(sampler):
     n = 150 if sampler is HMC else 600
     _, info = sampler(quartic, zeros(100, 1), n, n_warmup=100, generator=generator(1), thin=1)
@@ -152,22 +155,43 @@ def test_small_steps_are_all_accepted(sampler):
     assert (info.acceptance > 1 - 1e-6).all()
 
 
-def test_mala_acceptance_is_the_ratio_of_densities():
-    # Equation 1 of _chains, written out with normal densities.
-    h, start = 0.7, torch.randn(2000, 2, dtype=torch.float64, generator=generator())
-    score = score_of(gaussian)
+@pytest.mark.parametrize("longest", [None, 0.8])
+def test_mala_acceptance_is_the_ratio_of_densities(longest):
+    # Equation 1 of _chains, written out with normal densities, on x / scale.
+    h, scale = 0.7, torch.tensor([0.5, 2.0], dtype=torch.float64)
+    start = torch.randn(2000, 2, dtype=torch.float64, generator=generator())
     noise = torch.randn(start.shape, dtype=torch.float64, generator=generator(1))
-    proposal = start + h * score(start) + math.sqrt(2 * h) * noise
+
+    def mean(x):
+        score = scale * score_of(gaussian)(x)
+        if longest is not None:
+            score *= (longest / score.norm(dim=1, keepdim=True)).clamp(max=1)
+        return x + scale * h * score
+
+    proposal = mean(start) + math.sqrt(2 * h) * scale * noise
 
     def log_q(to, origin):
-        return torch.distributions.Normal(origin + h * score(origin), math.sqrt(2 * h)).log_prob(to).sum(1)
+        return torch.distributions.Normal(mean(origin), math.sqrt(2 * h) * scale).log_prob(to).sum(1)
 
     ratio = gaussian(start) - gaussian(proposal) + log_q(start, proposal) - log_q(proposal, start)
-    x, info = mala(gaussian, start, 1, step_size=h, generator=generator(1))
+    x, info = mala(
+        gaussian, start, 1, step_size=h, scale=scale, max_score_norm=longest, generator=generator(1)
+    )
     torch.testing.assert_close(info.acceptance, ratio.clamp(max=0).exp())
     moved = (x != start).any(1)
     torch.testing.assert_close(x[moved], proposal[moved])
     assert abs(float(moved.double().mean() - info.acceptance.mean())) < 0.04
+
+
+def test_truncated_scores_free_a_chain_that_would_stick():
+    # Tails lighter than normal, of which Roberts and Tweedie prove that MALA is not geometrically ergodic.
+    start = zeros(200, 1) + 20
+    stuck, _ = mala(quartic, start, 200, step_size=0.1, generator=generator())
+    assert torch.equal(stuck, start)
+    _, info = mala(quartic, start, 600, step_size=0.1, max_score_norm=4.0, generator=generator(), thin=1)
+    truth = math.gamma(3 / 4) / math.gamma(1 / 4)
+    assert_mean(info.samples[200:, :, 0], 0.0)
+    assert_mean(info.samples[200:, :, 0].square(), truth)
 
 
 @pytest.mark.parametrize("sampler", METROPOLIS)
@@ -404,6 +428,7 @@ def test_score_works_in_inference_mode():
         lambda x, g: ula(torch.neg, x, 5, step_size=-0.1, generator=g),
         lambda x, g: ula(torch.neg, x, 5, step_size=0.1, temperature=-1, generator=g),
         lambda x, g: mala(standard, x, 5, step_size=math.nan, generator=g),
+        lambda x, g: mala(standard, x, 5, step_size=0.1, max_score_norm=0.0, generator=g),
         lambda x, g: mala(standard, x, 5, step_size=0.1, n_warmup=-1, generator=g),
         lambda x, g: hmc(standard, x, 5, step_size=0.1, n_leapfrog=0, generator=g),
         lambda x, g: hmc(standard, x, 5, step_size=0.1, jitter=1.0, generator=g),
