@@ -13,6 +13,16 @@ fast noise comes, and turns (1) into the predictions that DDPM, score-based mode
 - a density: exactly, by the probability-flow equation, or from below, by the variational bound;
 - anomalies: how far D moves a row, how steep the density is where it lies, what is left after a way to noise and back.
 
+On a finite sample (1) has a solution in closed form, a weighted mean of the stored rows. It is a model without training,
+and what it leaves of a row is an anomaly (models.memory, anomaly.closed_form). The default trains a network on what it
+leaves (models.hybrid), and averages two views of a row, each on the scale of normal rows (anomaly.combined):
+
+- how far the row is from what its nearest stored rows make of it, by two closed forms in three coordinates each;
+- how much noise the model finds in it, over a ladder of noise levels.
+
+The second counts N / (N + 1000) times as much as the first, for N stored rows: what few rows cannot teach, they can
+still show.
+
 Rows are standardised, and compressed beyond five deviations, so that all of this is finite for every finite row.
 """
 
@@ -183,6 +193,13 @@ class DiffusionDetector(GenerativeDetector):
 
     Notes
     -----
+    How the default adapts to the data: gradient steps grow with the number of rows (`max_iter`), training ends when
+    held-out rows say so, the network starts at zero on top of the closed form and has a share in the anomaly that grows
+    with the number of rows, and the closed form's bandwidths are the spacing of the rows.
+
+    A detector with stored rows keeps three copies of the training rows in single precision, of a million rows at most;
+    its kernel denoiser sums over 2,048 of them.
+
     Densities, exact or bounded, are those of rows with noise of the path's smallest level, in nats and in the units of
     X: a model cannot tell finer.
 
