@@ -183,3 +183,10 @@ def test_the_cost_of_diffusion_is_measured(tmp_path):
     found = json.loads(out.read_text())
     assert set(found["fit"]) == {"hybrid", "network", "closed-form"}
     assert found["scores"]["ratio"] > 0
+
+
+def test_the_effect_of_training_time_is_measured(tmp_path):
+    out = tmp_path / "time.json"
+    run("training_time.py", "--output", out)
+    cells = json.loads(out.read_text())["cells"]
+    assert [cell["steps"] for cell in cells] == [10, 20, 40]
