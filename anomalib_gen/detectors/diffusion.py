@@ -14,8 +14,8 @@ fast noise comes, and turns (1) into the predictions that DDPM, score-based mode
 - anomalies: how far D moves a row, how steep the density is where it lies, what is left after a way to noise and back.
 
 On a finite sample (1) has a solution in closed form, a weighted mean of the stored rows. It is a model without
-training, and what it leaves of a row is an anomaly (models.memory, anomaly.closed_form). The default trains a network on
-what it leaves (models.hybrid), and averages two views of a row, each on the scale of normal rows (anomaly.combined):
+training, and what it leaves of a row is an anomaly (models.memory, anomaly.closed_form). The default trains a network
+on what it leaves (models.hybrid), and averages two views of a row, each on the scale of normal rows (anomaly.combined):
 
 - how far the row is from what its nearest stored rows make of it, by two closed forms in three coordinates each;
 - how much noise the model finds in it, over a ladder of noise levels.
