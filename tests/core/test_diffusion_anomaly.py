@@ -252,6 +252,19 @@ def test_score_norms_of_normal_data():
         torch.testing.assert_close(ScoreNorm()(model, x, generator()), expected)
 
 
+def test_norms_of_the_noise_in_normal_data():
+    x, s = draw(20, 2), ladder(0.02, 5, 10)
+    level = s.squeeze(2).T
+    expected = (level * x.norm(dim=1, keepdim=True) / (0.3 + level**2)).mean(1)
+    part = ScoreNorm(weighting="noise")
+    torch.testing.assert_close(part(GaussianDenoiser(0.3), x, generator()), expected)
+    # A row that is all noise has as much of it at every level as noise has: sqrt(D), where data are a point.
+    e = draw(1, 2000)
+    norms = ScoreNorm(weighting="noise", n_levels=1, noise_levels=(0.5, 0.5))
+    found = norms(GaussianDenoiser(1e-12), 0.5 * e, generator())
+    torch.testing.assert_close(found, e.norm(dim=1))
+
+
 def test_denoisers_see_compressed_rows_and_energies_compress_them():
     far = torch.tensor([[100.0, 0.0]], dtype=torch.float64)
     level = ladder(0.02, 5, 10).flatten()
@@ -734,6 +747,7 @@ def test_the_names():
         (DiffusionPath(n_statistics=3), "n_statistics must be 6 or 1"),
         (DiffusionPath(density="kde"), r"density='kde' is unknown. Known: 'gaussian-mixture', 'mahala"),
         (DiffusionPath(noise_levels=(0.5, 0.5)), "a path has two"),
+        (ScoreNorm(weighting="level"), r"weighting='level' is unknown. Known weightings: 'score', 'noise'"),
         (ScoreNorm(summary="max"), r"summary='max' is unknown"),
     ],
     ids=str,
