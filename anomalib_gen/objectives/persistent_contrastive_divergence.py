@@ -61,8 +61,8 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
 
     Notes
     -----
-    Stop early. In 20,000 steps without a held-out judge, 2,000 passes over the rows of a real table, the energies stayed
-    bounded, but the model had learnt those rows by heart (`benchmarks/results/ebm-stability.md`).
+    Stop early. In 20,000 steps on a real table, 2,000 passes over it, the energies stay bounded, but held-out rows are
+    judged worse and worse (`benchmarks/results/ebm-stability.md`).
 
     References
     ----------
