@@ -47,11 +47,12 @@ from anomalib_gen.persistence._files import (
     list_folder,
     part_name,
     read_file,
+    sync_folder,
     write_folder,
 )
 from anomalib_gen.persistence._tree import Decoder, Encoder, contains_ours
 
-__all__ = ["MAX_BYTES", "ModelFolderError", "inspect", "load", "model_card", "save", "verify"]
+__all__ = ["MAX_BYTES", "ModelFolderError", "inspect", "load", "model_card", "save", "sync_folder", "verify"]
 
 MAX_DOCUMENT_BYTES = 2**24
 """Of model.json; those of our own models have some ten thousand, and a hundred for each column."""

@@ -17,7 +17,7 @@ def model_card(document: Mapping[str, Any]) -> str:
         "",
         f"- Content hash: `{_text(document['hash'])}`",
         f"- Format: version {document['version']}",
-        f"- Versions: {', '.join(f'{_text(k)} {_text(v)}' for k, v in document['versions'].items())}",
+        f"- Versions: {', '.join(f'{_text(k)} {_text(v)}' for k, v in sorted(document['versions'].items()))}",
         "",
         "## What it does",
         "",
