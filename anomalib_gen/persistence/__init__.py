@@ -52,7 +52,17 @@ from anomalib_gen.persistence._files import (
 )
 from anomalib_gen.persistence._tree import Decoder, Encoder, contains_ours
 
-__all__ = ["MAX_BYTES", "ModelFolderError", "inspect", "load", "model_card", "save", "sync_folder", "verify"]
+__all__ = [
+    "MAX_BYTES",
+    "ModelFolderError",
+    "inspect",
+    "load",
+    "load_described",
+    "model_card",
+    "save",
+    "sync_folder",
+    "verify",
+]
 
 MAX_DOCUMENT_BYTES = 2**24
 """Of model.json; those of our own models have some ten thousand, and a hundred for each column."""
@@ -170,32 +180,34 @@ def load(folder: str | PathLike[str], *, trusted: Collection[str] = (), max_byte
     Nothing of the folder is ever run, unlike with pickle. See `anomalib_gen.persistence` for what the content hash
     protects from.
     """
-    folder, paths = Path(folder), normalise_trusted(trusted)
-    document, files = _read(folder, max_bytes)
-    _warn_of_versions(document)
-    try:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load as load_arrays
+    return _load(Path(folder), trusted, max_bytes)[0]
 
-        try:
-            arrays = {key: array.copy() for key, array in load_arrays(files.pop(TENSORS)).items()}
-        except SafetensorError as error:
-            raise ModelFolderError(f"{folder / TENSORS} is damaged ({error}).") from error
 
-        def estimator(number: int) -> Any:
-            return load_estimator(files[part_name(number)], paths)
+def load_described(
+    folder: str | PathLike[str], *, trusted: Collection[str] = (), max_bytes: int = MAX_BYTES
+) -> tuple[Any, dict[str, Any]]:
+    """Load a model together with what its folder says of it, from one reading: the hash is that of the model.
 
-        model = Decoder(arrays, paths, estimator).decode(document["model"])
-    except ModelFolderError:
-        raise
-    except Exception as error:
-        # Whatever a hand-made tree makes Python, numpy or torch complain of.
-        raise ModelFolderError(
-            f"{folder} cannot be read: its parts do not fit together ({type(error).__name__}: {str(error)[:200]})."
-        ) from error
-    if not isinstance(model, BaseEstimator) or not contains_ours(model):
-        raise ModelFolderError(f"{folder} holds a {type(model).__name__} and no detector.")
-    return model
+    Parameters
+    ----------
+    folder : str or path
+    trusted : list of str, default=()
+        As for `load`.
+    max_bytes : int, default=2**32
+        As for `load`.
+
+    Returns
+    -------
+    model : detector or pipeline
+    facts : dict
+        As from `inspect`.
+
+    Raises
+    ------
+    ModelFolderError, FileNotFoundError
+        As for `load`.
+    """
+    return _load(Path(folder), trusted, max_bytes)
 
 
 def inspect(folder: str | PathLike[str]) -> dict[str, Any]:
@@ -218,7 +230,7 @@ def inspect(folder: str | PathLike[str]) -> dict[str, Any]:
         If there is no such folder.
     """
     document, _ = _read_document(Path(folder))
-    return {key: value for key, value in document.items() if key != "model"}
+    return _facts(document)
 
 
 def verify(folder: str | PathLike[str], *, trusted: Collection[str] = (), max_bytes: int = MAX_BYTES) -> str:
@@ -244,8 +256,40 @@ def verify(folder: str | PathLike[str], *, trusted: Collection[str] = (), max_by
     FileNotFoundError
         If there is no such folder.
     """
-    load(folder, trusted=trusted, max_bytes=max_bytes)
-    return str(_read_document(Path(folder))[0]["hash"])
+    return str(_load(Path(folder), trusted, max_bytes)[1]["hash"])
+
+
+def _load(folder: Path, trusted: Collection[str], max_bytes: int) -> tuple[Any, dict[str, Any]]:
+    paths = normalise_trusted(trusted)
+    document, files = _read(folder, max_bytes)
+    _warn_of_versions(document)
+    try:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load as load_arrays
+
+        try:
+            arrays = {key: array.copy() for key, array in load_arrays(files.pop(TENSORS)).items()}
+        except SafetensorError as error:
+            raise ModelFolderError(f"{folder / TENSORS} is damaged ({error}).") from error
+
+        def estimator(number: int) -> Any:
+            return load_estimator(files[part_name(number)], paths)
+
+        model = Decoder(arrays, paths, estimator).decode(document["model"])
+    except ModelFolderError:
+        raise
+    except Exception as error:
+        # Whatever a hand-made tree makes Python, numpy or torch complain of.
+        raise ModelFolderError(
+            f"{folder} cannot be read: its parts do not fit together ({type(error).__name__}: {str(error)[:200]})."
+        ) from error
+    if not isinstance(model, BaseEstimator) or not contains_ours(model):
+        raise ModelFolderError(f"{folder} holds a {type(model).__name__} and no detector.")
+    return model, _facts(document)
+
+
+def _facts(document: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key != "model"}
 
 
 def _read_document(folder: Path) -> tuple[dict[str, Any], set[str]]:
@@ -300,5 +344,5 @@ def _warn_of_versions(document: dict[str, Any]) -> None:
         warnings.warn(
             f"The folder's transformers were written by scikit-learn {str(saved)[:40]}, and {here} is installed here. "
             "Scikit-learn does not promise that they work the same; fit the pipeline again, or install that version.",
-            stacklevel=3,
+            stacklevel=4,  # whoever called `load`
         )

@@ -31,7 +31,7 @@ def explain_os_error(error: OSError, what: str) -> DataError:
     """Say in words of the user's why `what` failed."""
     if error.errno in _FULL:
         return DataError(
-            f"The disk is full ({what}). Earlier results are untouched. Free some space and run the same command "
-            "with --resume."
+            f"The disk is full ({what}). Earlier results are untouched. Free some space and run it again; score goes "
+            "on from here with --resume."
         )
     return DataError(f"{what}: {error.strerror or error}.")

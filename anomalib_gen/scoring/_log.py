@@ -38,6 +38,14 @@ class Log:
         """Say why a run ended."""
         self._write("error", message, facts)
 
+    def progress(self, unit: str) -> Any:
+        """Bar on a terminal, or what does nothing elsewhere; to be updated and closed."""
+        from tqdm import tqdm
+
+        stream = self._stream or sys.stderr
+        hidden = self.quiet or self.as_json or not stream.isatty()
+        return tqdm(unit=f" {unit}", unit_scale=True, file=stream, disable=hidden, leave=False)
+
     def _write(self, level: str, message: str, facts: dict[str, Any]) -> None:
         stream = self._stream or sys.stderr
         if self.as_json:

@@ -45,7 +45,7 @@ def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
         If there is none, or it is damaged.
     """
     try:
-        return persistence.load(folder), persistence.inspect(folder)
+        return persistence.load_described(folder)
     except (ModelFolderError, OSError) as error:
         raise DataError(str(error)) from None
 
@@ -306,12 +306,19 @@ class _Run:
         finished = [self.parts.finished(source) for source in range(len(readers))]
         for source, (count, _) in enumerate(finished):
             self._take_up(source, count, counted=isinstance(readers[source], str))
+        if self.summary.bad_rows > self.options.max_bad_rows:
+            raise DataError(
+                f"The unfinished run left out {self.summary.bad_rows} bad rows, more than "
+                f"{self.options.max_bad_rows} (--max-bad-rows). Allow as many, or start anew without --resume."
+            )
         ahead, behind = _Ahead(self._read_all(readers, finished)), _Behind(self.parts.write)
+        bar = self.log.progress("rows")
         try:
             for source, number, part in ahead:
                 if isinstance(part, Part):
                     behind.put(source, number, *self._score(source, part))
                     self.summary.parts += 1
+                    bar.update(len(part.rows))
                     continue
                 behind.flush()
                 if isinstance(readers[source], Reader):
@@ -324,6 +331,7 @@ class _Run:
         finally:
             ahead.close()
             behind.close()
+            bar.close()
 
     def _take_up(self, source: int, count: int, *, counted: bool) -> None:
         """Count what finished parts of an earlier run left out."""

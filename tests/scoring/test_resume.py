@@ -172,6 +172,21 @@ def test_parts_of_another_run_are_not_used(run, incoming, model, tmp_path, expec
     assert results(folder)["out.parquet"] == expected["out.parquet"]
 
 
+@pytest.mark.usefixtures("small_parts", "expected")
+def test_a_lower_limit_counts_what_was_left_out_already(run, incoming, model, tmp_path, monkeypatch):
+    def die(*arguments):
+        raise Killed
+
+    arguments = command(incoming, model, tmp_path / "out" / "out.parquet")
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "write_result", die)
+        assert is_killed(run, *arguments)
+    result = run(*arguments, "--max-bad-rows", 0)
+    assert result.exit_code == 2
+    assert "left out 1 bad rows, more than 0" in result.stderr
+    assert run(*arguments).exit_code == 4
+
+
 @pytest.mark.usefixtures("small_parts")
 def test_a_full_disk_leaves_earlier_results(run, incoming, model, tmp_path, expected, monkeypatch):
     folder = tmp_path / "expected"
