@@ -135,7 +135,12 @@ def _columns(X: Any) -> Iterator[tuple[str, Any, bool]]:
         X = X.to_pandas()
     if hasattr(X, "iloc") and hasattr(X, "columns"):
         for j, name in enumerate(X.columns):
-            yield str(name), X.iloc[:, j].to_numpy(), isinstance(name, str)
+            column = X.iloc[:, j]
+            if getattr(column.dtype, "kind", "O") in "iufb" and column.isna().any():
+                # Nullable integers and flags would come as objects.
+                yield str(name), column.to_numpy(dtype=np.float64, na_value=np.nan), isinstance(name, str)
+            else:
+                yield str(name), column.to_numpy(), isinstance(name, str)
     else:
         array = np.asarray(X)
         if array.ndim != 2:

@@ -177,13 +177,15 @@ def to_frame(
 
 def _numbers(column: pa.Array, name: str, kind: str | None, bad: dict[int, str]) -> Any:
     if kind_of(column.type) == "text":
-        text = pc.utf8_trim_whitespace(column)
+        text = pc.utf8_trim_whitespace(column.cast(pa.string()))
         if kind == "boolean":
             text = pc.utf8_lower(text)
             text = pc.if_else(pc.equal(text, "true"), "1", pc.if_else(pc.equal(text, "false"), "0", text))
         fits = pc.fill_null(pc.match_substring_regex(text, _NUMBER), True)
         for row in np.flatnonzero(~fits.to_numpy(zero_copy_only=False)):
             bad.setdefault(int(row), f"column {name!r}: {str(column[int(row)])[:40]!r} is no number")
+        # (Arrow does not take the sign of positive numbers.)
+        text = pc.replace_substring_regex(text, r"^\+", "")
         column = pc.cast(pc.if_else(fits, text, pa.scalar(None, pa.string())), pa.float64())
     values = pc.cast(column, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     # Whole numbers stay whole, and flags flags, for what compares them with values that it has seen.

@@ -79,7 +79,7 @@ def kind_of_file(name: str) -> str | None:
 def find_inputs(patterns: Sequence[str]) -> list[Input]:
     """Files that paths, folders and globs name, in order of the patterns and then of their names, each once.
 
-    A folder stands for all files of a known format below it; names that begin with a dot or an underscore are left
+    A folder or a glob stands for all files of a known format; names that begin with a dot or an underscore are left
     out, as is customary. ``scheme://`` paths are opened by fsspec.
 
     Raises
@@ -106,7 +106,8 @@ def _find(pattern: str) -> list[Input]:
         remote, place = fsspec.core.url_to_fs(pattern)
         filesystem: Any = pafs.PyFileSystem(pafs.FSSpecHandler(remote))
         prefix = pattern.split("://", 1)[0] + "://"
-        places = sorted(remote.glob(place)) if any(mark in place for mark in "*?[") else [place]
+        magic = any(mark in place for mark in "*?[")
+        places = sorted(remote.glob(place)) if magic else [place]
     else:
         import glob
 
@@ -131,7 +132,10 @@ def _find(pattern: str) -> list[Input]:
                 and kind_of_file(entry.base_name) is not None
             ]
         else:
-            if kind_of_file(info.base_name) is None:
+            unknown = kind_of_file(info.base_name) is None
+            if magic and (unknown or info.base_name.startswith((".", "_"))):
+                continue
+            if unknown:
                 raise DataError(
                     f"{prefix}{place} is of no known format. Files end in .parquet, .feather, .arrow, .csv or .tsv; "
                     "those of text may be compressed (.gz, .bz2, .zst)."

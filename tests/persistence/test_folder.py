@@ -69,6 +69,11 @@ def test_the_schema_of_rows(tiny, tmp_path):
     columns = _document.describe_rows(None, text)["columns"]
     assert columns[0] == {"name": "t", "type": "text", "missing": True, "categories": ["x", "y|<b>"]}
     assert columns[1] == {"name": "when", "type": "time", "missing": False}
+    nullable = pd.DataFrame({"i": [1, None], "b": [True, None]}).astype({"i": "Int64", "b": "boolean"})
+    assert _document.describe_rows(None, nullable)["columns"] == [
+        {"name": "i", "type": "float", "missing": True, "min": 1.0, "max": 1.0},
+        {"name": "b", "type": "float", "missing": True, "min": 1.0, "max": 1.0},
+    ]
 
 
 def test_saving_replaces_only_when_asked(tiny, X, tmp_path):
