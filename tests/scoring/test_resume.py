@@ -1,5 +1,6 @@
 """Nothing is lost: a run that ends at any moment goes on to the same bytes, and scores nothing twice."""
 
+import contextlib
 import errno
 import json
 import os
@@ -214,7 +215,7 @@ def test_a_full_disk_leaves_earlier_results(run, incoming, model, tmp_path, expe
     assert record.exists()
 
 
-SMALL_PARTS = """
+SLOW_PARTS = """
 import sys, time
 import anomalib_gen.scoring.run as running
 running.rows_per_part = lambda n_columns: 100
@@ -224,14 +225,13 @@ def slow(*arguments):
     real(*arguments)
 running.Parts.write = slow
 from anomalib_gen.cli import app
-print("ready", flush=True)
-app(sys.argv[1:])
 """
 
 
 def start(arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    code = [sys.executable, "-c", SMALL_PARTS, *map(str, arguments)]
+    script = SLOW_PARTS + 'print("ready", flush=True)\napp(sys.argv[1:])\n'
+    code = [sys.executable, "-c", script, *map(str, arguments)]
     process = subprocess.Popen(
         code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options
     )
@@ -244,40 +244,6 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def kill_again_and_again(rows, model, tmp_path, kills, seed):
-    """Kill runs after random times until one is through; return how many there were, and what they left."""
-    incoming = tmp_path / "incoming"
-    incoming.mkdir()
-    for k in range(4):
-        rows(730, k).to_parquet(incoming / f"{k}.parquet")
-    process = start(command(incoming, model, tmp_path / "whole" / "out.csv"))
-    begin = time.monotonic()
-    assert process.wait() == 0
-    whole = time.monotonic() - begin
-    expected = results(tmp_path / "whole")
-    chance = random.Random(seed)
-    n_killed, n_moments, run_number = 0, 0, 0
-    while n_killed < kills:
-        folder = tmp_path / f"run-{run_number}"
-        run_number += 1
-        while True:
-            process = start(command(incoming, model, folder / "out.csv"))
-            try:
-                code = process.wait(timeout=chance.uniform(0, 1.5 * whole))
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                n_killed += 1
-                n_moments += (folder / ".out.csv.parts").exists()
-                if (folder / "out.csv").exists():
-                    assert (folder / "out.csv").read_bytes() == expected["out.csv"]
-                continue
-            assert code == 0, process.stderr.read().decode()
-            break
-        assert results(folder) == expected
-    return n_killed, n_moments
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -296,11 +262,75 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(run, rows, model, tmp_pa
     assert results(folder) == results(tmp_path / "whole")
 
 
+# Imports once, then forks for each run: a process of its own, that can be killed, without the start of one.
+FORKS = (
+    SLOW_PARTS
+    + """
+import json, os
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        try:
+            app(json.loads(line))
+        except SystemExit as stopped:
+            os._exit(stopped.code or 0)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+)
+
+
 @pytest.mark.slow
 def test_runs_that_are_killed_fifty_times_go_on_to_the_same_bytes(rows, model, tmp_path):
-    n_killed, n_moments = kill_again_and_again(rows, model, tmp_path, kills=50, seed=1)
-    print(f"{n_killed} kills, {n_moments} of them with parts on the disk")
-    assert n_moments > 10
+    """Killed at random moments until one is through, and then another, until there were fifty kills."""
+    incoming = tmp_path / "incoming"
+    incoming.mkdir()
+    for k in range(4):
+        rows(730, k).to_parquet(incoming / f"{k}.parquet")
+    forks = subprocess.Popen(
+        [sys.executable, "-c", FORKS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+    def run_for(folder, seconds):
+        arguments = [str(item) for item in command(incoming, model, folder / "out.csv")]
+        forks.stdin.write(json.dumps(arguments) + "\n")
+        forks.stdin.flush()
+        pid = int(forks.stdout.readline())
+        if seconds is not None:
+            time.sleep(seconds)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return int(forks.stdout.readline())
+
+    begin = time.monotonic()
+    assert run_for(tmp_path / "whole", None) == 0
+    whole = time.monotonic() - begin
+    expected = results(tmp_path / "whole")
+    chance = random.Random(0)
+    n_kills, n_with_parts, n_with_output, n_runs = 0, 0, 0, 0
+    while n_kills < 50:
+        folder, code = tmp_path / f"run-{n_runs}", None
+        while code != 0:
+            code = run_for(folder, chance.uniform(0, 1.2 * whole))
+            assert code in (0, -signal.SIGKILL)
+            n_kills += code != 0
+            n_with_parts += code != 0 and any(folder.glob(".out.csv.parts/*.arrow"))
+            if (folder / "out.csv").exists():
+                n_with_output += code != 0
+                assert (folder / "out.csv").read_bytes() == expected["out.csv"]
+        assert results(folder) == expected
+        n_runs += 1
+        print(f"{n_kills} kills of {n_runs} runs", flush=True)
+    forks.stdin.close()
+    assert forks.wait() == 0
+    print(
+        f"{n_kills} kills of {n_runs} runs; {n_with_parts} with parts on the disk, {n_with_output} with the output"
+    )
+    assert n_with_parts > 10
 
 
 @pytest.mark.usefixtures("small_parts")

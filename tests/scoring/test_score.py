@@ -477,3 +477,21 @@ def test_the_paths_in_a_record_are_those_given(run, rows, model, tmp_path, monke
     write(rows(20, 0), Path("rows.parquet"))
     assert run("score", "rows.parquet", "-m", model, "-o", "out.parquet").exit_code == 0
     assert json.loads(Path("out.parquet.run.json").read_text())["inputs"][0][0] == "rows.parquet"
+
+
+def test_only_what_is_needed_is_read(run, rows, model, loaded, tmp_path):
+    """A column that no reader could decode does not matter where nobody asks for it."""
+    frame = rows(50, 1)
+    source = tmp_path / "rows.parquet"
+    papq.write_table(
+        pa.Table.from_pandas(frame.assign(blob="q" * 5000)), source, use_dictionary=False, compression=None
+    )
+    data = source.read_bytes()
+    start = data.index(b"q" * 4000)
+    # The length of its first value.
+    source.write_bytes(data[: start - 4] + b"\xff" * 4 + data[start:])
+    with pytest.raises((OSError, pa.ArrowException)):
+        papq.read_table(source)
+    result = run("score", source, "-m", model, "-k", "id", "-o", tmp_path / "out.parquet")
+    assert result.exit_code == 0, result.output
+    assert_scored(tmp_path / "out.parquet", frame, loaded, model)
