@@ -1,5 +1,6 @@
 """Nothing is lost: a run that ends at any moment goes on to the same bytes, and scores nothing twice."""
 
+import contextlib
 import errno
 import json
 import os
