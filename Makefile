@@ -12,7 +12,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmark,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmark,scoring,dev]'
 	@touch $(STAMP)
 
 demo: setup

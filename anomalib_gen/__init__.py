@@ -11,6 +11,7 @@ from anomalib_gen.detectors import (
     FlowDetector,
     VAEDetector,
 )
+from anomalib_gen.persistence import load, save
 
 try:
     __version__ = _version("anomalib-gen")
@@ -25,5 +26,7 @@ __all__ = [
     "TypicalityResult",
     "VAEDetector",
     "__version__",
+    "load",
+    "save",
     "typicality_test",
 ]

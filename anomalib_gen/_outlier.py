@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.base import OutlierMixin
 
+from anomalib_gen import persistence
+
 
 class OutlierScores(OutlierMixin):
     """Thresholded scores and labels of a detector that has `score_samples` and, once fitted, `offset_`."""
@@ -66,3 +68,32 @@ class OutlierScores(OutlierMixin):
         float
         """
         return float(np.mean(self.score_samples(X)))
+
+    def save(self, folder: Any, *, X: Any = None, overwrite: bool = False) -> str:
+        """Save the fitted detector to a folder, without pickle; `anomalib_gen.load` brings it back.
+
+        Parameters
+        ----------
+        folder : str or path
+            The folder to make; it appears when it is complete.
+        X : array-like or data frame of shape (n_samples, n_features), optional
+            Rows as `fit` saw them: their types and ranges become the folder's schema. None leaves those open.
+        overwrite : bool, default=False
+            Whether to replace a model folder of that name.
+
+        Returns
+        -------
+        str
+            The content hash, in hexadecimal; equal models have equal hashes.
+
+        Raises
+        ------
+        ModelFolderError
+            If a part of the detector cannot be saved without pickle, such as a function of your own;
+            `anomalib_gen.save` takes a list of those that you trust.
+        FileExistsError
+            If there is something under that name already.
+        NotFittedError
+            If the detector is not fitted.
+        """
+        return persistence.save(self, folder, X=X, overwrite=overwrite)

@@ -1,7 +1,8 @@
 """The command ``anomalib-gen``.
 
-Nothing heavy is imported before a command runs. Exit codes: 0 done, 1 usage, 2 data that cannot be found or
-read, 4 done in part (some cells of a benchmark failed), 5 internal error, 130 stopped with Ctrl-C.
+Nothing heavy is imported before a command runs. Exit codes: 0 done, 1 usage, 2 data that cannot be found, read or
+written, 3 an alert was raised, 4 done in part (some cells of a benchmark failed, bad rows were left out), 5 internal
+error, 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from anomalib_gen.scoring.commands import register
+
 # Newer versions of typer carry their own copy of click, so the class is taken from where typer itself has it.
 _UsageError = typer.BadParameter.__mro__[1]
 
@@ -25,6 +28,7 @@ class ExitCode(IntEnum):
     DONE = 0
     USAGE = 1
     DATA = 2
+    ALERT = 3
     PARTIAL = 4
     INTERNAL = 5
     INTERRUPTED = 130
@@ -66,8 +70,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Anomaly detection with generative models.",
-    epilog="Exit codes: 0 done, 1 usage, 2 data not found or unreadable, 4 some cells failed, 5 internal "
-    "error.",
+    epilog="Exit codes: 0 done, 1 usage, 2 data that cannot be found, read or written, 3 alert, 4 done in part, "
+    "5 internal error.",
 )
 
 
@@ -269,6 +273,9 @@ def _require_extra() -> None:
         require_benchmark_extra()
     except ImportError as error:
         raise typer.Exit(_complain(error, ExitCode.USAGE)) from None
+
+
+register(app)
 
 
 if __name__ == "__main__":

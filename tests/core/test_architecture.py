@@ -23,10 +23,11 @@ LAYERS = [
     {"objectives", "anomaly"},
     {"_training"},
     {"_scaling"},
+    {"persistence"},
     {"_inputs", "_outlier", "_scoring"},
     {"_base"},
     {"detectors"},
-    {"calibration", "explain", "inspection", "persistence"},
+    {"calibration", "explain", "inspection"},
     {"datasets", "benchmark", "scoring", "cli"},
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}

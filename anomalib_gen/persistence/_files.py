@@ -1,0 +1,180 @@
+"""A folder that appears at once and complete, and is read with care.
+
+Writing: everything goes to a new folder beside the wanted one, is flushed to the disk, and the folder is renamed. Where
+one is to be replaced, the two change names in one step where the system can (Linux), so that there is a complete
+folder under the name at every moment.
+
+Reading: a file is opened once, must be a plain file (no link, no device), of the size that the folder's document says,
+and what is checked is what is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ctypes.util
+import errno
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from anomalib_gen.persistence._errors import ModelFolderError
+
+DOCUMENT = "model.json"
+TENSORS = "tensors.safetensors"
+CARD = "MODEL_CARD.md"
+PART = re.compile(r"part-\d{1,4}\.skops", re.ASCII)
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".dill")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def part_name(number: int) -> str:
+    """File of a scikit-learn estimator."""
+    return f"part-{number}.skops"
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
+    """Write a folder of files, all or nothing.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something under the name already and `overwrite` is False, or it is no model folder.
+    """
+    folder = Path(os.path.abspath(folder))
+    _refuse_existing(folder, overwrite=overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
+    fresh.mkdir()
+    try:
+        for name, data in files.items():
+            with open(fresh / name, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_folder(fresh)
+        if os.path.lexists(folder) and overwrite:
+            _refuse_existing(folder, overwrite=True)
+            _swap(fresh, folder)
+        else:
+            os.rename(fresh, folder)
+        sync_folder(folder.parent)
+    finally:
+        # Either what could not be finished, or what was replaced.
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _refuse_existing(folder: Path, *, overwrite: bool) -> None:
+    if not os.path.lexists(folder):
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{folder} exists already. Choose another name, or replace it with overwrite=True."
+        )
+    if folder.is_symlink() or not folder.is_dir() or not (folder / DOCUMENT).is_file():
+        raise FileExistsError(
+            f"{folder} is no model folder, so it is not replaced. Remove it yourself if it may go."
+        )
+
+
+def _swap(fresh: Path, folder: Path) -> None:
+    """Exchange the names of two folders."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if rename is not None:
+        pair = os.fsencode(fresh), os.fsencode(folder)
+        if rename(_AT_FDCWD, pair[0], _AT_FDCWD, pair[1], _RENAME_EXCHANGE) == 0:
+            return
+    # Elsewhere there is a moment without a folder of that name; never one with a part of it.
+    old = fresh.with_suffix(".old")
+    os.rename(folder, old)
+    try:
+        os.rename(fresh, folder)
+    except BaseException:
+        os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a loss of power, where the system lets us."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def list_folder(folder: Path) -> set[str]:
+    """Names in a model folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder.
+    ModelFolderError
+        If there is anything in it that does not belong there.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"{folder} is no folder. Give the path of a folder that save() made."
+        ) from None
+    for entry in found:
+        if entry.is_symlink() or not entry.is_file(follow_symlinks=False):
+            raise ModelFolderError(
+                f"{folder} holds {entry.name!r}, which is no plain file. A model folder has neither links nor folders."
+            )
+        if entry.name not in (DOCUMENT, TENSORS, CARD) and not PART.fullmatch(entry.name):
+            what = (
+                "may be a pickle, and is never opened"
+                if entry.name.endswith(PICKLES)
+                else "does not belong there"
+            )
+            raise ModelFolderError(
+                f"{folder} holds {entry.name!r}, which {what}. Remove it, or save the model anew."
+            )
+    names = {entry.name for entry in found}
+    if DOCUMENT not in names:
+        raise ModelFolderError(f"{folder} has no {DOCUMENT}: it is no model folder, or a damaged one.")
+    return names
+
+
+def read_file(path: Path, *, size: int | None, limit: int) -> bytes:
+    """Read a file that must have a size, or at most `limit` bytes.
+
+    Raises
+    ------
+    ModelFolderError
+        If it is no plain file, or of another size.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ModelFolderError(f"{path} is a link. A model folder has none.") from None
+        raise
+    with open(handle, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelFolderError(f"{path} is no plain file.")
+        if size is not None and status.st_size != size:
+            raise ModelFolderError(
+                f"{path} has {status.st_size} bytes and should have {size}: it is truncated or was changed. "
+                "Copy the folder again."
+            )
+        if status.st_size > limit:
+            raise ModelFolderError(
+                f"{path} has {status.st_size} bytes, more than the {limit} that are read. "
+                "If that is right, load with a larger max_bytes."
+            )
+        data = file.read(status.st_size + 1)
+    if len(data) != status.st_size:
+        raise ModelFolderError(f"{path} changed while it was read.")
+    return data

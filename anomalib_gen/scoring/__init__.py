@@ -1,0 +1,11 @@
+"""Scheduled scoring: files in, scores out, in bounded memory and with nothing lost; the commands of `cli` call these.
+
+_columns   what a model wants to know of a row, and what a file has
+sources    files, folders and globs as parts of a fixed number of rows
+parts      finished parts on the disk, so that a killed run goes on where it was
+sinks      the result as one file or a folder of them, complete or not there
+run        reading, scoring and writing at the same time
+fitting    a model from files; evaluation: figures from labelled files
+config     options from flags and one TOML file
+commands   the command line
+"""

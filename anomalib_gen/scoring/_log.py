@@ -1,0 +1,56 @@
+"""What a run says on the way: lines for people or for machines, on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any, TextIO
+
+
+class Log:
+    """Messages of a run.
+
+    Parameters
+    ----------
+    quiet : bool, default=False
+        Whether to leave out all but warnings and errors.
+    as_json : bool, default=False
+        Whether each message is a JSON object on a line of its own, with "time" (seconds since 1970), "level", "message"
+        and facts.
+    stream : file, optional
+        Standard error if None.
+    """
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False, stream: TextIO | None = None) -> None:
+        self.quiet, self.as_json, self._stream = quiet, as_json, stream
+
+    def info(self, message: str, **facts: Any) -> None:
+        """Say what was done."""
+        if not self.quiet:
+            self._write("info", message, facts)
+
+    def warning(self, message: str, **facts: Any) -> None:
+        """Say what somebody should look at."""
+        self._write("warning", message, facts)
+
+    def error(self, message: str, **facts: Any) -> None:
+        """Say why a run ended."""
+        self._write("error", message, facts)
+
+    def progress(self, unit: str) -> Any:
+        """Bar on a terminal, or what does nothing elsewhere; to be updated and closed."""
+        from tqdm import tqdm
+
+        stream = self._stream or sys.stderr
+        hidden = self.quiet or self.as_json or not stream.isatty()
+        return tqdm(unit=f" {unit}", unit_scale=True, file=stream, disable=hidden, leave=False)
+
+    def _write(self, level: str, message: str, facts: dict[str, Any]) -> None:
+        stream = self._stream or sys.stderr
+        if self.as_json:
+            record = {"time": round(time.time(), 3), "level": level, "message": message, **facts}
+            print(json.dumps(record, default=str), file=stream, flush=True)
+        else:
+            mark = "" if level == "info" else f"{level}: "
+            print(f"anomalib-gen: {mark}{message}", file=stream, flush=True)

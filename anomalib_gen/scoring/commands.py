@@ -1,0 +1,322 @@
+"""The commands of scheduled scoring. Nothing heavy is imported before one runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anomalib_gen.scoring._errors import DATA, DONE, INTERRUPTED, ScoringError
+from anomalib_gen.scoring._log import Log
+
+
+class LogFormat(StrEnum):
+    """How messages look."""
+
+    text = "text"
+    json = "json"
+
+
+Inputs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="INPUT...",
+        help="Files, folders or globs of Parquet, Feather, Arrow, CSV or TSV files (text also as .gz, .bz2, .zst).",
+        show_default=False,
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="TOML file with a table for this command; flags win.", show_default=False
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
+Logs = Annotated[LogFormat, typer.Option("--log-format", help="Messages for people, or JSON, one a line.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", metavar="FOLDER", help="Model folder.", show_default=False)
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once it is complete.")]
+
+models = typer.Typer(
+    no_args_is_help=True,
+    help="Look at saved models.",
+    epilog="Exit codes: 0 done, 1 usage, 2 the folder is missing, damaged or not the expected one.",
+)
+
+
+@contextlib.contextmanager
+def _reported(log: Log, *, resumable: bool = False) -> Iterator[None]:
+    """Turn errors that are a user's to mend into one message and an exit code."""
+    try:
+        yield
+    except ScoringError as error:
+        log.error(str(error), code=error.code)
+        raise typer.Exit(error.code) from None
+    except KeyboardInterrupt:
+        log.error("stopped" + ("; --resume goes on from here" if resumable else ""), code=INTERRUPTED)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def fit(
+    input: Inputs = None,
+    model: Model = None,
+    detector: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Detector by import path, with literal keyword arguments. Default: anomalib_gen.FlowDetector().",
+            show_default=False,
+        ),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--column", metavar="NAME", help="Column to use; may be repeated. Default: all."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Column to leave out, such as keys and labels; may be repeated."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the detector. Default: 0.", show_default=False)
+    ] = None,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    quiet: Quiet = False,
+    log_format: Logs = LogFormat.text,
+) -> None:
+    """Fit a detector to files of mostly normal rows and save it as a model folder.
+
+    Text columns are one-hot encoded, and missing numbers filled with the median. Types and ranges of the columns become
+    part of the model. The rows have to fit into memory.
+
+    **Example**: `anomalib-gen fit history/ --exclude id --model model`
+    """
+    log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
+    with _reported(log):
+        from anomalib_gen.scoring.config import FitOptions, resolve
+
+        flags = {"input": input, "model": model, "detector": detector, "columns": columns, "exclude": exclude}
+        options = resolve(FitOptions, "fit", {**flags, "seed": seed, "overwrite": overwrite}, config)
+        _require()
+        from anomalib_gen.scoring.fitting import fit_files
+
+        typer.echo(fit_files(options, log))
+
+
+def score(
+    input: Inputs = None,
+    model: Model = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="File to make (.parquet, .feather, .arrow, .csv, .tsv, text also .gz and the like), or, without an "
+            "ending, a folder of Parquet files.",
+            show_default=False,
+        ),
+    ] = None,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--key", "-k", metavar="NAME", help="Column to carry over to the output; may be repeated."
+        ),
+    ] = None,
+    max_bad_rows: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Leave out up to so many rows that cannot be scored, listed in the quarantine file. Default: 0.",
+            show_default=False,
+        ),
+    ] = None,
+    max_bad_files: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Leave out up to so many files that cannot be read or do not fit. Default: 0.",
+            show_default=False,
+        ),
+    ] = None,
+    quarantine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Where bad rows go. Default: OUTPUT.quarantine.jsonl.", show_default=False
+        ),
+    ] = None,
+    alert_above: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Leave with code 3 if more than this share of the rows are outliers.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where a run over the same files and with the same model was killed; do nothing if it is done.",
+        ),
+    ] = False,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    quiet: Quiet = False,
+    log_format: Logs = LogFormat.text,
+) -> None:
+    """Score files with a saved model.
+
+    Rows keep their order. The output has the key columns, and for each row its score (lower is more abnormal), label
+    (-1 below the threshold, else +1), the threshold and the first 16 digits of the model's hash. It appears when it is
+    complete; OUTPUT.run.json says what it was made from. Memory does not grow with the files.
+
+    For a nightly job use `--resume --overwrite`: what was killed goes on, what is done is left alone, and other input
+    is scored anew.
+
+    **Exit codes**: 0 done; 1 usage, or another run writes to the output; 2 files that cannot be read or written, or do
+    not fit the model; 3 more outliers than `--alert-above`; 4 done, but for bad rows or files; 5 internal error.
+
+    **Example**: `anomalib-gen score incoming/ -m model -k id -o scores.parquet`
+    """
+    log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
+    with _reported(log, resumable=True):
+        from anomalib_gen.scoring.config import ScoreOptions, resolve
+
+        flags: dict[str, Any] = {
+            "input": input,
+            "model": model,
+            "output": output,
+            "key": key,
+            "max_bad_rows": max_bad_rows,
+            "max_bad_files": max_bad_files,
+            "quarantine": quarantine,
+            "alert_above": alert_above,
+            "resume": resume,
+            "overwrite": overwrite,
+        }
+        options = resolve(ScoreOptions, "score", flags, config)
+        _require()
+        from anomalib_gen.scoring.run import score_files
+
+        summary = score_files(options, log)
+        log.info(
+            f"{summary.rows} rows scored, {summary.outliers} outliers, {summary.bad_rows} bad rows and "
+            f"{summary.bad_files} bad files left out: {options.output}",
+            rows=summary.rows,
+            outliers=summary.outliers,
+            bad_rows=summary.bad_rows,
+            bad_files=summary.bad_files,
+            parts=summary.parts,
+            parts_resumed=summary.resumed,
+            output=options.output,
+        )
+        raise typer.Exit(summary.code)
+
+
+def evaluate(
+    input: Inputs = None,
+    model: Model = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column with the labels.", show_default=False)
+    ] = None,
+    anomaly: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VALUE",
+            help="Value of that column that marks anomalies. Default: -1.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="FILE", help="JSON file to make.", show_default=False),
+    ] = None,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    quiet: Quiet = False,
+    log_format: Logs = LogFormat.text,
+) -> None:
+    """Compare the scores of a saved model with labels, and print the figures as JSON.
+
+    **Example**: `anomalib-gen evaluate labelled.parquet -m model --label fraud --anomaly 1`
+    """
+    log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
+    with _reported(log):
+        from anomalib_gen.scoring.config import EvaluateOptions, resolve
+
+        flags = {"input": input, "model": model, "label": label, "anomaly": anomaly, "output": output}
+        options = resolve(EvaluateOptions, "evaluate", {**flags, "overwrite": overwrite}, config)
+        _require()
+        from anomalib_gen.scoring.evaluation import evaluate_files
+
+        typer.echo(json.dumps(evaluate_files(options, log), indent=2))
+
+
+def _require() -> None:
+    from anomalib_gen.scoring._extra import require_scoring_extra
+
+    require_scoring_extra()
+
+
+@contextlib.contextmanager
+def _folder_errors() -> Iterator[None]:
+    from anomalib_gen.persistence import ModelFolderError
+
+    try:
+        yield
+    except (ModelFolderError, OSError) as error:
+        Log().error(str(error))
+        raise typer.Exit(DATA) from None
+
+
+@models.command()
+def inspect(folder: Path) -> None:
+    """Print what a model folder says of itself, as JSON; the model is not loaded."""
+    from anomalib_gen import persistence
+
+    with _folder_errors():
+        typer.echo(json.dumps(persistence.inspect(folder), indent=2))
+
+
+@models.command()
+def verify(
+    folder: Path,
+    expected: Annotated[
+        str | None, typer.Option("--hash", metavar="HASH", help="Content hash that the model must have.")
+    ] = None,
+) -> None:
+    """Check every file of a model folder, load the model, and print its content hash."""
+    from anomalib_gen import persistence
+
+    with _folder_errors():
+        found = persistence.verify(folder)
+    typer.echo(found)
+    if expected is not None and found != expected:
+        Log().error(f"{folder} is sound, but is another model than {expected}")
+        raise typer.Exit(DATA)
+    raise typer.Exit(DONE)
+
+
+@models.command()
+def card(folder: Path) -> None:
+    """Print a model card in Markdown, made anew from the folder's document."""
+    from anomalib_gen import persistence
+
+    with _folder_errors():
+        typer.echo(persistence.model_card(persistence.inspect(folder)))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for function in (fit, score, evaluate):
+        app.command()(function)
+    app.add_typer(models, name="models")

@@ -1,0 +1,190 @@
+"""Options from flags and one TOML file, checked with messages that name the key.
+
+The file has a table for each command, and keys that are called like the flags, with or without dashes:
+
+    [score]
+    model = "model"
+    input = ["incoming/*.parquet"]
+    output = "scores.parquet"
+    key = ["id"]
+    max-bad-rows = 100
+
+A flag wins over the file. Paths in a file are relative to the folder that the command runs in, like those of flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from anomalib_gen.scoring._errors import UsageError
+
+MISSING = dataclasses.MISSING
+
+
+def option(
+    kind: str, default: Any = MISSING, *, least: float | None = None, most: float | None = None
+) -> Any:
+    """Declare an option of a command.
+
+    Parameters
+    ----------
+    kind : {"text", "texts", "integer", "number", "flag"}
+    default : object, optional
+        Without one the option must be given.
+    least, most : float, optional
+        Range of a number.
+    """
+    extra = {"kind": kind, "least": least, "most": most}
+    return dataclasses.field(default=default, metadata=extra)
+
+
+Options = TypeVar("Options")
+COMMANDS: dict[str, type[Any]] = {}
+
+
+def command(name: str) -> Any:
+    """Register a dataclass as the options of a command."""
+
+    def register(cls: type[Options]) -> type[Options]:
+        made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        COMMANDS[name] = made
+        return made
+
+    return register
+
+
+@command("fit")
+class FitOptions:
+    """Options of ``fit``."""
+
+    input: tuple[str, ...] = option("texts")
+    model: str = option("text")
+    detector: str = option("text", "anomalib_gen.FlowDetector()")
+    columns: tuple[str, ...] = option("texts", ())
+    exclude: tuple[str, ...] = option("texts", ())
+    seed: int = option("integer", 0, least=0, most=2**32 - 1)
+    overwrite: bool = option("flag", False)
+
+
+@command("score")
+class ScoreOptions:
+    """Options of ``score``."""
+
+    input: tuple[str, ...] = option("texts")
+    model: str = option("text")
+    output: str = option("text")
+    key: tuple[str, ...] = option("texts", ())
+    quarantine: str | None = option("text", None)
+    max_bad_rows: int = option("integer", 0, least=0)
+    max_bad_files: int = option("integer", 0, least=0)
+    alert_above: float | None = option("number", None, least=0, most=1)
+    resume: bool = option("flag", False)
+    overwrite: bool = option("flag", False)
+
+
+@command("evaluate")
+class EvaluateOptions:
+    """Options of ``evaluate``."""
+
+    input: tuple[str, ...] = option("texts")
+    model: str = option("text")
+    label: str = option("text")
+    anomaly: str = option("text", "-1")
+    output: str | None = option("text", None)
+    overwrite: bool = option("flag", False)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a TOML file and check its tables and keys.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be read, or names a table or a key that is unknown.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"The configuration {path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"The configuration {path} is no TOML: {error}.") from None
+    for table, values in content.items():
+        if table not in COMMANDS:
+            raise UsageError(f"{path}: {table!r} is unknown.{_guess(table, COMMANDS)}")
+        if not isinstance(values, dict):
+            raise UsageError(f"{path}: {table!r} must be a table, [{table}].")
+        known = [field.name for field in dataclasses.fields(COMMANDS[table])]
+        for key in values:
+            if key.replace("-", "_") not in known:
+                raise UsageError(f"{path}: {table}.{key} is unknown.{_guess(key.replace('-', '_'), known)}")
+    return content
+
+
+def _guess(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
+
+
+def resolve(cls: type[Options], name: str, flags: Mapping[str, Any], config: Path | None) -> Options:
+    """Options of a command from its flags, and from a file for those that were not given.
+
+    Parameters
+    ----------
+    cls : dataclass of options
+    name : str
+        The command, a table of the file.
+    flags : mapping of str to object
+        Values of flags; None, an empty list and False stand for one that was not given.
+    config : Path, optional
+
+    Raises
+    ------
+    UsageError
+        If a value is of the wrong kind or out of range, or a needed one is missing; the message names the key.
+    """
+    table: dict[str, Any] = {}
+    if config is not None:
+        table = {key.replace("-", "_"): value for key, value in read_config(config).get(name, {}).items()}
+    values = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        flag = flags.get(field.name)
+        if flag is not None and flag is not False and flag != []:
+            values[field.name] = _check(flag, field, f"--{field.name.replace('_', '-')}")
+        elif field.name in table:
+            values[field.name] = _check(table[field.name], field, f"{config}: {name}.{field.name}")
+        elif field.default is MISSING:
+            shown = "an INPUT" if field.name == "input" else f"--{field.name.replace('_', '-')}"
+            raise UsageError(f"{name} needs {shown}, as an argument or as {field.name!r} in a configuration.")
+    return cls(**values)
+
+
+def _check(value: Any, field: dataclasses.Field[Any], key: str) -> Any:
+    kind, least, most = (field.metadata[part] for part in ("kind", "least", "most"))
+    if kind == "texts" and isinstance(value, str):
+        value = [value]
+    good = {
+        "text": isinstance(value, str) and value != "",
+        "texts": isinstance(value, list | tuple) and all(isinstance(item, str) and item for item in value),
+        "integer": isinstance(value, int) and not isinstance(value, bool),
+        "number": isinstance(value, int | float) and not isinstance(value, bool),
+        "flag": isinstance(value, bool),
+    }[kind]
+    words = {
+        "text": "text",
+        "texts": "a list of texts",
+        "integer": "a whole number",
+        "number": "a number",
+        "flag": "true or false",
+    }
+    if not good:
+        raise UsageError(f"{key} must be {words[kind]}, got {value!r}.")
+    if (least is not None and not value >= least) or (most is not None and not value <= most):
+        span = f"at least {least:g}" if most is None else f"from {least:g} to {most:g}"
+        raise UsageError(f"{key} must be {span}, got {value!r}.")
+    return tuple(value) if kind == "texts" else value

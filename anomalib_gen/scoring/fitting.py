@@ -1,0 +1,155 @@
+"""A model from files: read them, fit a detector, save it with the rows' schema."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv as pacsv
+from sklearn.compose import make_column_transformer
+from sklearn.impute import SimpleImputer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
+
+from anomalib_gen import persistence
+from anomalib_gen._base import GenerativeDetector
+from anomalib_gen.benchmark.detectors import parse_detector
+from anomalib_gen.persistence import ModelFolderError
+from anomalib_gen.scoring._columns import NUMBERS, kind_of
+from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
+from anomalib_gen.scoring._log import Log
+from anomalib_gen.scoring.config import FitOptions
+from anomalib_gen.scoring.sources import Input, find_inputs
+
+
+def make_detector(text: str, seed: int) -> Any:
+    """Detector that a command line names, such as ``anomalib_gen.VAEDetector(n_components=3)``.
+
+    Raises
+    ------
+    UsageError
+        If it is none of this package.
+    """
+    try:
+        chosen = parse_detector(text)
+        cls = chosen.resolve()
+        if not issubclass(cls, GenerativeDetector):
+            raise TypeError(
+                f"{chosen.path} is no detector that fits itself to rows. Use one of anomalib_gen."
+            )
+        detector = chosen.build(seed=seed, n_features=0)
+        detector._validate_params()
+    except (ImportError, TypeError, ValueError) as error:
+        raise UsageError(f"--detector {text}: {error}") from None
+    return detector
+
+
+def fit_files(options: FitOptions, log: Log) -> str:
+    """Fit a detector to files and save it; return the content hash.
+
+    Text is one-hot encoded and missing numbers are filled with the median, in a pipeline before the detector, where
+    there are any.
+
+    Raises
+    ------
+    UsageError, DataError
+        As the exit codes say.
+    """
+    folder = Path(options.model)
+    if os.path.lexists(folder) and not options.overwrite:
+        raise UsageError(f"{folder} exists already. Choose another folder, or replace it with --overwrite.")
+    detector = make_detector(options.detector, options.seed)
+    frame = read_frame(find_inputs(options.input), options.columns, options.exclude)
+    log.info(f"read {len(frame)} rows of {frame.shape[1]} columns", rows=len(frame), columns=list(frame))
+    model = with_encoding(detector, frame, log)
+    try:
+        model.fit(frame)
+    except (ValueError, TypeError, FloatingPointError) as error:
+        raise DataError(f"The detector cannot be fitted: {error}") from None
+    try:
+        content = persistence.save(model, folder, X=frame, overwrite=options.overwrite)
+    except FileExistsError as error:
+        raise UsageError(str(error).replace("overwrite=True", "--overwrite")) from None
+    except ModelFolderError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise explain_os_error(error, f"writing {folder}") from None
+    log.info(f"saved {folder}, hash {content}", model=str(folder), hash=content)
+    return content
+
+
+def read_frame(inputs: list[Input], columns: tuple[str, ...] | list[str], exclude: Any) -> pd.DataFrame:
+    """All rows of files, which must have the same columns.
+
+    Raises
+    ------
+    DataError
+        If a file cannot be read or has other columns than the first.
+    """
+    tables: list[pa.Table] = []
+    for item in inputs:
+        try:
+            table = _read(item)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{item.path} cannot be read: {str(error).splitlines()[0]}") from None
+        names = list(columns) or [name for name in table.column_names if name not in exclude]
+        missing = [name for name in [*names, *exclude] if name not in table.column_names]
+        if missing:
+            raise DataError(
+                f"{item.path} has no column {missing[0]!r}. It has {', '.join(table.column_names)}."
+            )
+        if tables and names != tables[0].column_names and set(names) != set(tables[0].column_names):
+            raise DataError(f"{item.path} has other columns than {inputs[0].path}.")
+        tables.append(table.select(tables[0].column_names if tables else names))
+    for field in tables[0].schema:
+        if kind_of(field.type) is None:
+            raise DataError(
+                f"Column {field.name!r} is of type {field.type}. Leave it out with --exclude {field.name}."
+            )
+    try:
+        whole = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise DataError(f"The files have columns of different types: {str(error).splitlines()[0]}") from None
+    if not whole.num_rows or not whole.num_columns:
+        raise DataError("The files have no rows, or no columns are left.")
+    return whole.to_pandas()
+
+
+def _read(item: Input) -> pa.Table:
+    import pyarrow.dataset as pads
+
+    kind: Any = item.kind
+    if item.is_text:
+        kind = pads.CsvFileFormat(
+            parse_options=pacsv.ParseOptions(delimiter=item.kind),
+            # Types are guessed from the first block.
+            read_options=pacsv.ReadOptions(block_size=2**26),
+            convert_options=pacsv.ConvertOptions(strings_can_be_null=True),
+        )
+    return pads.dataset(item.place, format=kind, filesystem=item.filesystem, partitioning="hive").to_table()
+
+
+def with_encoding(detector: Any, frame: pd.DataFrame, log: Log) -> Any:
+    """The detector, behind a column transformer where there are columns that it cannot take."""
+    kinds = {str(name): kind_of(pa.Array.from_pandas(frame[name]).type) for name in frame}
+    if times := [name for name, kind in kinds.items() if kind == "time"]:
+        raise DataError(
+            f"Column {times[0]!r} holds times. Turn it into numbers (hour, weekday, seconds), or leave it out "
+            f"with --exclude {times[0]}."
+        )
+    text = [name for name, kind in kinds.items() if kind not in NUMBERS]
+    gaps = [name for name in kinds if name not in text and frame[name].isna().any()]
+    rest = [name for name in kinds if name not in text and name not in gaps]
+    if not text and not gaps:
+        return detector
+    steps: list[Any] = [("passthrough", rest)] if rest else []
+    if gaps:
+        steps.append((SimpleImputer(strategy="median"), gaps))
+        log.info(f"missing values are filled with the median in {', '.join(gaps)}", columns=gaps)
+    if text:
+        steps.append((OneHotEncoder(handle_unknown="ignore", sparse_output=False), text))
+        log.info(f"text is one-hot encoded in {', '.join(text)}", columns=text)
+    return make_pipeline(make_column_transformer(*steps), detector)

@@ -1,0 +1,153 @@
+"""Finished parts on the disk, so that a killed run goes on where it was.
+
+Beside an output ``scores.parquet`` a run keeps a folder ``.scores.parquet.parts``. It holds the plan (model, files with
+their sizes and times, columns) and an Arrow file for each finished part: its rows of the output, and in the metadata
+what was left out of it and why. A part gets its name when it is complete and on the disk, so whatever moment a run is
+killed at, there are only whole parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from anomalib_gen.persistence import sync_folder
+from anomalib_gen.scoring._errors import UsageError
+
+PLAN = "plan.json"
+
+
+def write_file(path: Path, data: bytes | pa.Buffer) -> None:
+    """Write a file that is there and whole, or not there."""
+    fresh = path.with_name(f"{path.name}.tmp")
+    with open(fresh, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+    sync_folder(path.parent)
+
+
+def to_json(value: Any) -> bytes:
+    """JSON of which there is one form."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()
+
+
+def digest(value: Any) -> str:
+    """Short hash of a JSON value."""
+    return hashlib.sha256(to_json(value)).hexdigest()[:16]
+
+
+class Parts:
+    """The folder of a run's parts.
+
+    Parameters
+    ----------
+    folder : Path
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def begin(self, plan: dict[str, Any], *, resume: bool) -> bool:
+        """Start a run, or take up one of the same plan; return whether it is the latter."""
+        if resume and self.has_plan(plan):
+            for path in self.folder.glob("*.tmp"):
+                path.unlink()
+            return True
+        self.remove()
+        self.folder.mkdir(parents=True)
+        write_file(self.folder / PLAN, to_json(plan))
+        return False
+
+    def has_plan(self, plan: dict[str, Any]) -> bool:
+        """Whether there are parts of a run with this plan."""
+        return self._plan() == to_json(plan)
+
+    def _plan(self) -> bytes | None:
+        with contextlib.suppress(OSError):
+            return (self.folder / PLAN).read_bytes()
+        return None
+
+    def any(self) -> bool:
+        """Whether a part is finished."""
+        return next(self.folder.glob("*.arrow"), None) is not None
+
+    def remove(self) -> None:
+        """Forget the run."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, source: int, number: int) -> Path:
+        return self.folder / f"{source:06d}-{number:08d}.arrow"
+
+    def write(self, source: int, number: int, table: pa.Table, facts: dict[str, Any]) -> None:
+        """Keep a part of the file number `source`, with facts about it: "rows", "bad" and "last"."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema.with_metadata({b"facts": to_json(facts)})) as writer:
+            writer.write_table(table)
+        write_file(self._path(source, number), sink.getvalue())
+
+    def finished(self, source: int) -> tuple[int, bool]:
+        """Parts of a file that are there without a gap, and whether they are all."""
+        number, last = 0, False
+        while not last and self._path(source, number).exists():
+            last = bool(self.facts(source, number)["last"])
+            number += 1
+        return number, last
+
+    def discard(self, source: int) -> None:
+        """Forget the parts of a file."""
+        for path in self.folder.glob(f"{source:06d}-*.arrow"):
+            path.unlink()
+
+    def facts(self, source: int, number: int) -> dict[str, Any]:
+        """Facts that a part was kept with."""
+        with pa.memory_map(str(self._path(source, number))) as file:
+            metadata = pa.ipc.open_file(file).schema.metadata
+        found: dict[str, Any] = json.loads(metadata[b"facts"])
+        return found
+
+    def tables(self, n_sources: int) -> Iterator[pa.Table]:
+        """All parts in order."""
+        for source in range(n_sources):
+            for number in range(self.finished(source)[0]):
+                with pa.memory_map(str(self._path(source, number))) as file:
+                    yield pa.ipc.open_file(file).read_all().replace_schema_metadata(None)
+
+    def all_facts(self, n_sources: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Facts of all parts in order, with the number of their file."""
+        for source in range(n_sources):
+            for number in range(self.finished(source)[0]):
+                yield source, self.facts(source, number)
+
+
+@contextlib.contextmanager
+def sole_run(output: Path) -> Iterator[None]:
+    """Hold the lock of an output; the system gives it back when the process dies, however it does.
+
+    Raises
+    ------
+    UsageError
+        If another run has it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UsageError(
+            f"Another run is writing to {output}. Wait for it, or choose another output."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

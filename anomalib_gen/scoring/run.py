@@ -1,0 +1,558 @@
+"""Score files: reading, scoring and writing at the same time, in order, with nothing lost.
+
+A thread reads the next part while the model scores one and another thread writes the one before; each waits for the
+other, so that a handful of parts is all that is ever in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+
+from anomalib_gen import persistence
+from anomalib_gen.persistence import ModelFolderError
+from anomalib_gen.scoring._columns import Wanted, plain_type, to_frame, wanted_by
+from anomalib_gen.scoring._errors import ALERT, DONE, PARTIAL, DataError, UsageError, explain_os_error
+from anomalib_gen.scoring._log import Log
+from anomalib_gen.scoring.config import ScoreOptions
+from anomalib_gen.scoring.parts import Parts, digest, sole_run, to_json, write_file
+from anomalib_gen.scoring.sinks import is_replaceable, kind_of_output, write_result
+from anomalib_gen.scoring.sources import Input, Part, Reader, find_inputs, rows_per_part
+
+ADDED = ("score", "label", "threshold", "model")
+"""Columns of the output beside the keys."""
+HASH_DIGITS = 16
+"""Of the model's content hash, in the output."""
+
+
+def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
+    """Model of a folder, and what the folder says of itself.
+
+    Raises
+    ------
+    DataError
+        If there is none, or it is damaged.
+    """
+    try:
+        return persistence.load_described(folder)
+    except (ModelFolderError, OSError) as error:
+        raise DataError(str(error)) from None
+
+
+def threshold_of(model: Any) -> float:
+    """Score below which a model labels rows as outliers."""
+    while not hasattr(model, "offset_"):
+        model = model.steps[-1][1] if hasattr(model, "steps") else model.estimator
+    return float(model.offset_)
+
+
+def score_rows(
+    model: Any, frame: pd.DataFrame, *, named: bool, limit: int
+) -> tuple[npt.NDArray[np.float64], dict[int, str]]:
+    """Score rows that may be bad.
+
+    Parameters
+    ----------
+    model : detector or pipeline
+    frame : DataFrame
+    named : bool
+        Whether the model knows names of columns.
+    limit : int
+        Stop looking for bad rows after more than so many.
+
+    Returns
+    -------
+    scores : ndarray of shape (n_rows,)
+        NaN for bad rows.
+    bad : dict of int to str
+        Why the model refuses a row, by position.
+    """
+    scores = np.full(len(frame), np.nan)
+    bad: dict[int, str] = {}
+    if frame.empty:
+        return scores, bad
+
+    def attempt(rows: npt.NDArray[np.int64]) -> Exception | None:
+        part = frame.iloc[rows] if len(rows) < len(frame) else frame
+        try:
+            scores[rows] = model.score_samples(part if named else part.to_numpy())
+        except (ValueError, TypeError, ArithmeticError) as error:
+            return error
+        return None
+
+    def divide(rows: npt.NDArray[np.int64], error: Exception) -> None:
+        """Find the bad ones among rows that together were refused."""
+        if len(bad) > limit:
+            return
+        if len(rows) == 1:
+            bad[int(rows[0])] = str(error).strip().splitlines()[0][:300]
+            return
+        for half in np.array_split(rows, 2):
+            if again := attempt(half):
+                divide(half, again)
+
+    everything = np.arange(len(frame))
+    if (error := attempt(everything)) is None:
+        return scores, bad
+    # Rows with the same columns missing or infinite fare alike, as a rule.
+    odd = np.column_stack([_is_odd(frame[name]) for name in frame])
+    patterns, group = np.unique(odd, axis=0, return_inverse=True)
+    for number, pattern in enumerate(patterns):
+        rows = np.flatnonzero(group.reshape(-1) == number)
+        error = attempt(rows)
+        if error is None:
+            continue
+        if pattern.any():
+            names = ", ".join(repr(name) for name, is_odd in zip(frame, pattern, strict=True) if is_odd)
+            reason = f"missing or infinite in {names}"
+            bad.update((int(row), reason) for row in rows)
+        else:
+            divide(rows, error)
+    scores[list(bad)] = np.nan
+    return scores, bad
+
+
+def _is_odd(column: pd.Series[Any]) -> npt.NDArray[np.bool_]:
+    if column.dtype.kind == "f":
+        return ~np.isfinite(column.to_numpy())
+    return column.isna().to_numpy()
+
+
+@dataclasses.dataclass
+class Summary:
+    """What a run did.
+
+    Attributes
+    ----------
+    rows, outliers, bad_rows, bad_files : int
+    parts, resumed : int
+        Parts of this run, and of an earlier one that were not scored again.
+    code : int
+        Exit code.
+    """
+
+    rows: int = 0
+    outliers: int = 0
+    bad_rows: int = 0
+    bad_files: int = 0
+    parts: int = 0
+    resumed: int = 0
+    code: int = DONE
+
+
+def score_files(options: ScoreOptions, log: Log) -> Summary:
+    """Score files with a saved model.
+
+    Raises
+    ------
+    UsageError, DataError
+        As the exit codes say. Earlier results are then untouched.
+    """
+    output = Path(options.output)
+    kind_of_output(output)
+    if clash := sorted(set(options.key) & set(ADDED)):
+        raise UsageError(f"--key {clash[0]} has the name of a column that is added. Rename it in the input.")
+    model, facts = load_model(options.model)
+    inputs = find_inputs(options.input)
+    wanted = wanted_by(facts["schema"], options.key, model)
+    plan = {
+        "columns": [list(options.key), wanted.names and list(wanted.names)],
+        "inputs": [[item.path, item.size, item.mtime] for item in inputs],
+        "model": facts["hash"],
+        "output": output.name,
+        "rows_per_part": rows_per_part(wanted.count),
+        "version": 1,
+    }
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with sole_run(output):
+            return _Run(options, output, model, facts["hash"], wanted, inputs, plan, log).run()
+    except OSError as error:
+        raise explain_os_error(error, f"writing {output}") from error
+
+
+class _Run:
+    """One run over files, with the lock held."""
+
+    def __init__(
+        self,
+        options: ScoreOptions,
+        output: Path,
+        model: Any,
+        model_hash: str,
+        wanted: Wanted,
+        inputs: list[Input],
+        plan: dict[str, Any],
+        log: Log,
+    ) -> None:
+        self.options, self.output, self.model, self.wanted = options, output, model, wanted
+        self.inputs, self.plan, self.log = inputs, plan, log
+        self.model_hash = model_hash[:HASH_DIGITS]
+        self.threshold = threshold_of(model)
+        self.parts = Parts(output.with_name(f".{output.name}.parts"))
+        self.record = output.with_name(f"{output.name}.run.json")
+        self.quarantine = Path(options.quarantine or output.with_name(f"{output.name}.quarantine.jsonl"))
+        self.summary = Summary()
+        self.key_types: dict[str, pa.DataType] | None = None
+
+    def run(self) -> Summary:
+        if self._is_done():
+            return self.summary
+        readers = self._open_all()
+        if self.parts.folder.exists() and not (self.options.resume and self.parts.has_plan(self.plan)):
+            self.log.warning("discarding the parts of an unfinished run")
+        if self.parts.begin(self.plan, resume=self.options.resume):
+            self.log.info("resuming an unfinished run")
+        elif self.options.resume:
+            self.log.info("nothing to resume; starting from the beginning")
+        try:
+            self._score_all(readers)
+        except BaseException:
+            if not self.parts.any():
+                self.parts.remove()
+            raise
+        self._finish()
+        return self.summary
+
+    def _is_done(self) -> bool:
+        """Refuse an output that is there already, unless it is to be replaced, or is just what is wanted."""
+        if not os.path.lexists(self.output):
+            return False
+        unfinished = self.parts.has_plan(self.plan)
+        if self.options.resume and not unfinished and (record := self._recorded()):
+            self.log.info(f"{self.output} is complete already; nothing to do")
+            self.summary = Summary(**record)
+            self.summary.code = self._code()
+            return True
+        # (A run that was killed at its very end has left the output and its parts.)
+        if not self.options.overwrite and not (self.options.resume and unfinished):
+            raise UsageError(
+                f"{self.output} exists already. Choose another output, or replace it with --overwrite."
+            )
+        if not is_replaceable(self.output):
+            raise UsageError(f"{self.output} is a folder with other things in it, and is not replaced.")
+        return False
+
+    def _recorded(self) -> dict[str, int] | None:
+        """What the record of a finished run with this plan says, if there is one."""
+        try:
+            record = json.loads(self.record.read_bytes())
+            if record["plan"] == digest(self.plan):
+                return {name: int(record[name]) for name in ("rows", "outliers", "bad_rows", "bad_files")}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return None
+
+    def _open_all(self) -> list[Reader | str]:
+        """Readers of all files, before anything is scored; the reason for a bad file that is left out."""
+        readers: list[Reader | str] = []
+        for item in self.inputs:
+            try:
+                readers.append(self._checked(Reader(item, self.wanted)))
+            except DataError as error:
+                self._count_bad_file(item, error)
+                readers.append(str(error))
+        if self.key_types is None:
+            raise DataError("None of the files can be read.")
+        return readers
+
+    def _checked(self, reader: Reader) -> Reader:
+        """Keys must have one type over all files: the first one's."""
+        types = {key: plain_type(reader.schema.field(key).type) for key in self.wanted.keys}
+        if self.key_types is None:
+            self.key_types = types
+        for key, kind in types.items():
+            if kind != self.key_types[key]:
+                raise DataError(
+                    f"Key column {key!r} of {reader.item.path} has the type {kind}, and that of the first file "
+                    f"{self.key_types[key]}. Convert one of them."
+                )
+        return reader
+
+    def _count_bad_file(self, item: Input, error: Exception) -> None:
+        self.summary.bad_files += 1
+        if self.summary.bad_files > self.options.max_bad_files:
+            if not self.options.max_bad_files:
+                raise error
+            raise DataError(
+                f"More than {self.options.max_bad_files} bad files (--max-bad-files). The last: {error}"
+            )
+        self.log.warning(f"left out a file: {error}", file=item.path)
+
+    def _count_bad_rows(self, item: Input, bad: list[dict[str, Any]]) -> None:
+        self.summary.bad_rows += len(bad)
+        if self.summary.bad_rows > self.options.max_bad_rows:
+            allowed = self.options.max_bad_rows
+            rule = f"more bad rows than {allowed} (--max-bad-rows)" if allowed else "a bad row"
+            raise DataError(
+                f"{item.path} has {rule}: row {bad[0]['row']}, {bad[0]['reason']}. Mend it and run again, or allow "
+                f"more with --max-bad-rows; such rows go to {self.quarantine}."
+            )
+
+    # Scoring ------------------------------------------------------------------------------------------------
+
+    def _score_all(self, readers: list[Reader | str]) -> None:
+        finished = [self.parts.finished(source) for source in range(len(readers))]
+        for source, (count, _) in enumerate(finished):
+            self._take_up(source, count, counted=isinstance(readers[source], str))
+        if self.summary.bad_rows > self.options.max_bad_rows:
+            raise DataError(
+                f"The unfinished run left out {self.summary.bad_rows} bad rows, more than "
+                f"{self.options.max_bad_rows} (--max-bad-rows). Allow as many, or start anew without --resume."
+            )
+        ahead, behind = _Ahead(self._read_all(readers, finished)), _Behind(self.parts.write)
+        bar = self.log.progress("rows")
+        try:
+            for source, number, part in ahead:
+                if isinstance(part, Part):
+                    behind.put(source, number, *self._score(source, part))
+                    self.summary.parts += 1
+                    bar.update(len(part.rows))
+                    continue
+                behind.flush()
+                if isinstance(readers[source], Reader):
+                    # A file that broke off: what was scored of it does not count.
+                    self.summary.bad_rows -= self._bad_rows_of(source)
+                    self._count_bad_file(self.inputs[source], part)
+                self.parts.discard(source)
+                behind.put(source, 0, self._schema().empty_table(), self._bad_file(source, str(part)))
+            behind.flush()
+        finally:
+            ahead.close()
+            behind.close()
+            bar.close()
+
+    def _take_up(self, source: int, count: int, *, counted: bool) -> None:
+        """Count what finished parts of an earlier run left out."""
+        self.summary.resumed += count
+        for number in range(count):
+            for entry in self.parts.facts(source, number)["bad"]:
+                self.summary.bad_rows += entry["row"] is not None
+                self.summary.bad_files += entry["row"] is None and not counted
+
+    def _read_all(
+        self, readers: list[Reader | str], finished: list[tuple[int, bool]]
+    ) -> Iterator[tuple[int, int, Part | DataError]]:
+        """Parts that are not finished yet; an error in place of a file, or the rest of one, that cannot be read."""
+        n_rows = rows_per_part(self.wanted.count)
+        for source, (reader, (count, complete)) in enumerate(zip(readers, finished, strict=True)):
+            if complete:
+                continue
+            if isinstance(reader, str):
+                yield source, 0, DataError(reader)
+                continue
+            try:
+                for number, part in enumerate(reader.parts(n_rows)):
+                    if number >= count:
+                        yield source, number, part
+            except DataError as error:
+                yield source, 0, error
+
+    def _bad_rows_of(self, source: int) -> int:
+        finished = self.parts.finished(source)[0]
+        return sum(
+            entry["row"] is not None for k in range(finished) for entry in self.parts.facts(source, k)["bad"]
+        )
+
+    def _bad_file(self, source: int, reason: str) -> dict[str, Any]:
+        entry = {"file": self.inputs[source].path, "row": None, "reason": reason}
+        return {"rows": 0, "outliers": 0, "bad": [entry], "last": True}
+
+    def _score(self, source: int, part: Part) -> tuple[pa.Table, dict[str, Any]]:
+        """Rows of the output for a part, and facts about it."""
+        names = self.wanted.names or [n for n in part.table.column_names if n not in self.wanted.keys]
+        frame, bad = to_frame(part.table, list(names), self.wanted.types)
+        kept = np.setdiff1d(np.arange(len(frame)), list(bad))
+        scores, refused = score_rows(
+            self.model,
+            frame if len(kept) == len(frame) else frame.iloc[kept],
+            named=self.wanted.names is not None,
+            limit=self.options.max_bad_rows - self.summary.bad_rows,
+        )
+        bad |= {int(kept[row]): reason for row, reason in refused.items()}
+        entries = [self._bad_row(source, part, row, reason) for row, reason in bad.items()]
+        entries += [
+            {"file": self.inputs[source].path, "row": line, "reason": reason, "line": text}
+            for line, (reason, text) in part.malformed.items()
+        ]
+        entries.sort(key=lambda entry: entry["row"])
+        if entries:
+            self._count_bad_rows(self.inputs[source], entries)
+        good = ~np.isnan(scores)
+        table = self._table(part.table, kept[good], scores[good])
+        outliers = int((scores[good] < self.threshold).sum())
+        return table, {"rows": int(good.sum()), "outliers": outliers, "bad": entries, "last": part.last}
+
+    def _bad_row(self, source: int, part: Part, row: int, reason: str) -> dict[str, Any]:
+        """Entry of the quarantine: where the row is, why it is bad, and the row itself."""
+        values = {name: part.table.column(name)[row].as_py() for name in part.table.column_names}
+        shown = {
+            name: value if isinstance(value, int | str | None) else str(value)
+            for name, value in values.items()
+        }
+        return {
+            "file": self.inputs[source].path,
+            "row": int(part.rows[row]),
+            "reason": reason,
+            "values": shown,
+        }
+
+    def _table(
+        self, table: pa.Table, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float64]
+    ) -> pa.Table:
+        keys = table.select(list(self.wanted.keys))
+        keys = keys if len(rows) == table.num_rows else keys.take(pa.array(rows))
+        n, schema = len(rows), self._schema()
+        columns = {
+            **{key: keys.column(key).cast(schema.field(key).type) for key in self.wanted.keys},
+            "score": pa.array(scores),
+            "label": pa.array(np.where(scores < self.threshold, -1, 1).astype(np.int8)),
+            "threshold": pa.array(np.full(n, self.threshold)),
+            "model": pa.array([self.model_hash] * n, pa.string()),
+        }
+        return pa.table(columns, schema=schema)
+
+    def _schema(self) -> pa.Schema:
+        assert self.key_types is not None
+        added = [
+            pa.field("score", pa.float64()),
+            pa.field("label", pa.int8()),
+            pa.field("threshold", pa.float64()),
+            pa.field("model", pa.string()),
+        ]
+        return pa.schema([*(pa.field(key, self.key_types[key]) for key in self.wanted.keys), *added])
+
+    # The end ------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Make the output from the parts; whenever this is cut short, it is done again from the same parts."""
+        summary, quarantined = self.summary, []
+        for _, facts in self.parts.all_facts(len(self.inputs)):
+            summary.rows += facts["rows"]
+            summary.outliers += facts["outliers"]
+            quarantined += facts["bad"]
+        write_result(self.output, self.parts.tables(len(self.inputs)), self._schema())
+        if quarantined:
+            write_file(self.quarantine, b"".join(to_json(entry) + b"\n" for entry in quarantined))
+        else:
+            self.quarantine.unlink(missing_ok=True)
+        summary.code = self._code()
+        record = {
+            "plan": digest(self.plan),
+            "model": self.plan["model"],
+            "threshold": self.threshold,
+            "inputs": self.plan["inputs"],
+            "rows": summary.rows,
+            "outliers": summary.outliers,
+            "bad_rows": summary.bad_rows,
+            "bad_files": summary.bad_files,
+        }
+        write_file(self.record, to_json(record) + b"\n")
+        self.parts.remove()
+        if quarantined:
+            self.log.warning(f"{len(quarantined)} bad rows or files are in {self.quarantine}")
+
+    def _code(self) -> int:
+        limit, rows = self.options.alert_above, self.summary.rows
+        if limit is not None and rows and self.summary.outliers / rows > limit:
+            share = self.summary.outliers / rows
+            self.log.warning(
+                f"alert: {share:.2%} of the rows are outliers, more than {limit:.2%}",
+                share=share,
+                limit=limit,
+            )
+            return ALERT
+        return PARTIAL if self.summary.bad_rows or self.summary.bad_files else DONE
+
+
+class _Ahead:
+    """Runs an iterator in a thread, one item ahead; an error of it is raised where its item was due."""
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(items,), name="reading", daemon=True)
+        self._thread.start()
+
+    def _work(self, items: Iterator[Any]) -> None:
+        try:
+            for item in items:
+                if not self._put("item", item):
+                    return
+            self._put("end", None)
+        except BaseException as error:
+            self._put("error", error)
+
+    def _put(self, kind: str, value: Any) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put((kind, value), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            kind, value = self._queue.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._stop.set()
+        self._thread.join()
+
+
+class _Behind:
+    """Calls a function in a thread, one call behind; an error of it is raised by the next `put` or `flush`."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=1)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="writing", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while (arguments := self._queue.get()) is not None:
+            try:
+                if self._error is None:
+                    self._function(*arguments)
+            except BaseException as error:
+                self._error = error
+            finally:
+                self._queue.task_done()
+
+    def put(self, *arguments: Any) -> None:
+        """Call the function soon."""
+        self._raise()
+        self._queue.put(arguments)
+
+    def flush(self) -> None:
+        """Wait for all calls."""
+        self._queue.join()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """End the thread."""
+        self._queue.put(None)
+        self._thread.join()

@@ -1,0 +1,293 @@
+"""Files, folders and globs as parts of a fixed number of rows.
+
+A part is the unit of work: what is read, scored, written and, after a kill, not done again. Where parts begin depends
+on the file and on the number of columns alone, never on how fast something was, so that two runs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.dataset as pads
+import pyarrow.fs as pafs
+
+from anomalib_gen.scoring._columns import Wanted, check_types, choose
+from anomalib_gen.scoring._errors import DataError
+
+VALUES_PER_PART = 2**22
+"""Values of a part: some tens of megabytes."""
+MAX_ROWS_PER_PART = 2**17
+FORMATS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".feather": "feather",
+    ".arrow": "feather",
+    ".ipc": "feather",
+}
+TEXTS = {".csv": ",", ".tsv": "\t"}
+COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".br")
+CSV_BLOCK_BYTES = 2**22
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """A file to read.
+
+    Attributes
+    ----------
+    path : str
+        As the user would name it.
+    place : str
+        Path within the file system.
+    kind : {"parquet", "feather", ",", tab}
+        Format; of text the separator.
+    size, mtime : int
+        Bytes, and time of the last change in nanoseconds (0 where unknown).
+    filesystem : pyarrow.fs.FileSystem
+    """
+
+    path: str
+    place: str
+    kind: str
+    size: int
+    mtime: int
+    filesystem: Any = dataclasses.field(compare=False, repr=False, default=None)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the file is CSV or the like, without types of its own."""
+        return self.kind in TEXTS.values()
+
+
+def kind_of_file(name: str) -> str | None:
+    """Format of a file by its name, or None."""
+    stem = name.lower()
+    for ending in COMPRESSED:
+        stem = stem.removesuffix(ending)
+    ending = os.path.splitext(stem)[1]
+    if ending in TEXTS:
+        return TEXTS[ending]
+    return FORMATS.get(ending) if stem == name.lower() else None
+
+
+def find_inputs(patterns: Sequence[str]) -> list[Input]:
+    """Files that paths, folders and globs name, in order of the patterns and then of their names, each once.
+
+    A folder or a glob stands for all files of a known format; names that begin with a dot or an underscore are left
+    out, as is customary. ``scheme://`` paths are opened by fsspec.
+
+    Raises
+    ------
+    DataError
+        If a pattern names nothing, or a file of an unknown format.
+    """
+    found: dict[str, Input] = {}
+    for pattern in patterns:
+        here = _find(pattern)
+        if not here:
+            raise DataError(
+                f"{pattern} names no file. Files end in .parquet, .feather, .arrow, .csv or .csv.gz."
+            )
+        for item in here:
+            found.setdefault(item.place, item)
+    return list(found.values())
+
+
+def _find(pattern: str) -> list[Input]:
+    if "://" in pattern:
+        import fsspec
+
+        remote, place = fsspec.core.url_to_fs(pattern)
+        filesystem: Any = pafs.PyFileSystem(pafs.FSSpecHandler(remote))
+        prefix = pattern.split("://", 1)[0] + "://"
+        magic = any(mark in place for mark in "*?[")
+        places = sorted(remote.glob(place)) if magic else [place]
+    else:
+        import glob
+
+        filesystem, prefix = pafs.LocalFileSystem(), ""
+        magic = glob.has_magic(pattern) and not os.path.lexists(pattern)
+        places = sorted(glob.glob(pattern, recursive=True)) if magic else [pattern]
+    found = []
+    for place in places:
+        try:
+            info = filesystem.get_file_info(place)
+        except OSError as error:
+            raise DataError(f"{prefix}{place} cannot be read: {error}.") from None
+        if info.type == pafs.FileType.NotFound:
+            raise DataError(f"{prefix}{place} does not exist.")
+        if info.type == pafs.FileType.Directory:
+            below = filesystem.get_file_info(pafs.FileSelector(place, recursive=True))
+            files = [
+                entry
+                for entry in sorted(below, key=lambda entry: entry.path)
+                if entry.type == pafs.FileType.File
+                and not any(part.startswith((".", "_")) for part in _below(entry.path, place).split("/"))
+                and kind_of_file(entry.base_name) is not None
+            ]
+        else:
+            unknown = kind_of_file(info.base_name) is None
+            if magic and (unknown or info.base_name.startswith((".", "_"))):
+                continue
+            if unknown:
+                raise DataError(
+                    f"{prefix}{place} is of no known format. Files end in .parquet, .feather, .arrow, .csv or .tsv; "
+                    "those of text may be compressed (.gz, .bz2, .zst)."
+                )
+            files = [info]
+        for entry in files:
+            found.append(
+                Input(
+                    path=prefix + entry.path,
+                    place=entry.path,
+                    kind=str(kind_of_file(entry.base_name)),
+                    size=int(entry.size or 0),
+                    mtime=int(entry.mtime_ns or 0),
+                    filesystem=filesystem,
+                )
+            )
+    return found
+
+
+def _below(path: str, folder: str) -> str:
+    return path.removeprefix(folder.rstrip("/")).lstrip("/")
+
+
+def rows_per_part(n_columns: int) -> int:
+    """Rows of a part of a table with so many columns."""
+    return max(1024, min(MAX_ROWS_PER_PART, VALUES_PER_PART // max(1, n_columns)))
+
+
+@dataclasses.dataclass
+class Part:
+    """Rows of a file.
+
+    Attributes
+    ----------
+    table : pyarrow.Table
+    rows : ndarray of int
+        Place of each row in the file, from 0, lines that could not be read counted.
+    malformed : dict of int to (str, str)
+        Lines of this part that could not be read, with the reason and the line itself.
+    last : bool
+        Whether the file ends with it.
+    """
+
+    table: pa.Table
+    rows: np.ndarray[Any, np.dtype[np.int64]]
+    malformed: dict[int, tuple[str, str]]
+    last: bool
+
+
+class Reader:
+    """Reads one file in parts.
+
+    Parameters
+    ----------
+    item : Input
+    wanted : Wanted
+        Columns to read; no others are.
+
+    Attributes
+    ----------
+    names : list of str
+        The model's columns in this file.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be opened or does not fit.
+    """
+
+    def __init__(self, item: Input, wanted: Wanted) -> None:
+        self.item, self.wanted = item, wanted
+        self._malformed: dict[int, tuple[str, str]] = {}
+        try:
+            self._dataset = self._open(None)
+            self.names = choose(wanted, self._dataset.schema, item.path)
+            self._columns = list(dict.fromkeys([*wanted.keys, *self.names]))
+            if item.is_text:
+                # Everything as text: types are for `_columns`, row by row.
+                self._dataset = self._open({name: pa.string() for name in self._columns})
+            else:
+                check_types(wanted, self.names, self._dataset.schema, item.path)
+        except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
+            raise DataError(f"{item.path} cannot be read: {_first_line(error)}.") from None
+
+    def _open(self, column_types: dict[str, pa.DataType] | None) -> Any:
+        kind: Any = self.item.kind
+        if self.item.is_text:
+            kind = pads.CsvFileFormat(
+                parse_options=pacsv.ParseOptions(delimiter=self.item.kind, invalid_row_handler=self._note),
+                read_options=pacsv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
+                convert_options=pacsv.ConvertOptions(column_types=column_types, strings_can_be_null=True),
+            )
+        return pads.dataset(
+            self.item.place, format=kind, filesystem=self.item.filesystem, partitioning="hive"
+        )
+
+    def _note(self, row: Any) -> str:
+        if row.number is not None:
+            # Counted from 1, the header included.
+            reason = f"the line has {row.actual_columns} fields, not {row.expected_columns}"
+            self._malformed.setdefault(int(row.number) - 2, (reason, str(row.text)[:1000]))
+        return "skip"
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Types of the columns that are read."""
+        return pa.schema([self._dataset.schema.field(name) for name in self._columns])
+
+    def parts(self, n_rows: int) -> Iterator[Part]:
+        """Cut the file into parts of `n_rows` rows; the last one may be shorter, and empty.
+
+        Raises
+        ------
+        DataError
+            If the file is damaged.
+        """
+        scanner = self._dataset.scanner(
+            columns=self._columns,
+            batch_size=min(n_rows, 2**16),
+            batch_readahead=2,
+            fragment_readahead=1,
+            use_threads=not self.item.is_text,
+        )
+        start, held, batches = 0, 0, []
+        try:
+            for batch in scanner.to_batches():
+                while batch.num_rows:
+                    piece = batch.slice(0, n_rows - held)
+                    batch = batch.slice(piece.num_rows)
+                    batches.append(piece)
+                    held += piece.num_rows
+                    # Whether it is the last one shows when there is more.
+                    if held == n_rows and batch.num_rows:
+                        yield self._part(batches, start, held, last=False)
+                        start, held, batches = start + held, 0, []
+                if held == n_rows:
+                    yield self._part(batches, start, held, last=False)
+                    start, held, batches = start + held, 0, []
+        except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
+            raise DataError(f"{self.item.path} cannot be read: {_first_line(error)}.") from None
+        yield self._part(batches, start, held, last=True)
+
+    def _part(self, batches: list[pa.RecordBatch], start: int, count: int, *, last: bool) -> Part:
+        table = pa.Table.from_batches(batches, schema=self.schema)
+        lines = np.array(sorted(self._malformed), dtype=np.int64)
+        # Of each malformed line: the rows before it.
+        before = lines - np.arange(len(lines))
+        good = np.arange(start, start + count)
+        rows = good + np.searchsorted(before, good, side="right")
+        mine = lines[(before >= start) & ((before < start + count) | last)]
+        return Part(table, rows, {int(line): self._malformed[int(line)] for line in mine}, last)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

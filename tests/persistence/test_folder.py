@@ -1,0 +1,197 @@
+"""Folders on the disk: complete or not there, and of every format that there ever was."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import anomalib_gen
+from anomalib_gen import load, persistence, save
+from anomalib_gen.persistence import ModelFolderError, _document, _files
+
+FOLDERS = Path(__file__).parent / "folders"
+
+
+def read_all(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_what_is_in_a_folder(fitted, X, tmp_path):
+    content = fitted.save(tmp_path / "deep" / "model", X=X)
+    folder = tmp_path / "deep" / "model"
+    assert set(read_all(folder)) == {"MODEL_CARD.md", "model.json", "tensors.safetensors"}
+    assert persistence.verify(folder) == content
+    facts = persistence.inspect(str(folder))
+    assert facts["hash"] == content
+    assert facts["class"] == "FlowDetector"
+    assert facts["versions"]["torch"]
+    (training,) = facts["training"]
+    assert training["offset"] == fitted.offset_
+    assert training["n_iter"] == fitted.n_iter_
+    assert training["parameters"]["transform"] == "'realnvp'"
+    assert [column["min"] for column in facts["schema"]["columns"]] == X.min(axis=0).tolist()
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert content in card
+    assert "FlowDetector" in card
+    # Nothing is read from the card: it may be edited, or go.
+    (folder / "MODEL_CARD.md").write_text("Approved by A. and B.")
+    assert persistence.verify(folder) == content
+
+
+def test_the_schema_of_rows(tiny, tmp_path):
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"a": rng.normal(size=50), "flag": rng.random(50) > 0.5, "n": np.arange(50)})
+    detector = tiny().fit(frame)
+    detector.save(tmp_path / "model", X=frame)
+    schema = persistence.inspect(tmp_path / "model")["schema"]
+    assert schema["named"]
+    assert schema["n_rows"] == 50
+    assert schema["columns"][1:] == [
+        {"name": "flag", "type": "boolean", "missing": False},
+        {"name": "n", "type": "integer", "missing": False, "min": 0, "max": 49},
+    ]
+    detector.save(tmp_path / "bare")
+    schema = persistence.inspect(tmp_path / "bare")["schema"]
+    assert schema == {
+        "named": True,
+        "n_rows": None,
+        "columns": [{"name": name, "type": None} for name in frame],
+    }
+    assert "| flag | unknown |" in (tmp_path / "bare" / "MODEL_CARD.md").read_text()
+    with pytest.raises(ValueError, match="columns of X are not those"):
+        detector.save(tmp_path / "other", X=frame.rename(columns={"a": "b"}))
+    with pytest.raises(ValueError, match="X has 2 columns"):
+        detector.save(tmp_path / "other", X=frame[["a", "n"]])
+    text = pd.DataFrame({"t": ["x", None, "y|<b>"], "when": pd.to_datetime(["2020-01-01"] * 3)})
+    columns = _document.describe_rows(None, text)["columns"]
+    assert columns[0] == {"name": "t", "type": "text", "missing": True, "categories": ["x", "y|<b>"]}
+    assert columns[1] == {"name": "when", "type": "time", "missing": False}
+    nullable = pd.DataFrame({"i": [1, None], "b": [True, None]}).astype({"i": "Int64", "b": "boolean"})
+    assert _document.describe_rows(None, nullable)["columns"] == [
+        {"name": "i", "type": "float", "missing": True, "min": 1.0, "max": 1.0},
+        {"name": "b", "type": "float", "missing": True, "min": 1.0, "max": 1.0},
+    ]
+
+
+def test_saving_replaces_only_when_asked(tiny, X, tmp_path):
+    first, second = tiny(random_state=1).fit(X), tiny(random_state=2).fit(X)
+    folder = tmp_path / "model"
+    first.save(folder)
+    before = read_all(folder)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        second.save(folder)
+    assert read_all(folder) == before
+    content = second.save(folder, overwrite=True)
+    assert persistence.verify(folder) == content
+    assert os.listdir(tmp_path) == ["model"]
+    other = tmp_path / "precious"
+    other.mkdir()
+    (other / "thesis.txt").write_text("three years")
+    with pytest.raises(FileExistsError, match="no model folder"):
+        second.save(other, overwrite=True)
+    assert (other / "thesis.txt").read_text() == "three years"
+
+
+@pytest.mark.parametrize("with_exchange", [True, False])
+def test_a_folder_is_replaced_without_the_exchange_of_names(tiny, X, tmp_path, monkeypatch, with_exchange):
+    if not with_exchange:
+        monkeypatch.setattr(_files.ctypes, "CDLL", lambda *arguments, **options: object())
+    tiny(random_state=1).fit(X).save(tmp_path / "model")
+    content = tiny(random_state=2).fit(X).save(tmp_path / "model", overwrite=True)
+    assert persistence.verify(tmp_path / "model") == content
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("call", range(12))
+def test_a_failure_at_any_moment_leaves_what_was_there(
+    tiny, fitted, X, tmp_path, monkeypatch, call, overwrite
+):
+    """Each call that touches the disk fails in turn: there is the old folder, the new one, or none, and no remains."""
+    folder = tmp_path / "model"
+    if overwrite:
+        tiny(random_state=1).fit(X).save(folder)
+    before = read_all(folder) if overwrite else None
+    calls = iter(range(100))
+
+    def failing(function):
+        def wrapped(*arguments, **options):
+            if next(calls) == call:
+                raise OSError(28, "No space left on device")
+            return function(*arguments, **options)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "rename"):
+            patch.setattr(os, name, failing(getattr(os, name)))
+        patch.setattr("builtins.open", failing(open))
+        patch.setattr(_files, "_swap", failing(_files._swap))
+        try:
+            fitted.save(folder, overwrite=overwrite)
+            failed = False
+        except OSError:
+            failed = True
+    # Three files are opened and flushed, the folder is flushed if it can be, and gets its name.
+    assert failed == (call in (0, 1, 2, 3, 4, 5, 7))
+    if failed and overwrite:
+        assert read_all(folder) == before
+    if not failed:
+        np.testing.assert_array_equal(load(folder).score_samples(X), fitted.score_samples(X))
+    assert set(os.listdir(tmp_path)) <= {"model"}
+
+
+# Formats ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["format-1-composed", "format-1-pipeline"])
+@pytest.mark.filterwarnings("ignore:The folder's transformers were written")
+def test_folders_of_the_first_format_are_read(name, tmp_path):
+    """These folders stay as they are, whatever becomes of the format."""
+    expected = json.loads((FOLDERS / "expected.json").read_text())
+    assert json.loads((FOLDERS / name / "model.json").read_text())["version"] == 1
+    rows = pd.DataFrame(expected["rows"], columns=["x", "y", "z"])
+    model = load(FOLDERS / name)
+    # (Another processor rounds differently.)
+    np.testing.assert_allclose(model.score_samples(rows), expected[name], rtol=1e-9)
+    save(model, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "model.json").read_text())["version"] == _document.VERSION
+
+
+def test_a_format_is_upgraded_step_by_step(fitted, X, tmp_path, monkeypatch):
+    """Two later formats, each with other names, read what the present one wrote."""
+    content = fitted.save(tmp_path / "model")
+
+    def rename(document):
+        document["object"] = document.pop("model")
+        return document
+
+    def rename_back(document):
+        assert document["version"] == 2
+        document["model"] = document.pop("object")
+        return document
+
+    monkeypatch.setattr(_document, "VERSION", 3)
+    monkeypatch.setattr(_document, "UPGRADES", {1: rename, 2: rename_back})
+    np.testing.assert_array_equal(load(tmp_path / "model").score_samples(X), fitted.score_samples(X))
+    assert persistence.verify(tmp_path / "model") == content
+
+
+def test_there_is_an_upgrade_from_every_version():
+    assert set(_document.UPGRADES) == set(range(1, _document.VERSION))
+
+
+def test_a_later_format_says_so(fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(anomalib_gen.persistence, "VERSION", 2)
+    fitted.save(tmp_path / "model")
+    with pytest.raises(ModelFolderError, match="Install a newer anomalib_gen"):
+        load(tmp_path / "model")
+
+
+def test_another_scikit_learn_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(anomalib_gen.persistence, "installed_versions", lambda: {"scikit-learn": "99.0"})
+    with pytest.warns(UserWarning, match=r"written by scikit-learn .*, and 99\.0 is installed"):
+        load(FOLDERS / "format-1-pipeline")

@@ -1,0 +1,222 @@
+"""The commands `fit`, `evaluate` and `models`, and their configuration."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score, roc_auc_score
+
+from anomalib_gen import FlowDetector, load, persistence
+from anomalib_gen.scoring import config
+from anomalib_gen.scoring._errors import UsageError
+
+FLOW = (
+    "anomalib_gen.FlowDetector(transform='realnvp', n_layers=2, hidden_features=8, max_iter=20, device='cpu')"
+)
+
+
+def test_fit_is_what_python_does(run, rows, tmp_path):
+    frame = rows(200, 0)
+    frame[:120].to_csv(tmp_path / "a.csv", index=False)
+    frame[120:].to_parquet(tmp_path / "b.parquet")
+    arguments = (tmp_path / "a.csv", tmp_path / "b.parquet", "--column", "x", "--column", "n", "--seed", 3)
+    result = run("fit", *arguments, "-m", tmp_path / "model", "--detector", FLOW)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == persistence.verify(tmp_path / "model")
+    mine = FlowDetector(
+        transform="realnvp", n_layers=2, hidden_features=8, max_iter=20, device="cpu", random_state=3
+    ).fit(frame[["x", "n"]])
+    model = load(tmp_path / "model")
+    assert isinstance(model, FlowDetector)
+    np.testing.assert_array_equal(
+        model.score_samples(frame[["x", "n"]]), mine.score_samples(frame[["x", "n"]])
+    )
+    columns = persistence.inspect(tmp_path / "model")["schema"]["columns"]
+    assert [column["type"] for column in columns] == ["float", "integer"]
+    result = run("fit", *arguments, "-m", tmp_path / "model", "--detector", FLOW)
+    assert result.exit_code == 1
+    assert "--overwrite" in result.stderr
+    assert run("fit", *arguments, "-m", tmp_path / "model", "--detector", FLOW, "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("detector", "message"),
+    [
+        ("os.system(command='true')", "must be a class|cannot"),
+        ("sklearn.ensemble.IsolationForest()", "Use one of anomalib_gen"),
+        ("anomalib_gen.FlowDetector(transform='none')", "transform"),
+        ("anomalib_gen.FlowDetector(no_such=1)", "no_such"),
+        ("anomalib_gen.FlowDetector(", "cannot be read"),
+    ],
+)
+def test_fit_takes_detectors_only(run, rows, tmp_path, detector, message):
+    rows(50, 0).to_parquet(tmp_path / "a.parquet")
+    result = run("fit", tmp_path / "a.parquet", "-m", tmp_path / "model", "--detector", detector)
+    assert result.exit_code == 1
+    assert pytest.importorskip("re").search(message, result.stderr)
+    assert not (tmp_path / "model").exists()
+
+
+def test_fit_refuses_what_it_cannot_use(run, rows, tmp_path):
+    frame = rows(50, 0).assign(when=pd.Timestamp("2024-01-01"))
+    frame.to_parquet(tmp_path / "a.parquet")
+    for extra, message in (((), "'when' holds times"), (("--exclude", "wen"), "no column 'wen'")):
+        result = run("fit", tmp_path / "a.parquet", "-m", tmp_path / "model", *extra)
+        assert result.exit_code == 2
+        assert message in result.stderr
+    frame[["x"]].to_parquet(tmp_path / "b.parquet")
+    result = run("fit", tmp_path / "a.parquet", tmp_path / "b.parquet", "-m", tmp_path / "model")
+    assert result.exit_code == 2
+    assert "other columns" in result.stderr
+    frame[:1][["x"]].to_parquet(tmp_path / "c.parquet")
+    result = run("fit", tmp_path / "c.parquet", "-m", tmp_path / "model")
+    assert result.exit_code == 2
+    assert "cannot be fitted" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "labels", [("-1", (1, -1)), ("1", (0, 1)), ("true", (False, True)), ("fraud", ("fine", "fraud"))]
+)
+def test_evaluate_is_what_scikit_learn_says(run, rows, model, loaded, tmp_path, labels):
+    value, (normal, anomalous) = labels
+    frame = rows(200, 1)
+    odd = np.arange(200) % 10 == 0
+    frame.loc[odd, "x"] *= 4
+    scores = loaded.score_samples(frame.drop(columns="id"))
+    frame.assign(y=np.where(odd, anomalous, normal)).to_csv(tmp_path / "rows.csv", index=False)
+    result = run(
+        "evaluate",
+        tmp_path / "rows.csv",
+        "-m",
+        model,
+        "--label",
+        "y",
+        "--anomaly",
+        value,
+        "-o",
+        tmp_path / "f.json",
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert json.loads((tmp_path / "f.json").read_text()) == found
+    flagged = scores < loaded[-1].offset_
+    assert (found["rows"], found["anomalies"], found["flagged"]) == (200, 20, flagged.sum())
+    assert found["auroc"] == pytest.approx(roc_auc_score(odd, -scores))
+    assert found["average_precision"] == pytest.approx(average_precision_score(odd, -scores))
+    for name, figure in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
+        assert found[name] == pytest.approx(figure(odd, flagged))
+    assert found["false_positive_rate"] == pytest.approx((flagged & ~odd).sum() / 180)
+    again = run("evaluate", tmp_path / "rows.csv", "-m", model, "--label", "y", "-o", tmp_path / "f.json")
+    assert again.exit_code == 1
+
+
+def test_evaluate_without_anomalies_or_with_bad_rows(run, rows, model, tmp_path):
+    frame = rows(50, 1).assign(y=1)
+    frame.to_parquet(tmp_path / "rows.parquet")
+    result = run("evaluate", tmp_path / "rows.parquet", "-m", model, "--label", "y")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["auroc"] is None
+    assert "no row has '-1' in 'y'" in result.stderr
+    frame.loc[3, "x"] = np.nan
+    frame.to_parquet(tmp_path / "rows.parquet")
+    result = run("evaluate", tmp_path / "rows.parquet", "-m", model, "--label", "y")
+    assert result.exit_code == 2
+    assert "row 3, missing or infinite in 'x'" in result.stderr
+    result = run("evaluate", tmp_path / "rows.parquet", "-m", model, "--label", "z")
+    assert result.exit_code == 2
+
+
+def test_models(run, model, tmp_path):
+    content = persistence.verify(model)
+    assert json.loads(run("models", "inspect", model).stdout)["hash"] == content
+    result = run("models", "verify", model)
+    assert (result.exit_code, result.stdout.strip()) == (0, content)
+    assert run("models", "verify", model, "--hash", content).exit_code == 0
+    result = run("models", "verify", model, "--hash", "0" * 64)
+    assert result.exit_code == 2
+    assert "another model" in result.stderr
+    assert run("models", "card", model).stdout.strip() == (model / "MODEL_CARD.md").read_text().strip()
+    for action in ("inspect", "verify", "card"):
+        assert run("models", action, tmp_path).exit_code == 2
+        assert run("models", action).exit_code == 1
+    assert run("models").exit_code in (0, 1, 2)
+
+
+def test_help_names_every_option_of_a_command(run):
+    for name, options in config.COMMANDS.items():
+        text = run(name, "--help").output
+        assert "Usage" in text
+        for field in options.__dataclass_fields__:
+            if field not in ("input", "columns"):
+                assert f"--{field.replace('_', '-')}" in text
+
+
+# Configuration ---------------------------------------------------------------------------------------------
+
+
+def test_a_file_gives_what_flags_do_not(run, rows, model, tmp_path):
+    rows(50, 1).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "run.toml").write_text(
+        f"[score]\nmodel = '{model}'\ninput = '{tmp_path}/rows.parquet'\noutput = '{tmp_path}/a.csv'\n"
+        "key = ['id']\nmax-bad-rows = 3\nalert_above = 1\n\n[evaluate]\nlabel = 'y'\n"
+    )
+    assert run("score", "--config", tmp_path / "run.toml").exit_code == 0
+    assert (tmp_path / "a.csv").read_text().startswith('"id"')
+    assert run("score", "--config", tmp_path / "run.toml", "-o", tmp_path / "b.csv", "-k", "n").exit_code == 0
+    assert (tmp_path / "b.csv").read_text().startswith('"n"')
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[score]\nmax_bad_row = 1", "score.max_bad_row is unknown. Did you mean 'max_bad_rows'"),
+        ("[scores]\nx = 1", "'scores' is unknown. Did you mean 'score'"),
+        ("score = 1", "'score' must be a table"),
+        ("[score]\nmax-bad-rows = 'many'", "score.max_bad_rows must be a whole number, got 'many'"),
+        ("[score]\nmax-bad-rows = true", "score.max_bad_rows must be a whole number, got True"),
+        ("[score]\nmax-bad-rows = -1", "score.max_bad_rows must be at least 0, got -1"),
+        ("[score]\nalert-above = 2", "score.alert_above must be from 0 to 1, got 2"),
+        ("[score]\nalert-above = nan", "score.alert_above must be from 0 to 1, got nan"),
+        ("[score]\nkey = [1]", r"score.key must be a list of texts, got [1]"),
+        ("[score]\nresume = 'yes'", "score.resume must be true or false, got 'yes'"),
+        ("[score]\nmodel = ''", "score.model must be text"),
+        ("[score", "is no TOML"),
+        ("", "score needs --model"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(run, tmp_path, text, message):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    flags = ("a.csv", "-o", "b.csv", *(() if "model" in message else ("-m", "m")))
+    result = run("score", *flags, "--config", path)
+    assert result.exit_code == 1, result.output
+    assert message in result.stderr
+
+
+def test_a_file_that_is_not_there(run, tmp_path):
+    result = run("score", "--config", tmp_path / "none.toml")
+    assert result.exit_code == 1
+    assert "cannot be read" in result.stderr
+
+
+def test_options_are_checked_as_those_of_a_file():
+    with pytest.raises(UsageError, match="--alert-above must be from 0 to 1"):
+        config.resolve(
+            config.ScoreOptions,
+            "score",
+            {"input": ["a"], "model": "m", "output": "o", "alert_above": 1.5},
+            None,
+        )
+    options = config.resolve(
+        config.ScoreOptions, "score", {"input": ["a"], "model": "m", "output": "o"}, None
+    )
+    assert options.key == ()
+    assert options.max_bad_rows == 0
+
+
+def test_the_extra_is_asked_for(run, monkeypatch):
+    monkeypatch.setattr("anomalib_gen.scoring._extra.find_spec", lambda name: None)
+    result = run("score", "a.csv", "-m", "m", "-o", "b.csv")
+    assert result.exit_code == 1
+    assert "pip install 'anomalib-gen[scoring]'" in result.stderr

@@ -1,0 +1,497 @@
+"""The command `score`: what is in the output, for whatever files, and what bad ones lead to."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as papq
+import pytest
+from filelock import FileLock
+
+from anomalib_gen import persistence
+from anomalib_gen.scoring import run as running
+from anomalib_gen.scoring import sources
+
+
+def read(path):
+    if path.is_dir():
+        return pd.concat([pd.read_parquet(part) for part in sorted(path.iterdir())], ignore_index=True)
+    if path.suffix == ".parquet":
+        return papq.read_table(path).to_pandas()
+    if path.suffix in (".feather", ".arrow"):
+        return pyarrow.feather.read_table(path).to_pandas()
+    return pd.read_csv(path, sep="\t" if ".tsv" in path.name else ",", dtype={"id": str})
+
+
+def write(frame, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        frame.to_parquet(path)
+    elif path.suffix in (".feather", ".arrow"):
+        pyarrow.feather.write_feather(pa.Table.from_pandas(frame), path)
+    else:
+        frame.to_csv(path, index=False, sep="\t" if ".tsv" in path.name else ",")
+    return path
+
+
+def assert_scored(output, frame, loaded, model):
+    """The output is what the model says of the frame in memory, row by row."""
+    scores = loaded.score_samples(frame.drop(columns="id"))
+    found = read(output)
+    assert list(found.columns) == ["id", "score", "label", "threshold", "model"]
+    assert found["id"].tolist() == frame["id"].tolist()
+    np.testing.assert_allclose(found["score"], scores, rtol=1e-9)
+    np.testing.assert_array_equal(found["label"], np.where(scores < loaded[-1].offset_, -1, 1))
+    assert set(found["threshold"]) == {loaded[-1].offset_}
+    assert set(found["model"]) == {persistence.verify(model)[:16]}
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".feather", ".arrow", ".csv", ".tsv", ".csv.gz", ".csv.bz2"])
+@pytest.mark.usefixtures("small_parts")
+def test_every_format_in_and_out(run, rows, model, loaded, tmp_path, ending):
+    frame = rows(350, 1)
+    source = write(frame, tmp_path / f"rows{ending}")
+    output = tmp_path / f"scores{ending}"
+    result = run("score", source, "-m", model, "-k", "id", "-o", output)
+    assert result.exit_code == 0, result.output
+    assert_scored(output, frame, loaded, model)
+    # The same again gives the same bytes.
+    before = output.read_bytes()
+    assert run("score", source, "-m", model, "-k", "id", "-o", output, "--overwrite").exit_code == 0
+    assert output.read_bytes() == before
+    assert not [path for path in tmp_path.iterdir() if "parts" in path.name or "tmp" in path.name]
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_folders_globs_and_lists_keep_their_order(run, rows, model, loaded, tmp_path):
+    frames = [rows(n, seed) for seed, n in enumerate((250, 100, 1, 30))]
+    incoming = tmp_path / "incoming"
+    for k, (frame, ending) in enumerate(
+        zip(frames, (".parquet", ".csv", ".csv.gz", ".feather"), strict=True)
+    ):
+        write(frame, incoming / f"2024-{k}" / f"rows{ending}")
+    (incoming / "_SUCCESS").write_text("")
+    (incoming / ".hidden.csv").write_text("no, this\n")
+    (incoming / "readme.md").write_text("not data")
+    whole = pd.concat(frames, ignore_index=True)
+    given = (
+        [incoming],
+        [f"{incoming}/**/rows*"],
+        [incoming / "2024-0", *sorted(incoming.glob("2024-[1-3]/*"))],
+    )
+    for k, inputs in enumerate(given):
+        output = tmp_path / f"scores-{k}.parquet"
+        result = run("score", *inputs, "-m", model, "-k", "id", "-o", output)
+        assert result.exit_code == 0, result.output
+        assert_scored(output, whole, loaded, model)
+    result = run("score", incoming, "-m", model, "-k", "id", "-o", tmp_path / "scores")
+    assert_scored(tmp_path / "scores", whole, loaded, model)
+    # A file that is named twice is scored once.
+    run("score", incoming, incoming, "-m", model, "-k", "id", "-o", tmp_path / "twice.parquet")
+    assert len(read(tmp_path / "twice.parquet")) == len(whole)
+
+
+def test_partitions_are_columns(run, rows, model, loaded, tmp_path):
+    frame = rows(60, 1).sort_values("kind", kind="stable", ignore_index=True)
+    for kind, part in frame.groupby("kind"):
+        write(part.drop(columns="kind"), tmp_path / "in" / f"kind={kind}" / "rows.parquet")
+    result = run("score", tmp_path / "in", "-m", model, "-k", "id", "-o", tmp_path / "out.parquet")
+    assert result.exit_code == 0, result.output
+    assert_scored(tmp_path / "out.parquet", frame, loaded, model)
+
+
+def test_object_stores(run, rows, model, loaded, tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    frame = rows(40, 1)
+    with fsspec.open("memory://bucket/day/rows.csv", "w") as file:
+        frame.to_csv(file, index=False)
+    for k, source in enumerate(
+        ("memory://bucket/day/rows.csv", "memory://bucket/day", "memory://bucket/*/*.csv")
+    ):
+        output = tmp_path / f"{k}.parquet"
+        result = run("score", source, "-m", model, "-k", "id", "-o", output)
+        assert result.exit_code == 0, result.output
+        assert_scored(output, frame, loaded, model)
+
+
+def test_a_model_without_names_takes_columns_by_position(run, fitted, X, tmp_path):
+    fitted.save(tmp_path / "model", X=X)
+    frame = pd.DataFrame(X, columns=["p", "q", "r"]).assign(key=range(len(X)))
+    source = write(frame, tmp_path / "rows.csv")
+    result = run("score", source, "-m", tmp_path / "model", "-k", "key", "-o", tmp_path / "out.parquet")
+    assert result.exit_code == 0, result.output
+    np.testing.assert_allclose(read(tmp_path / "out.parquet")["score"], fitted.score_samples(X), rtol=1e-9)
+    result = run("score", source, "-m", tmp_path / "model", "-o", tmp_path / "other.parquet")
+    assert result.exit_code == 2
+    assert "4 columns that are no keys, and the model takes 3" in result.stderr
+
+
+# Columns ---------------------------------------------------------------------------------------------------
+
+
+def test_reordered_and_extra_columns_do_not_matter(run, rows, model, loaded, tmp_path):
+    frame = rows(50, 1)
+    for ending in (".parquet", ".csv"):
+        source = write(frame[["kind", "n", "id", "x"]].assign(more=1.5, text="t"), tmp_path / f"rows{ending}")
+        output = tmp_path / f"out{ending}"
+        assert run("score", source, "-m", model, "-k", "id", "-o", output).exit_code == 0
+        assert_scored(output, frame, loaded, model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.drop(columns="x"), "lacks the column 'x', which the model needs"),
+        (lambda f: f.drop(columns="id"), "has no key column 'id'"),
+        (
+            lambda f: f.assign(x=f["x"].astype(str)),
+            "'x' of .* has the type (large_)?string, and the model was fitted to float",
+        ),
+        (lambda f: f.assign(kind=1), "'kind' of .* has the type int64, and the model was fitted to text"),
+        (lambda f: f.assign(x=pd.Timestamp("2024-01-01")), "'x' of .* timestamp"),
+        (lambda f: f.assign(x=[[1.0]] * len(f)), "which no model takes"),
+    ],
+)
+def test_a_changed_schema_is_one_clear_message(run, rows, model, tmp_path, change, message):
+    frame = rows(50, 1)
+    good = write(frame, tmp_path / "a.parquet")
+    output = tmp_path / "out.parquet"
+    assert run("score", good, "-m", model, "-k", "id", "-o", output).exit_code == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("out*")}
+    write(change(frame), tmp_path / "b.parquet")
+    result = run("score", good, tmp_path / "b.parquet", "-m", model, "-k", "id", "-o", output, "--overwrite")
+    assert result.exit_code == 2
+    assert pytest.importorskip("re").search(message, result.stderr)
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("out*")} == before
+    # Such a file can be left out instead.
+    arguments = ("-m", model, "-k", "id", "-o", output, "--overwrite", "--max-bad-files", 1)
+    assert run("score", good, tmp_path / "b.parquet", *arguments).exit_code == 4
+    assert output.read_bytes() == before["out.parquet"]
+    (entry,) = map(json.loads, (tmp_path / "out.parquet.quarantine.jsonl").read_text().splitlines())
+    assert entry["row"] is None
+    assert entry["file"].endswith("b.parquet")
+
+
+def test_numbers_of_other_widths_and_dictionaries_are_fine(run, rows, model, loaded, tmp_path):
+    frame = rows(50, 1)
+    frame["x"] = frame["x"].astype(np.float32).astype(float)
+    other = frame.assign(
+        x=frame["x"].astype(np.float32), n=frame["n"].astype(np.uint8), kind=frame["kind"].astype("category")
+    )
+    source = write(other, tmp_path / "rows.parquet")
+    assert run("score", source, "-m", model, "-k", "id", "-o", tmp_path / "out.parquet").exit_code == 0
+    assert_scored(tmp_path / "out.parquet", frame, loaded, model)
+
+
+# Bad rows and files ----------------------------------------------------------------------------------------
+
+BAD = "id,x,n,kind\n1,.5,3,a\n2,much,3,b\n3,1,2\n4,1,,b\n5,inf,1,a\n6, 1.5 ,1,zz\n7,0.25,2,b\n"
+
+
+@pytest.mark.parametrize("n_rows", [2, 3, 100])
+def test_bad_rows_go_to_the_quarantine(run, model, loaded, tmp_path, monkeypatch, n_rows):
+    monkeypatch.setattr(running, "rows_per_part", lambda n_columns: n_rows)
+    source = tmp_path / "rows.csv"
+    source.write_text(BAD)
+    output = tmp_path / "out.parquet"
+    result = run("score", source, "-m", model, "-k", "id", "-o", output, "--max-bad-rows", 4)
+    assert result.exit_code == 4, result.output
+    good = pd.DataFrame({"id": list("167"), "x": [0.5, 1.5, 0.25], "n": [3, 1, 2], "kind": ["a", "zz", "b"]})
+    assert_scored(output, good, loaded, model)
+    entries = [
+        json.loads(line) for line in (tmp_path / "out.parquet.quarantine.jsonl").read_text().splitlines()
+    ]
+    assert [entry["row"] for entry in entries] == [1, 2, 3, 4]
+    assert [entry["reason"] for entry in entries] == [
+        "column 'x': 'much' is no number",
+        "the line has 3 fields, not 4",
+        "missing or infinite in 'n'",
+        "missing or infinite in 'x'",
+    ]
+    assert entries[0]["values"] == {"id": "2", "x": "much", "n": "3", "kind": "b"}
+    assert entries[1]["line"] == "3,1,2"
+    record = json.loads((tmp_path / "out.parquet.run.json").read_text())
+    assert (record["rows"], record["bad_rows"]) == (3, 4)
+    # One fewer than there are is too few, and nothing changes.
+    before = output.read_bytes()
+    result = run("score", source, "-m", model, "-k", "id", "-o", output, "--max-bad-rows", 3, "--overwrite")
+    assert result.exit_code == 2
+    assert "more bad rows than 3" in result.stderr
+    assert output.read_bytes() == before
+
+
+def test_rows_that_only_the_model_can_refuse_are_found(tiny):
+    """Those are found by halving; the others are scored as if the bad ones were not there."""
+    frame = pd.DataFrame({"a": np.arange(40.0)})
+
+    class Picky:
+        def score_samples(self, X):
+            if (X["a"] % 13 == 5).any():
+                raise ValueError("thirteen\nand more")
+            return -X["a"].to_numpy()
+
+    scores, bad = running.score_rows(Picky(), frame, named=True, limit=10)
+    assert bad == {5: "thirteen", 18: "thirteen", 31: "thirteen"}
+    np.testing.assert_array_equal(scores, np.where(frame["a"] % 13 == 5, np.nan, -frame["a"]))
+    assert len(running.score_rows(Picky(), frame, named=True, limit=0)[1]) > 0
+
+
+def test_missing_values_that_the_model_fills_are_no_bad_rows(run, rows, tmp_path):
+    frame = rows(200, 0)
+    frame.loc[::7, "x"] = np.nan
+    source = write(frame, tmp_path / "train.parquet")
+    result = run(
+        "fit",
+        source,
+        "-m",
+        tmp_path / "model",
+        "--exclude",
+        "id",
+        "--detector",
+        "anomalib_gen.VAEDetector(max_iter=10)",
+    )
+    assert result.exit_code == 0, result.output
+    frame.loc[3, "n"] = np.nan
+    mixed = write(frame, tmp_path / "rows.parquet")
+    arguments = ("-m", tmp_path / "model", "-k", "id", "-o", tmp_path / "out.parquet", "--max-bad-rows", 1)
+    result = run("score", mixed, *arguments)
+    assert result.exit_code == 4, result.output
+    found = read(tmp_path / "out.parquet")
+    assert len(found) == 199
+    assert np.isfinite(found["score"]).all()
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".csv", ".csv.gz", ".feather"])
+def test_unreadable_files(run, rows, model, tmp_path, ending):
+    good = write(rows(300, 1), tmp_path / "a.parquet")
+    bad = write(rows(3000, 2), tmp_path / f"b{ending}")
+    data = bad.read_bytes()
+    for content in (
+        b"",
+        b"\x00\xffrubbish" * 20,
+        data[: len(data) // 2] if ending != ".csv" else b"id,x\n\xff\xfe,1\n",
+    ):
+        bad.write_bytes(content)
+        output = tmp_path / "out.parquet"
+        result = run("score", good, bad, "-m", model, "-k", "id", "-o", output, "--overwrite")
+        assert result.exit_code == 2, result.output
+        assert f"b{ending}" in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+        assert not output.exists()
+        arguments = ("-m", model, "-k", "id", "-o", output, "--max-bad-files", 1)
+        result = run("score", good, bad, *arguments)
+        assert result.exit_code == 4, result.output
+        assert len(read(output)) == 300
+        output.unlink()
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_file_that_breaks_off_is_left_out_as_a_whole(run, rows, model, loaded, tmp_path, monkeypatch):
+    frames = [rows(250, 1), rows(450, 2), rows(150, 3)]
+    for k, frame in enumerate(frames):
+        write(frame, tmp_path / "in" / f"{k}.parquet")
+    real = sources.Reader.parts
+
+    def break_off(reader, n_rows):
+        for number, part in enumerate(real(reader, n_rows)):
+            if reader.item.path.endswith("1.parquet") and number == 3:
+                raise running.DataError("1.parquet cannot be read: broken.")
+            yield part
+
+    monkeypatch.setattr(sources.Reader, "parts", break_off)
+    arguments = ("-m", model, "-k", "id", "-o", tmp_path / "out.parquet")
+    result = run("score", tmp_path / "in", *arguments)
+    assert result.exit_code == 2
+    assert "broken" in result.stderr
+    result = run("score", tmp_path / "in", *arguments, "--max-bad-files", 1, "--resume")
+    assert result.exit_code == 4, result.output
+    assert_scored(
+        tmp_path / "out.parquet", pd.concat([frames[0], frames[2]], ignore_index=True), loaded, model
+    )
+
+
+def test_no_files_at_all(run, model, tmp_path):
+    for source, message in ((tmp_path / "no.csv", "does not exist"), (f"{tmp_path}/*.csv", "names no file")):
+        result = run("score", source, "-m", model, "-o", tmp_path / "out.parquet")
+        assert result.exit_code == 2
+        assert message in result.stderr
+    (tmp_path / "rows.xlsx").write_text("x")
+    result = run("score", tmp_path / "rows.xlsx", "-m", model, "-o", tmp_path / "out.parquet")
+    assert result.exit_code == 2
+    assert "no known format" in result.stderr
+
+
+def test_an_empty_table_is_scored(run, rows, model, tmp_path):
+    for ending in (".parquet", ".csv"):
+        source = write(
+            rows(0, 0).astype({"x": float, "n": int, "id": str, "kind": str}), tmp_path / f"rows{ending}"
+        )
+        result = run("score", source, "-m", model, "-k", "id", "-o", tmp_path / f"out{ending}")
+        assert result.exit_code == 0, result.output
+        assert len(read(tmp_path / f"out{ending}")) == 0
+
+
+# Model, output, codes --------------------------------------------------------------------------------------
+
+
+def test_a_damaged_model_is_code_2(run, rows, tmp_path, fitted):
+    source = write(rows(5, 0), tmp_path / "rows.csv")
+    result = run("score", source, "-m", tmp_path / "nowhere", "-o", tmp_path / "out.csv")
+    assert result.exit_code == 2
+    fitted.save(tmp_path / "model")
+    (tmp_path / "model" / "tensors.safetensors").write_bytes(b"")
+    result = run("score", source, "-m", tmp_path / "model", "-o", tmp_path / "out.csv")
+    assert result.exit_code == 2
+    assert "truncated" in result.stderr
+
+
+def test_outputs_that_may_not_be_made(run, rows, model, tmp_path):
+    source = write(rows(20, 0), tmp_path / "rows.parquet")
+    base = ("score", source, "-m", model)
+    assert run(*base, "-o", tmp_path / "out.xlsx").exit_code == 1
+    assert run(*base, "-k", "score", "-o", tmp_path / "out.csv").exit_code == 1
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("three years")
+    result = run(*base, "-o", tmp_path / "precious", "--overwrite")
+    assert result.exit_code == 1
+    assert (tmp_path / "precious" / "thesis.txt").exists()
+    (tmp_path / "out.csv").write_text("earlier")
+    result = run(*base, "-o", tmp_path / "out.csv")
+    assert result.exit_code == 1
+    assert "--overwrite" in result.stderr
+    assert (tmp_path / "out.csv").read_text() == "earlier"
+
+
+def test_two_runs_on_one_output_are_refused(run, rows, model, tmp_path):
+    source = write(rows(20, 0), tmp_path / "rows.parquet")
+    with FileLock(tmp_path / ".out.csv.lock"):
+        result = run("score", source, "-m", model, "-o", tmp_path / "out.csv")
+    assert result.exit_code == 1
+    assert "Another run is writing" in result.stderr
+    assert run("score", source, "-m", model, "-o", tmp_path / "out.csv").exit_code == 0
+
+
+def test_an_alert_is_code_3(run, rows, model, tmp_path):
+    far = rows(50, 1).assign(x=1e3)
+    source = write(far, tmp_path / "rows.parquet")
+    arguments = ("-m", model, "-o", tmp_path / "out.parquet", "--overwrite")
+    result = run("score", source, *arguments, "--alert-above", 0.5)
+    assert result.exit_code == 3
+    assert "alert: 100.00% of the rows" in result.stderr
+    assert len(read(tmp_path / "out.parquet")) == 50
+    assert run("score", source, *arguments, "--alert-above", 1.0).exit_code == 0
+
+
+def test_internal_errors_are_code_5(run, rows, model, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise ZeroDivisionError("surprise")
+
+    source = write(rows(20, 0), tmp_path / "rows.parquet")
+    monkeypatch.setattr(running, "to_frame", fail)
+    assert run("score", source, "-m", model, "-o", tmp_path / "out.parquet").exit_code == 5
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".parts"]
+
+
+def test_logs_for_machines_and_silence(run, rows, model, tmp_path):
+    source = write(rows(20, 0), tmp_path / "rows.parquet")
+    arguments = ("score", source, "-m", model, "-o", tmp_path / "out.parquet", "--overwrite")
+    result = run(*arguments, "--log-format", "json")
+    records = [json.loads(line) for line in result.stderr.splitlines()]
+    assert records[-1]["rows"] == 20
+    assert records[-1]["level"] == "info"
+    assert result.stdout == ""
+    assert run(*arguments, "--quiet").stderr == ""
+    result = run("score", "nowhere.csv", "-m", model, "-o", "out.csv", "--quiet", "--log-format", "json")
+    assert json.loads(result.stderr)["code"] == 2
+
+
+def test_progress_is_for_terminals(run, rows, model, tmp_path, monkeypatch):
+    from anomalib_gen.scoring._log import Log
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, options, shown in (
+        (Terminal(), {}, True),
+        (Terminal(), {"quiet": True}, False),
+        (Terminal(), {"as_json": True}, False),
+        (io.StringIO(), {}, False),
+    ):
+        bar = Log(stream=stream, **options).progress("rows")
+        bar.update(5)
+        bar.close()
+        assert ("rows" in stream.getvalue()) == shown
+
+
+MEASURE = """
+import resource, sys
+from anomalib_gen.cli import app
+try:
+    app(sys.argv[1:])
+except SystemExit as stopped:
+    print(stopped.code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".parquet", ".csv"])
+def test_memory_does_not_grow_with_the_files(rows, model, tmp_path, ending):
+    """Eight times the rows take the same memory, but for what one part more or less costs."""
+    frame = rows(200_000, 1)
+    used = []
+    for copies in (2, 16):
+        for k in range(copies):
+            write(frame, tmp_path / str(copies) / f"{k}{ending}")
+        arguments = [
+            "score",
+            tmp_path / str(copies),
+            "-m",
+            model,
+            "-k",
+            "id",
+            "-o",
+            tmp_path / f"{copies}.parquet",
+        ]
+        code = [sys.executable, "-c", MEASURE, *map(str, arguments)]
+        done = subprocess.run(
+            code, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        code, megabytes = map(int, done.stdout.split())
+        assert code == 0
+        used.append(megabytes)
+    print(used)
+    assert used[1] < used[0] + 60
+
+
+def test_the_paths_in_a_record_are_those_given(run, rows, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(rows(20, 0), Path("rows.parquet"))
+    assert run("score", "rows.parquet", "-m", model, "-o", "out.parquet").exit_code == 0
+    assert json.loads(Path("out.parquet.run.json").read_text())["inputs"][0][0] == "rows.parquet"
+
+
+def test_only_what_is_needed_is_read(run, rows, model, loaded, tmp_path):
+    """A column that no reader could decode does not matter where nobody asks for it."""
+    frame = rows(50, 1)
+    source = tmp_path / "rows.parquet"
+    papq.write_table(
+        pa.Table.from_pandas(frame.assign(blob="q" * 5000)), source, use_dictionary=False, compression=None
+    )
+    data = source.read_bytes()
+    start = data.index(b"q" * 4000)
+    # The length of its first value.
+    source.write_bytes(data[: start - 4] + b"\xff" * 4 + data[start:])
+    with pytest.raises((OSError, pa.ArrowException)):
+        papq.read_table(source)
+    result = run("score", source, "-m", model, "-k", "id", "-o", tmp_path / "out.parquet")
+    assert result.exit_code == 0, result.output
+    assert_scored(tmp_path / "out.parquet", frame, loaded, model)
