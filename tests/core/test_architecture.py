@@ -14,6 +14,7 @@ import pytest
 import anomalib_gen
 import anomalib_gen.calibration
 import anomalib_gen.explain
+import anomalib_gen.inspection
 
 PACKAGE = Path(anomalib_gen.__file__).parent
 NAME = "anomalib_gen"
@@ -184,7 +185,7 @@ def test_examples_run(name):
 
 
 def public_objects():
-    for module in (anomalib_gen, anomalib_gen.calibration, anomalib_gen.explain):
+    for module in (anomalib_gen, anomalib_gen.calibration, anomalib_gen.explain, anomalib_gen.inspection):
         for name in module.__all__:
             value = getattr(module, name)
             if name.startswith("_"):
