@@ -7,13 +7,15 @@ Which one answers which question:
 - *How unusual is this row*: a p-value, from `SplitConformalDetector`, `CrossConformalDetector` (CV+, jackknife+),
   `BootstrapConformalDetector` (jackknife+-after-bootstrap) or `conformal_p_values`; `conditional_p_values` makes it
   valid for the calibration rows at hand.
-- *At most 10 % of the flags may be false*: `adjust_p_values` for a batch; `LORD`, `SAFFRON` and `ADDIS` for a stream.
+- *At most 10 % of the flags may be false*: `adjust_p_values` for a batch; `LORD`, `SAFFRON` and `ADDIS` for a
+  stream; `adaptive_p_values` learn from the batch itself.
 - *Does this batch as a whole look normal*: `typicality_test`.
 - *What lies beyond the largest value seen*: `fit_tail`, `tail_stability`.
 
 The detectors wrap any outlier detector: of this package, of scikit-learn, of pyod.
 """
 
+from anomalib_gen.calibration.adaptive import adaptive_p_values
 from anomalib_gen.calibration.conformal import (
     BootstrapConformalDetector,
     CrossConformalDetector,
@@ -48,6 +50,7 @@ __all__ = [
     "TailProbability",
     "ThresholdDetector",
     "TypicalityResult",
+    "adaptive_p_values",
     "adjust_p_values",
     "conditional_p_values",
     "conformal_p_values",

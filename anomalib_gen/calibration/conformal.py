@@ -23,7 +23,7 @@ The guarantee is on average over the calibration rows. For the rows at hand it m
 
     p'(x) = b_{ceil((n + 1) p(x))},    b_{n+1-j} = 1 - delta^{1/k} (prod_{l<k} (j - l) / (n - l))^{1/k},  k = floor(n/2)
 
-are valid for *this* calibration set and all later rows together (Bates et al. 2023, section 4.2, the Simes bound).
+are valid for *this* calibration set and all later rows together (Bates et al. 2023, the Simes bound).
 """
 
 from __future__ import annotations

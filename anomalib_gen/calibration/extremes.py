@@ -114,7 +114,7 @@ class TailFit:
     def interval(self, rate: float, *, confidence: float = 0.95) -> tuple[float, float]:
         """Confidence interval of `quantile`, by profile likelihood.
 
-        The interval holds the values that a likelihood-ratio test does not reject (Coles 2001, section 4.3.3). It
+        The interval holds the values that a likelihood-ratio test does not reject (Coles 2001, chapter 4). It
         reaches farther up than down, as the uncertainty does.
 
         Parameters

@@ -4,11 +4,11 @@ At a p-value of 0.05 one normal row in twenty is flagged, so among 10,000 normal
 false. The false-discovery rate is the expected share V / max(R, 1) of false flags V among all flags R. With sorted
 p-values p_(1) <= ... <= p_(m), Benjamini and Hochberg (1995) flag the k smallest, k = max{i : p_(i) <= alpha i / m},
 which keeps the rate at (m_0 / m) alpha where m_0 rows are normal, if the p-values are independent or positively
-dependent; conformal ones that share a calibration set are (Bates et al. 2023, theorem 2). Storey's estimate
+dependent; conformal ones that share a calibration set are (Bates et al. 2023). Storey's estimate
 
     m_0 <= (1 + #{p_i > lambda}) / (1 - lambda)
 
-uses the slack m_0 / m, and keeps the rate with conformal p-values too (theorem 3 there). Benjamini and Yekutieli (2001)
+uses the slack m_0 / m, and keeps the rate with conformal p-values too (the same). Benjamini and Yekutieli (2001)
 divide alpha by sum_i 1/i and hold under any dependence, so also for cross-conformal p-values.
 """
 

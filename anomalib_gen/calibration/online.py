@@ -34,7 +34,7 @@ LORD_TERMS = 100_000
 
 
 def _lord_weight(j: int) -> float:
-    """LORD's gamma_j before division by the sum, of equation 31 of Javanmard and Montanari (2018)."""
+    """LORD's gamma_j before division by the sum (Javanmard and Montanari 2018)."""
     return log(max(j, 2)) / (j * exp(sqrt(log(j))))
 
 
@@ -55,7 +55,7 @@ SAFFRON_SUM = float(special.zeta(1.6))
 
 
 def saffron_gamma(j: int) -> float:
-    """gamma_j ~ j^-1.6, of sum 1 (section 4 of Ramdas et al. 2018)."""
+    """gamma_j ~ j^-1.6, of sum 1 (Ramdas et al. 2018)."""
     return float(j**-1.6 / SAFFRON_SUM)
 
 

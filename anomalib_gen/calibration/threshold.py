@@ -323,6 +323,11 @@ class ThresholdDetector(WrappedDetector):
         rule: Any = resolve_component(
             self.threshold, known=RULES, argument="threshold", default=FalsePositiveRate
         )
+        if not isinstance(rule, ThresholdRule):
+            raise TypeError(
+                f"threshold must be a name or a rule of anomalib_gen.calibration, got {rule!r}. "
+                f"Known names: {', '.join(map(repr, RULES))}."
+            )
         labels = None
         if rule.labelled:
             fitted, held_out, labels = self._fit_labelled(X, y)

@@ -509,7 +509,6 @@ class SamplesDisplay:
         n = self.data.shape[1]
         ax = start(self, ax, figsize=(2.6 * n + 0.6, 2.6 * n + 0.4))
         ax.set_axis_off()
-        ax.set_title(self.name)
         figure: Any = ax.figure
         grid = ax.get_subplotspec().subgridspec(n, n)
         self.axes_ = np.empty((n, n), dtype=object)
@@ -553,6 +552,6 @@ class SamplesDisplay:
                 if j == 0 and i > 0:
                     cell.set_ylabel(self.feature_names[i])
         handles, labels = self.axes_[0, 0].get_legend_handles_labels()
-        place = {"loc": "upper right", "bbox_to_anchor": (1, 1)} if n > 1 else {"loc": "upper right"}
-        ax.legend(handles, labels, frameon=False, **place)
+        # In the corner above the diagonal, which is empty; a title would run into the first column.
+        ax.legend(handles, labels, title=self.name, loc="upper right", frameon=False)
         return self

@@ -168,6 +168,7 @@ def test_import_is_light_and_changes_nothing_global():
         "detectors.energy",
         "detectors.flow",
         "detectors.vae",
+        "calibration.adaptive",
         "calibration.conformal",
         "calibration.extremes",
         "calibration.false_discovery",

@@ -9,6 +9,7 @@ from sklearn.base import BaseEstimator, OutlierMixin, clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.neighbors import KernelDensity
 
+from anomalib_gen.anomaly import Likelihood
 from anomalib_gen.calibration import (
     Contamination,
     ExpectedCost,
@@ -175,6 +176,8 @@ def test_parameters_clone_pickle_and_failure():
         ThresholdDetector(Value(), threshold=FalsePositiveRate(2)).fit(X)
     with pytest.raises(ValueError, match="false_alarm must be a positive cost, got 0"):
         ExpectedCost(false_alarm=0)(X[:, 0], np.ones(200))
+    with pytest.raises(TypeError, match="threshold must be a name or a rule"):
+        ThresholdDetector(Value(), threshold=Likelihood()).fit(X)
     offset = fitted.offset_
     with pytest.raises(ValueError, match="cannot be judged"):
         fitted.set_params(threshold__rate=1e-9).fit(X)
