@@ -266,7 +266,7 @@ def main(
     """Compare realised with nominal false-positive and false-discovery rates."""
     if quick:
         table, splits = ["digits"], 2
-    found = []
+    found: list[dict[str, Any]] = []
     with warnings.catch_warnings():
         # The quick run has too few rows for the default level of the p-values; predict is not used there.
         warnings.filterwarnings("ignore", message="alpha=.* is below")
@@ -274,17 +274,16 @@ def main(
             for kind in detector or DETECTORS:
                 if kind != "flow" or table or name in FLOW_TABLES:
                     found.append(measure(name, kind, splits, quick))
-    figures = {
-        "environment": environment(),
-        "setting": {"splits": splits, "alpha": ALPHA, "tail": TAIL, "fdr": FDR, "quick": quick},
-        "results": found,
-    }
-    text = []
-    for title, header, lines in report(found, splits):
-        show(title, header, lines)
-        text.append(markdown(title, header, lines))
-    if output is not None:
-        save(output, figures, "\n".join(text))
+            tables = report(found, splits)
+            if output is not None:  # after each table, so that an interrupted run leaves those it finished
+                figures = {
+                    "environment": environment(),
+                    "setting": {"splits": splits, "alpha": ALPHA, "tail": TAIL, "fdr": FDR, "quick": quick},
+                    "results": found,
+                }
+                save(output, figures, "\n".join(markdown(*one) for one in tables))
+    for one in tables:
+        show(*one)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Detectors are fitted to 1,000 distinct normal rows of a table. Of other normal rows one column each is changed:
 
 - *shift*: moved by four deviations, up or down. Its own distribution gives it away, so the deviation from the mean
-  alone finds it: the line "|z|" is what there is to beat.
+  alone finds it: the line "absolute z-score" is what there is to beat.
 - *swap*: replaced by the value of another row, at least two deviations away. The value is a usual one, and only the
   other columns tell that it does not belong; some of these rows are not odd at all.
 
@@ -49,7 +49,7 @@ def families(train: np.ndarray, seed: int, quick: bool) -> dict[str, Explain]:
         shared["max_iter"] = 10
     mean, deviation = train.mean(axis=0), train.std(axis=0)
     deviation = np.where(deviation > 0, deviation, 1.0)
-    found: dict[str, Explain] = {"|z|": lambda X: np.abs(X - mean) / deviation}
+    found: dict[str, Explain] = {"absolute z-score": lambda X: np.abs(X - mean) / deviation}
 
     def add(name: str, detector: Any, *methods: str, background: bool = True) -> None:
         for method in methods:
@@ -176,20 +176,22 @@ def main(
     """Measure whether contributions name the changed column."""
     if quick:
         table, seeds, rows = ["wine"], 1, 10
-    found = [one for name in table or TABLES for one in measure(name, seeds, rows, quick)]
-    figures = {
-        "environment": environment(),
-        "setting": {"seeds": seeds, "rows": rows, "quick": quick},
-        "results": found,
-    }
-    text = []
-    for kind in ("shift", "swap"):
-        header, lines = report(found, kind)
-        title = f"{kind}: mean rank of the changed column (share of rows in which it comes first)"
-        show(title, header, lines)
-        text.append(markdown(title, header, lines))
-    if output is not None:
-        save(output, figures, "\n".join(text))
+    found: list[dict[str, Any]] = []
+    for name in table or TABLES:
+        found += measure(name, seeds, rows, quick)
+        text = []
+        for kind in ("shift", "swap"):
+            header, lines = report(found, kind)
+            title = f"{kind}: mean rank of the changed column (share of rows in which it comes first)"
+            show(title, header, lines)
+            text.append(markdown(title, header, lines))
+        if output is not None:  # after each table, so that an interrupted run leaves those it finished
+            figures = {
+                "environment": environment(),
+                "setting": {"seeds": seeds, "rows": rows, "quick": quick},
+                "results": found,
+            }
+            save(output, figures, "\n".join(text))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,9 @@ def test_explanations_rank_the_changed_column(tmp_path):
     run("explanations.py", "--output", out)
     found = json.loads(out.read_text())["results"]
     assert {one["injection"] for one in found} == {"shift", "swap"}
-    (best,) = (one for one in found if one["explanation"] == "|z|" and one["injection"] == "shift")
+    (best,) = (
+        one for one in found if one["explanation"] == "absolute z-score" and one["injection"] == "shift"
+    )
     assert best["mean_rank"] < 3
     assert all(1 <= one["mean_rank"] <= one["columns"] for one in found)
 
