@@ -139,7 +139,8 @@ def feature_contributions(
     method : {"auto", "integrated-gradients", "score", "reconstruction", "conditional"}, default="auto"
         Equations 1 to 4 of the module. "auto" takes what adds up to the detector's own anomaly: ``"score"`` for norms
         of the score, ``"reconstruction"`` for distances to a reconstruction, and ``"integrated-gradients"`` of the
-        energy for everything else.
+        energy for everything else. Where it is the relation between columns that is broken, integrated gradients with
+        a background have ranked the changed column higher than the other methods.
     background : array-like or data frame of shape (n_background, n_columns) or None, default=None
         Normal rows, for integrated gradients: the baselines are taken from them. None takes the mean of the rows that
         the detector was fitted to, which is a poor baseline where there are several kinds of normal rows.
