@@ -73,6 +73,34 @@ def test_density_compares_every_model_with_the_best_mixture(tmp_path):
     assert out.with_suffix(".md").read_text().count("\n|") == len(models) + 2
 
 
+def test_calibration_compares_realised_with_nominal_rates(tmp_path):
+    out = tmp_path / "calibration.json"
+    run("calibration.py", "--detector", "isolation forest", "--output", out)
+    (found,) = json.loads(out.read_text())["results"]
+    rates = found["rates"]
+    assert {
+        "false positives: held-out",
+        "false positives: CV+",
+        "false discoveries: BH",
+        "found: LORD",
+    } <= set(rates)
+    assert all(0 <= rate["mean"] <= 1 for rate in rates.values())
+    assert out.with_suffix(".md").read_text().count("##") == 3
+
+
+@pytest.mark.slow
+def test_explanations_rank_the_changed_column(tmp_path):
+    out = tmp_path / "explanations.json"
+    run("explanations.py", "--output", out)
+    found = json.loads(out.read_text())["results"]
+    assert {one["injection"] for one in found} == {"shift", "swap"}
+    (best,) = (
+        one for one in found if one["explanation"] == "absolute z-score" and one["injection"] == "shift"
+    )
+    assert best["mean_rank"] < 3
+    assert all(1 <= one["mean_rank"] <= one["columns"] for one in found)
+
+
 @pytest.mark.slow
 def test_gpu_script_measures_every_family_on_a_cpu(tmp_path):
     run("gpu.py", "--device", "cpu", "--skip-tests", "--output", tmp_path)

@@ -1,4 +1,4 @@
-r"""Decisions from scores.
+r"""Does a batch of rows look normal as a whole?
 
 The typicality test (Nalisnick et al. 2019, arXiv:1906.02994, section 3 and algorithm 1) asks of a *batch* of M rows
 whether it could come from the model's data. In many dimensions the mean of -log p over rows of the data is close to

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from anomalib_gen import TypicalityResult, calibration, typicality_test
+from anomalib_gen import TypicalityResult, typicality_test
+from anomalib_gen.calibration import typicality
 
 
 class StandardNormal:
@@ -77,7 +78,7 @@ def test_random_state_and_blocks(monkeypatch):
     result = typicality_test(StandardNormal(), batch, reference, **arguments)
     assert 2 / 301 < result.pvalue < 1
     assert typicality_test(StandardNormal(), batch, reference, **arguments) == result
-    monkeypatch.setattr(calibration, "RESAMPLED_VALUES", 70)
+    monkeypatch.setattr(typicality, "RESAMPLED_VALUES", 70)
     assert typicality_test(StandardNormal(), batch, reference, **arguments) == result
 
 

@@ -1,0 +1,715 @@
+r"""Conformal p-values: what a score is worth, without a word about its distribution.
+
+Let s(x) be a detector's score, lower = more abnormal, and s_1 ... s_n the scores of n normal rows that the detector was
+not fitted to. If x is one more such row, its rank among them is uniform, so
+
+    p(x) = (1 + #{i : s_i <= s(x)}) / (n + 1)                                                            (split)
+
+has P(p(x) <= t) = floor((n + 1) t) / (n + 1) <= t whatever the detector and the data, with equality unless scores tie
+(Vovk, Gammerman and Shafer 2005; Laxhammar and Falkman 2010 for anomalies). To hold rows out costs some of them.
+Where every row should both train and calibrate, each is scored by a model that has not seen it, and compared with the
+same model's score of x:
+
+    p(x) = (1 + #{i : s_{-i}(x_i) <= s_{-i}(x)}) / (n + 1)                    (cross-conformal, CV+, jackknife+)
+
+where s_{-i} comes from a model fitted without row i: without its fold (cross-conformal, Vovk 2015; the CV+ of Barber et
+al. 2021), without it alone (jackknife+), or from the average of those bootstrap models that missed it
+(jackknife+-after-bootstrap, Kim et al. 2020). The ranks now come from different models, and what is certain for
+jackknife+ is P(p(x) <= t) <= 2 t, with a little more for few folds; in practice it is close to t unless the models
+are unstable.
+
+The guarantee is on average over the calibration rows. For the rows at hand it may be worse; with probability
+1 - delta the p-values
+
+    p'(x) = b_{ceil((n + 1) p(x))},    b_{n+1-j} = 1 - delta^{1/k} (prod_{l<k} (j - l) / (n - l))^{1/k},  k = floor(n/2)
+
+are valid for *this* calibration set and all later rows together (Bates et al. 2023, the Simes bound).
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+from sklearn.base import _fit_context
+from sklearn.utils import _safe_indexing, check_random_state, indexable
+from sklearn.utils._param_validation import Interval
+from sklearn.utils.validation import _num_samples, check_is_fitted
+
+from anomalib_gen._runtime import row_blocks
+from anomalib_gen.calibration._wrapped import (
+    WrappedDetector,
+    fit_and_hold_out,
+    require_unfitted,
+    seeded_clone,
+)
+
+COMPARED_VALUES = 2**22
+"""Comparisons of rows with calibration rows held in memory at once."""
+
+
+# From scores ----------------------------------------------------------------------------------------------
+
+
+def conformal_p_values(
+    scores: Any,
+    calibration_scores: Any,
+    *,
+    weights: Any = None,
+    calibration_weights: Any = None,
+    smoothed: bool = False,
+    random_state: Any = None,
+) -> npt.NDArray[np.float64]:
+    """Split-conformal p-values from scores.
+
+    Parameters
+    ----------
+    scores : array-like of shape (n_rows,)
+        Scores of the rows in question, lower = more abnormal.
+    calibration_scores : array-like of shape (n_calibration,)
+        Scores of normal rows that the detector was not fitted to.
+    weights, calibration_weights : array-like, default=None
+        Likelihood ratios p_test(x) / p_calibration(x) of either set of rows, up to a constant, where normal rows of
+        today are distributed otherwise than those of calibration (covariate shift, [3]_). Give both or neither.
+    smoothed : bool, default=False
+        Break ties at random, the row itself counted among them: p-values of normal rows are then exactly uniform, not
+        only valid, and no two calls agree without a `random_state`.
+    random_state : int, RandomState instance or None, default=None
+        Used if `smoothed`.
+
+    Returns
+    -------
+    ndarray of shape (n_rows,)
+        In (0, 1]; without weights a multiple of ``1 / (n_calibration + 1)`` unless smoothed.
+
+    Raises
+    ------
+    ValueError
+        If there are no calibration scores, a score is NaN, or the weights do not fit.
+
+    References
+    ----------
+    .. [1] Vovk, V., Gammerman, A., Shafer, G. (2005). Algorithmic learning in a random world. Springer.
+    .. [2] Laxhammar, R., Falkman, G. (2010). Conformal prediction for distribution-independent anomaly detection in
+       streaming vessel data. StreamKDD. doi:10.1145/1833280.1833287.
+    .. [3] Tibshirani, R. J., Barber, R. F., Candès, E. J., Ramdas, A. (2019). Conformal prediction under covariate
+       shift. NeurIPS. arXiv:1904.06019.
+
+    Examples
+    --------
+    >>> from anomalib_gen.calibration import conformal_p_values
+    >>> conformal_p_values([-9.0, 2.5], [1.0, 2.0, 3.0, 4.0])
+    array([0.2, 0.6])
+    """
+    s, reference = _check_scores(scores, "scores"), _check_scores(calibration_scores, "calibration_scores")
+    if not len(reference):
+        raise ValueError("calibration_scores is empty; at least one normal row is needed.")
+    if (weights is None) != (calibration_weights is None):
+        raise ValueError("weights and calibration_weights belong together: give both or neither.")
+    order = np.argsort(reference, kind="stable")
+    reference = reference[order]
+    w = np.ones(len(s)) if weights is None else _check_weights(weights, len(s), "weights")
+    v = np.ones(len(reference))
+    if calibration_weights is not None:
+        v = _check_weights(calibration_weights, len(reference), "calibration_weights")[order]
+    mass = np.concatenate([[0.0], np.cumsum(v)])
+    up_to = mass[np.searchsorted(reference, s, side="right")]
+    if not smoothed:
+        return (up_to + w) / (mass[-1] + w)
+    below = mass[np.searchsorted(reference, s, side="left")]
+    uniform = check_random_state(random_state).uniform(size=len(s))
+    return (below + uniform * (up_to - below + w)) / (mass[-1] + w)
+
+
+def conditional_p_values(
+    p_values: Any, n_calibration: int, *, delta: float = 0.1, method: str = "simes"
+) -> npt.NDArray[np.float64]:
+    """Make split-conformal p-values valid for the calibration rows at hand, not only on average over such rows.
+
+    With probability at least ``1 - delta`` over the calibration rows, a normal row's adjusted p-value is at most t
+    with probability at most t, for all t together. Given the calibration rows the p-values of later rows are then
+    independent, which online control of false discoveries asks for.
+
+    Parameters
+    ----------
+    p_values : array-like of shape (n_rows,)
+        Split-conformal p-values, without weights and not smoothed.
+    n_calibration : int
+        Number of calibration rows that they come from.
+    delta : float, default=0.1
+        Probability that the promise fails.
+    method : {"simes", "dkw"}, default="simes"
+        ``"simes"`` is tight for small p-values, where decisions are made; ``"dkw"`` adds the same to all of them
+        (Dvoretzky-Kiefer-Wolfowitz) and is tighter for large ones.
+
+    Returns
+    -------
+    ndarray of shape (n_rows,)
+        Never below the unadjusted p-values' validity: in (0, 1].
+
+    Raises
+    ------
+    ValueError
+        If a p-value is no multiple of ``1 / (n_calibration + 1)``, or an argument is out of range.
+
+    References
+    ----------
+    .. [1] Bates, S., Candès, E., Lei, L., Romano, Y., Sesia, M. (2023). Testing for outliers with conformal p-values.
+       Annals of Statistics, 51(1). arXiv:2104.08279.
+
+    Examples
+    --------
+    >>> from anomalib_gen.calibration import conditional_p_values
+    >>> conditional_p_values([0.001, 0.05, 1.0], n_calibration=999).round(4)
+    array([0.0046, 0.0723, 1.    ])
+    """
+    if not isinstance(n_calibration, Integral) or n_calibration < 2:
+        raise ValueError(f"n_calibration must be an integer of at least 2, got {n_calibration!r}.")
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must lie between 0 and 1, got {delta!r}.")
+    n = int(n_calibration)
+    p = np.asarray(p_values, dtype=np.float64)
+    ranks = np.rint(p * (n + 1)).astype(np.int64)
+    off = (ranks < 1) | (ranks > n + 1) | (np.abs(p * (n + 1) - ranks) > 1e-3)
+    if off.any():
+        raise ValueError(
+            f"p_values hold {p[off].flat[0]!r}, which is no multiple of 1 / (n_calibration + 1) = {1 / (n + 1):.3g}. "
+            "Give split-conformal p-values without weights and smoothing, and their number of calibration rows."
+        )
+    if method == "simes":
+        bounds = _simes_bounds(n, delta)
+    elif method == "dkw":
+        # At the jth smallest of n uniforms the empirical distribution has just been (j - 1) / n (Massart 1990).
+        slack = np.sqrt(np.log(1 / min(delta, 0.5)) / (2 * n))
+        bounds = np.minimum(1, np.arange(n) / n + slack)
+    else:
+        raise ValueError(f"method must be 'simes' or 'dkw', got {method!r}.")
+    adjusted: npt.NDArray[np.float64] = np.append(bounds, 1.0)[ranks - 1]
+    return adjusted
+
+
+def _simes_bounds(n: int, delta: float) -> npt.NDArray[np.float64]:
+    """Bounds b_1 <= ... <= b_n that n sorted uniforms stay below, all at once, with probability 1 - delta."""
+    k = n // 2
+    j = np.arange(n, k - 1, -1)  # b_{n+1-j}; beyond k factors of the product one is zero, and the bound is 1
+    log_product = (
+        special.gammaln(j + 1)
+        - special.gammaln(j - k + 1)
+        - special.gammaln(n + 1)
+        + special.gammaln(n - k + 1)
+    )
+    bounds = np.ones(n)
+    bounds[: len(j)] = -np.expm1((np.log(delta) + log_product) / k)
+    return bounds
+
+
+def _check_scores(scores: Any, name: str) -> npt.NDArray[np.float64]:
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or np.isnan(values).any():
+        raise ValueError(f"{name} must be one number a row and not NaN, got shape {values.shape}.")
+    return values
+
+
+def _check_weights(weights: Any, n: int, name: str) -> npt.NDArray[np.float64]:
+    values = np.asarray(weights, dtype=np.float64)
+    if values.shape != (n,) or not np.isfinite(values).all() or (values < 0).any() or not values.any():
+        raise ValueError(f"{name} must be {n} finite, non-negative numbers, not all zero.")
+    return values
+
+
+def flagged_ranks(alpha: float, n: int) -> int:
+    """Largest k with k / (n + 1) <= alpha, as floating-point numbers compare."""
+    k = int(np.floor(alpha * (n + 1)))
+    while (k + 1) / (n + 1) <= alpha:
+        k += 1
+    while k > 0 and k / (n + 1) > alpha:
+        k -= 1
+    return min(k, n)
+
+
+# Detectors ------------------------------------------------------------------------------------------------
+
+
+class ConformalDetector(WrappedDetector):
+    """Base of the conformal detectors: `predict` is ``p_values(X) <= alpha``, decided on the scale of scores."""
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **WrappedDetector._parameter_constraints,
+        "alpha": [Interval(Real, 0, 1, closed="neither")],
+    }
+
+    alpha: float
+    calibration_scores_: npt.NDArray[np.float64]
+    n_calibration_: int
+
+    @abstractmethod
+    def p_values(self, X: Any) -> npt.NDArray[np.float64]:
+        """Conformal p-values of rows.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+        """
+
+    def _set_offset(self, calibration_scores: npt.NDArray[np.float64]) -> None:
+        n = len(calibration_scores)
+        k = flagged_ranks(self.alpha, n)
+        if k == 0:
+            warnings.warn(
+                f"alpha={self.alpha:g} is below 1 / (n + 1) = {1 / (n + 1):.3g}, the smallest p-value from n = {n} "
+                "calibration rows, so no row will be flagged. Raise alpha or give more rows.",
+                stacklevel=4,
+            )
+        self.calibration_scores_, self.n_calibration_, self._k = calibration_scores, n, max(k, 1)
+        self.offset_ = float(np.partition(calibration_scores, k - 1)[k - 1]) if k else -np.inf
+
+
+class SplitConformalDetector(ConformalDetector):
+    """Any outlier detector with p-values from normal rows held out of its training.
+
+    Parameters
+    ----------
+    estimator : estimator or None, default=None
+        An outlier detector of this package, of scikit-learn or of pyod, or a pipeline that ends in one; it is cloned.
+        None takes `sklearn.ensemble.IsolationForest`. A fitted one in a `sklearn.frozen.FrozenEstimator` is not
+        fitted again, and all rows given to `fit` calibrate it; they must not be those it was fitted to.
+    alpha : float, default=0.05
+        `predict` labels rows with p-values of at most `alpha` as outliers: at most that share of normal rows,
+        on average over calibration rows.
+    calibration_fraction : float, default=0.5
+        Share of the rows given to `fit` that calibrate; the others train. The smallest possible p-value is one by the
+        number of calibration rows plus one, so false-discovery control over many rows needs many of them.
+    score_direction : {"auto", "normal", "abnormal"}, default="auto"
+        What a high score of the estimator means. "auto" knows `score_samples` and scikit-learn's outlier detectors
+        (normal) and pyod's (abnormal), also at the end of a pipeline, and refuses to guess elsewhere.
+    random_state : int, RandomState instance or None, default=None
+        Chooses the calibration rows, and seeds the estimator where its own random state is None.
+
+    Attributes
+    ----------
+    estimator_ : estimator
+        The fitted detector.
+    calibration_scores_ : ndarray of shape (n_calibration_,)
+        Sorted scores of the calibration rows.
+    n_calibration_ : int
+        Number of calibration rows.
+    offset_ : float
+        Threshold on `score_samples`: rows below it have p-values of at most `alpha`.
+    n_features_in_ : int
+        Number of columns, where the estimator knows.
+    feature_names_in_ : ndarray of str
+        Names of the columns, where the estimator knows.
+
+    See Also
+    --------
+    CrossConformalDetector : Every row trains and calibrates.
+    anomalib_gen.calibration.adjust_p_values : False-discovery control over a batch of rows.
+
+    Notes
+    -----
+    The promise needs rows that are exchangeable with those to come, and normal. Anomalies among the calibration rows
+    make p-values larger, hence decisions more cautious; drift may break the promise.
+
+    References
+    ----------
+    .. [1] Laxhammar, R., Falkman, G. (2010). Conformal prediction for distribution-independent anomaly detection in
+       streaming vessel data. StreamKDD. doi:10.1145/1833280.1833287.
+    .. [2] Bates, S., Candès, E., Lei, L., Romano, Y., Sesia, M. (2023). Testing for outliers with conformal p-values.
+       Annals of Statistics, 51(1). arXiv:2104.08279.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklearn.neighbors import LocalOutlierFactor
+    >>> from anomalib_gen.calibration import SplitConformalDetector
+    >>> X = np.random.default_rng(0).normal(size=(398, 2))
+    >>> detector = SplitConformalDetector(LocalOutlierFactor(novelty=True), random_state=0).fit(X)
+    >>> detector.p_values([[0.0, 0.0], [6.0, 6.0]])
+    array([0.905, 0.005])
+    >>> detector.predict([[0.0, 0.0], [6.0, 6.0]])
+    array([ 1, -1])
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **ConformalDetector._parameter_constraints,
+        "calibration_fraction": [Interval(Real, 0, 1, closed="neither")],
+    }
+
+    def __init__(
+        self,
+        estimator: Any = None,
+        *,
+        alpha: float = 0.05,
+        calibration_fraction: float = 0.5,
+        score_direction: str = "auto",
+        random_state: Any = None,
+    ) -> None:
+        self.estimator = estimator
+        self.alpha = alpha
+        self.calibration_fraction = calibration_fraction
+        self.score_direction = score_direction
+        self.random_state = random_state
+
+    @_fit_context(prefer_skip_nested_validation=False)
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Fit the detector to some of the rows and calibrate it on the others.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+            Normal rows.
+        y : ignored
+            For scikit-learn's conventions.
+
+        Returns
+        -------
+        self
+        """
+        fitted, held_out = fit_and_hold_out(self, X, self.calibration_fraction)
+        self.estimator_ = fitted
+        self._note_columns(fitted)
+        self._set_offset(np.sort(self._scores_of(fitted, held_out)))
+        return self
+
+    def score_samples(self, X: Any) -> npt.NDArray[np.float64]:
+        """Scores of the detector inside; lower is more abnormal.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            Those of a pyod detector with the sign turned around.
+        """
+        check_is_fitted(self)
+        return self._scores_of(self.estimator_, X)
+
+    def p_values(self, X: Any) -> npt.NDArray[np.float64]:
+        """Conformal p-values of rows: of a normal row at most t with probability at most t.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            Multiples of ``1 / (n_calibration_ + 1)`` in (0, 1].
+        """
+        return conformal_p_values(self.score_samples(X), self.calibration_scores_)
+
+
+class _LeftOutConformalDetector(ConformalDetector):
+    """Several models, and for each calibration row the average of those that have not seen it."""
+
+    estimators_: list[Any]
+    _mixing: npt.NDArray[
+        np.float64
+    ]  # (n_models, n_calibration): weights of the models for each calibration row
+
+    def _fit_models(self, X: Any, trained_on: list[npt.NDArray[np.integer]]) -> Self:
+        n = _num_samples(X)
+        random = check_random_state(self.random_state)
+        unseen = np.ones((len(trained_on), n))
+        scores = np.zeros((len(trained_on), n))
+        estimators = []
+        for b, rows in enumerate(trained_on):
+            fitted = seeded_clone(self._inner(), random).fit(_safe_indexing(X, np.sort(rows)))
+            unseen[b, rows] = 0
+            held_out = np.flatnonzero(unseen[b])
+            if len(held_out):
+                scores[b, held_out] = self._scores_of(fitted, _safe_indexing(X, held_out))
+            estimators.append(fitted)
+        used = unseen.any(axis=0)
+        if not used.any():
+            raise ValueError(
+                "No row was left out of any model, so none can calibrate. Raise the number of models."
+            )
+        mixing = unseen[:, used]
+        mixing /= mixing.sum(axis=0)
+        self.estimators_, self._mixing = estimators, mixing
+        self._note_columns(estimators[0])
+        self._set_offset((mixing * scores[:, used]).sum(axis=0))
+        return self
+
+    def _differences(self, X: Any) -> Iterator[tuple[slice, npt.NDArray[np.float64]]]:
+        """Blocks of ``s_{-i}(x_i) - s_{-i}(x)``, (rows, n_calibration)."""
+        check_is_fitted(self)
+        scores = np.column_stack([self._scores_of(estimator, X) for estimator in self.estimators_])
+        for rows in row_blocks(len(scores), max(1, COMPARED_VALUES // self.n_calibration_)):
+            # Elementwise rather than a matrix product, whose rounding depends on the rows beside.
+            without = np.zeros((rows.stop - rows.start, self.n_calibration_))
+            for b, weights in enumerate(self._mixing):
+                without += scores[rows, b, None] * weights
+            yield rows, self.calibration_scores_ - without
+
+    def score_samples(self, X: Any) -> npt.NDArray[np.float64]:
+        """Scores on which `offset_` decides; lower is more abnormal.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            `offset_` plus the margin by which a row's p-value is beyond `alpha`: what would have to be taken from its
+            scores, under all models alike, to bring it to `alpha`. With one model for all it is that model's score.
+        """
+        parts = [
+            (rows, np.partition(d, self._k - 1, axis=1)[:, self._k - 1]) for rows, d in self._differences(X)
+        ]
+        at = np.partition(self.calibration_scores_, self._k - 1)[self._k - 1]
+        return at - np.concatenate([values for _, values in parts])
+
+    def p_values(self, X: Any) -> npt.NDArray[np.float64]:
+        """Conformal p-values of rows.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            Multiples of ``1 / (n_calibration_ + 1)`` in (0, 1]. Close to valid in practice; twice them is valid up to
+            the terms given under Notes.
+        """
+        counts = np.concatenate([(d <= 0).sum(axis=1) for _, d in self._differences(X)])
+        return (1 + counts) / (1 + self.n_calibration_)
+
+
+class CrossConformalDetector(_LeftOutConformalDetector):
+    """Any outlier detector with p-values from cross-validation: CV+, and jackknife+ where each row is its own fold.
+
+    Parameters
+    ----------
+    estimator : estimator or None, default=None
+        An outlier detector of this package, of scikit-learn or of pyod, or a pipeline that ends in one; each fold
+        gets a clone. None takes `sklearn.ensemble.IsolationForest`.
+    alpha : float, default=0.05
+        `predict` labels rows with p-values of at most `alpha` as outliers.
+    cv : int, cross-validation splitter or iterable, default=5
+        Folds; an int shuffles the rows first. ``LeaveOneOut()`` makes it jackknife+, at one fit a row.
+    score_direction : {"auto", "normal", "abnormal"}, default="auto"
+        What a high score of the estimator means, as in `SplitConformalDetector`.
+    random_state : int, RandomState instance or None, default=None
+        Shuffles the rows, and seeds the estimators where their own random state is None.
+
+    Attributes
+    ----------
+    estimators_ : list of estimator
+        The detectors, one for each fold.
+    calibration_scores_ : ndarray of shape (n_calibration_,)
+        Each row's score under the model of its fold, in the order of the rows.
+    n_calibration_ : int
+        Number of rows.
+    offset_ : float
+        Threshold on `score_samples`: rows below it have p-values of at most `alpha`.
+    n_features_in_ : int
+        Number of columns, where the estimator knows.
+    feature_names_in_ : ndarray of str
+        Names of the columns, where the estimator knows.
+
+    See Also
+    --------
+    SplitConformalDetector : One fit, an exact guarantee, fewer rows for either purpose.
+    BootstrapConformalDetector : Bagged models.
+
+    Notes
+    -----
+    With n rows in K folds, a normal row has P(p <= t) <= 2 t + min(2 (1 - 1/K) / (n/K + 1), (1 - K/n) / (K + 1))
+    ([2]_, theorem 4), which is 2 t for jackknife+ (K = n).
+
+    References
+    ----------
+    .. [1] Vovk, V. (2015). Cross-conformal predictors. Annals of Mathematics and Artificial Intelligence, 74.
+       arXiv:1208.0806.
+    .. [2] Barber, R. F., Candès, E. J., Ramdas, A., Tibshirani, R. J. (2021). Predictive inference with the jackknife+.
+       Annals of Statistics, 49(1). arXiv:1905.02928.
+    .. [3] Hennhöfer, O., Preisach, C. (2024). Leave-one-out-, bootstrap- and cross-conformal anomaly detectors.
+       arXiv:2402.16388.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklearn.covariance import EllipticEnvelope
+    >>> from anomalib_gen.calibration import CrossConformalDetector
+    >>> X = np.random.default_rng(0).normal(size=(199, 2))
+    >>> detector = CrossConformalDetector(EllipticEnvelope(), random_state=0).fit(X)
+    >>> detector.p_values([[0.0, 0.0], [6.0, 6.0]])
+    array([1.   , 0.005])
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **ConformalDetector._parameter_constraints,
+        "cv": ["cv_object"],
+    }
+
+    def __init__(
+        self,
+        estimator: Any = None,
+        *,
+        alpha: float = 0.05,
+        cv: Any = 5,
+        score_direction: str = "auto",
+        random_state: Any = None,
+    ) -> None:
+        self.estimator = estimator
+        self.alpha = alpha
+        self.cv = cv
+        self.score_direction = score_direction
+        self.random_state = random_state
+
+    @_fit_context(prefer_skip_nested_validation=False)
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Fit one detector for each fold and score the fold with it.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+            Normal rows.
+        y : ignored
+            For scikit-learn's conventions.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            If there are fewer rows than folds, or the folds overlap.
+        """
+        (X,) = indexable(X)
+        n = _num_samples(X)
+        require_unfitted(self)
+        if isinstance(self.cv, Integral):
+            if n < self.cv:
+                raise ValueError(f"cv={self.cv} folds need as many rows, got n_samples={n}.")
+            order = check_random_state(self.random_state).permutation(n)
+            held_out = [np.sort(fold) for fold in np.array_split(order, int(self.cv))]
+        else:
+            from sklearn.model_selection import check_cv
+
+            held_out = [test for _, test in check_cv(self.cv).split(X)]
+        if len(np.unique(np.concatenate(held_out))) != sum(map(len, held_out)):
+            raise ValueError("cv holds a row out more than once; folds that do not overlap are needed.")
+        return self._fit_models(X, [np.setdiff1d(np.arange(n), fold) for fold in held_out])
+
+
+class BootstrapConformalDetector(_LeftOutConformalDetector):
+    """Any outlier detector, bagged, with p-values from the models that missed each row: jackknife+-after-bootstrap.
+
+    Parameters
+    ----------
+    estimator : estimator or None, default=None
+        An outlier detector of this package, of scikit-learn or of pyod, or a pipeline that ends in one; each bootstrap
+        sample gets a clone. None takes `sklearn.ensemble.IsolationForest`.
+    n_estimators : int, default=20
+        Number of bootstrap samples. A row is missed by about 37 % of them; the few rows missed by none do not
+        calibrate.
+    alpha : float, default=0.05
+        `predict` labels rows with p-values of at most `alpha` as outliers.
+    score_direction : {"auto", "normal", "abnormal"}, default="auto"
+        What a high score of the estimator means, as in `SplitConformalDetector`.
+    random_state : int, RandomState instance or None, default=None
+        Draws the bootstrap samples, and seeds the estimators where their own random state is None.
+
+    Attributes
+    ----------
+    estimators_ : list of estimator
+        The detectors, one for each bootstrap sample.
+    calibration_scores_ : ndarray of shape (n_calibration_,)
+        Mean score of each row under the models that missed it, in the order of the rows.
+    n_calibration_ : int
+        Number of rows that some model missed.
+    offset_ : float
+        Threshold on `score_samples`: rows below it have p-values of at most `alpha`.
+    n_features_in_ : int
+        Number of columns, where the estimator knows.
+    feature_names_in_ : ndarray of str
+        Names of the columns, where the estimator knows.
+
+    See Also
+    --------
+    CrossConformalDetector : Fewer fits, each on more distinct rows.
+
+    Notes
+    -----
+    Scores are averaged over models, so they have to be on one scale; likelihoods, energies and distances are. The
+    bound P(p <= t) <= 2 t is proved for a random number of bootstrap samples ([1]_, theorem 1); it is fixed here, as
+    the authors do in practice.
+
+    References
+    ----------
+    .. [1] Kim, B., Xu, C., Barber, R. F. (2020). Predictive inference is free with the jackknife+-after-bootstrap.
+       NeurIPS. arXiv:2002.09025.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklearn.covariance import EllipticEnvelope
+    >>> from anomalib_gen.calibration import BootstrapConformalDetector
+    >>> X = np.random.default_rng(0).normal(size=(199, 2))
+    >>> detector = BootstrapConformalDetector(EllipticEnvelope(), random_state=0).fit(X)
+    >>> detector.p_values([[6.0, 6.0]])
+    array([0.005])
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **ConformalDetector._parameter_constraints,
+        "n_estimators": [Interval(Integral, 1, None, closed="left")],
+    }
+
+    def __init__(
+        self,
+        estimator: Any = None,
+        *,
+        n_estimators: int = 20,
+        alpha: float = 0.05,
+        score_direction: str = "auto",
+        random_state: Any = None,
+    ) -> None:
+        self.estimator = estimator
+        self.n_estimators = n_estimators
+        self.alpha = alpha
+        self.score_direction = score_direction
+        self.random_state = random_state
+
+    @_fit_context(prefer_skip_nested_validation=False)
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Fit one detector to each bootstrap sample of the rows.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+            Normal rows.
+        y : ignored
+            For scikit-learn's conventions.
+
+        Returns
+        -------
+        self
+        """
+        (X,) = indexable(X)
+        n = _num_samples(X)
+        require_unfitted(self)
+        if n < 2:
+            raise ValueError(
+                f"n_samples={n}, but at least 2 rows are needed: a lone row is in every bootstrap sample."
+            )
+        random = check_random_state(self.random_state)
+        return self._fit_models(X, [random.randint(n, size=n) for _ in range(self.n_estimators)])

@@ -1,0 +1,56 @@
+"""Colours and axes of all displays: told apart by colour-blind readers, legible on light and on dark backgrounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.utils._optional_dependencies import check_matplotlib_support
+
+NORMAL, ANOMALY, THIRD = "#2B8CC4", "#E0641A", "#009E73"
+"""Blue, vermilion and green after Okabe and Ito (2008), the first two between their shades for light and for dark."""
+
+
+def start(display: Any, ax: Any, **figure: Any) -> Any:
+    """Axes to draw on, new ones if None; the display remembers them and their figure."""
+    check_matplotlib_support(f"{type(display).__name__}.plot")
+    import matplotlib.pyplot as plt
+
+    if ax is None:
+        _, ax = plt.subplots(layout="constrained", **figure)
+    display.ax_, display.figure_ = ax, ax.figure
+    return ax
+
+
+def ink() -> str:
+    """Colour of neutral lines: that of the text, whatever the background."""
+    import matplotlib as mpl
+
+    return str(mpl.rcParams["text.color"])
+
+
+def check_labels(y: Any, n: int) -> npt.NDArray[np.int64]:
+    """Labels ``(n,)`` as they are used everywhere: +1 normal, -1 anomaly.
+
+    Raises
+    ------
+    ValueError
+        If there are other values, or another number of them.
+    """
+    labels = np.asarray(y)
+    unknown = set(np.unique(labels).tolist()) - {1, -1}
+    if labels.shape != (n,) or unknown:
+        raise ValueError(
+            f"y must hold {n} labels, +1 for normal rows and -1 for anomalies, got shape {labels.shape}"
+            + (f" and values {sorted(unknown)[:5]}." if unknown else ".")
+        )
+    return labels.astype(np.int64)
+
+
+def check_scores(scores: Any, name: str = "scores") -> npt.NDArray[np.float64]:
+    """Finite numbers ``(n,)``."""
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"{name} must be one finite number a row, got shape {values.shape}.")
+    return values

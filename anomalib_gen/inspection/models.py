@@ -1,0 +1,557 @@
+"""Displays of what a model has learned: its landscape, its training, its samples."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+from sklearn.utils.validation import check_is_fitted
+
+from anomalib_gen.calibration._wrapped import innermost, score_rows
+from anomalib_gen.explain._columns import names_of
+from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_labels, ink, start
+
+MAX_POINTS = 2000
+"""Points of a scatter: more hide each other."""
+
+
+class LandscapeDisplay:
+    """Scores over the plane of a detector of two columns, with rows and the threshold's contour.
+
+    Make it with `from_estimator`.
+
+    Parameters
+    ----------
+    x, y : ndarray of shape (resolution,)
+        Grid along either column.
+    values : ndarray of shape (resolution, resolution)
+        Score at ``(x[j], y[i])``.
+    rows : ndarray of shape (n_rows, 2)
+    labels : ndarray of shape (n_rows,) or None
+        +1 for normal rows, -1 for anomalies.
+    threshold : float or None
+        Its contour is drawn.
+    feature_names : list of str
+    response : str
+        What is shown, for the colour bar.
+    name : str or None, default=None
+        Of the detector.
+
+    Attributes
+    ----------
+    ax_ : matplotlib Axes
+    figure_ : matplotlib Figure
+    """
+
+    def __init__(
+        self,
+        *,
+        x: Any,
+        y: Any,
+        values: Any,
+        rows: Any,
+        labels: Any,
+        threshold: float | None,
+        feature_names: list[str],
+        response: str,
+        name: str | None = None,
+    ) -> None:
+        self.x = x
+        self.y = y
+        self.values = values
+        self.rows = rows
+        self.labels = labels
+        self.threshold = threshold
+        self.feature_names = feature_names
+        self.response = response
+        self.name = name
+
+    @classmethod
+    def from_estimator(
+        cls,
+        estimator: Any,
+        X: Any,
+        y: Any = None,
+        *,
+        response_method: str = "score_samples",
+        resolution: int = 150,
+        margin: float = 0.15,
+        ax: Any = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Evaluate a fitted detector of two columns over the range of rows and draw.
+
+        Parameters
+        ----------
+        estimator : fitted detector
+        X : array-like or data frame of shape (n_rows, 2)
+            Rows to show; their range, with a margin, is what is drawn.
+        y : array-like of shape (n_rows,), optional
+            +1 for normal rows, -1 for anomalies.
+        response_method : str, default="score_samples"
+            ``"score_samples"``, ``"energy"`` or ``"p_values"``, where the detector has it.
+        resolution : int, default=150
+            Points of the grid along either column.
+        margin : float, default=0.15
+            Beyond the rows, as a share of their range.
+        ax : matplotlib Axes, optional
+        **kwargs : dict
+            Passed to `plot`.
+
+        Returns
+        -------
+        LandscapeDisplay
+        """
+        check_is_fitted(estimator)
+        rows = np.asarray(X, dtype=np.float64)
+        if rows.ndim != 2 or rows.shape[1] != 2:
+            raise ValueError(f"X must have two columns to be drawn in a plane, got shape {rows.shape}.")
+        low, high = rows.min(axis=0), rows.max(axis=0)
+        space = margin * np.where(high > low, high - low, 1.0)
+        u, v = (np.linspace(low[j] - space[j], high[j] + space[j], resolution) for j in (0, 1))
+        points = np.column_stack([axis.ravel() for axis in np.meshgrid(u, v)])
+        if hasattr(X, "iloc"):
+            points = type(X)(points, columns=X.columns)
+        threshold = None
+        if response_method == "score_samples":
+            values = score_rows(estimator, points, "auto")
+            threshold = getattr(innermost(estimator), "offset_", None)
+        else:
+            values = getattr(estimator, response_method)(points)
+        return cls(
+            x=u,
+            y=v,
+            values=np.asarray(values).reshape(resolution, resolution),
+            rows=rows,
+            labels=None if y is None else check_labels(y, len(rows)),
+            threshold=threshold,
+            feature_names=names_of(X, estimator),
+            response={
+                "score_samples": "score (lower = more abnormal)",
+                "energy": "energy in nats",
+                "p_values": "p-value",
+            }.get(response_method, response_method),
+            name=type(innermost(estimator)).__name__,
+        ).plot(ax=ax, **kwargs)
+
+    def plot(self, ax: Any = None, *, levels: int = 20, cmap: str = "cividis") -> Self:
+        """Draw on the axes given, or on new ones.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, optional
+        levels : int, default=20
+            Colours, of which each covers as many points of the grid as any other: slopes far out would else take all.
+        cmap : str, default="cividis"
+            Colour map; the default is made for colour-blind readers.
+
+        Returns
+        -------
+        LandscapeDisplay
+        """
+        ax = start(self, ax)
+        import matplotlib as mpl
+
+        edges = np.unique(np.quantile(self.values, np.linspace(0, 1, levels + 1)))
+        if len(edges) < 3:
+            edges = np.linspace(edges[0], edges[-1] + 1e-12, 3)
+        colors = mpl.colormaps[cmap if not self.response.startswith("energy") else f"{cmap}_r"]
+        norm = mpl.colors.BoundaryNorm(edges, colors.N)
+        filled = ax.contourf(self.x, self.y, self.values, edges, cmap=colors, norm=norm, extend="both")
+        bar = ax.figure.colorbar(filled, ax=ax, label=self.response, ticks=edges[:: max(1, len(edges) // 6)])
+        bar.ax.set_yticklabels([f"{tick:.3g}" for tick in bar.get_ticks()])
+        bar.ax.minorticks_off()
+        groups = [("rows", "white", self.rows)]
+        if self.labels is not None:
+            groups = [
+                ("normal", "white", self.rows[self.labels == 1]),
+                ("anomaly", ANOMALY, self.rows[self.labels == -1]),
+            ]
+        for label, color, rows in groups:
+            shown = rows[:: -(-len(rows) // MAX_POINTS) if len(rows) else 1]
+            ax.scatter(
+                *shown.T, s=9 if color == "white" else 18, c=color, edgecolors="black", lw=0.4, label=label
+            )
+        if self.threshold is not None and self.values.min() < self.threshold < self.values.max():
+            ax.contour(
+                self.x,
+                self.y,
+                self.values,
+                [self.threshold],
+                colors=[ANOMALY],
+                linewidths=1.8,
+                linestyles="solid",
+            )
+            ax.plot([], [], color=ANOMALY, lw=1.8, label="threshold")
+        ax.set(xlabel=self.feature_names[0], ylabel=self.feature_names[1], title=self.name)
+        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3, frameon=False, borderaxespad=0)
+        return self
+
+
+class LossCurveDisplay:
+    """Training and held-out loss over the steps of a fit, and the step whose weights were kept.
+
+    Make it with `from_estimator`.
+
+    Parameters
+    ----------
+    steps : ndarray of shape (n_evaluations,)
+    training, validation : ndarray of shape (n_evaluations,)
+        Loss; that on held-out rows is empty where none were held out.
+    best_step : int or None, default=None
+    name : str or None, default=None
+        Of the detector.
+
+    Attributes
+    ----------
+    ax_ : matplotlib Axes
+    figure_ : matplotlib Figure
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: Any,
+        training: Any,
+        validation: Any,
+        best_step: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.steps = steps
+        self.training = training
+        self.validation = validation
+        self.best_step = best_step
+        self.name = name
+
+    @classmethod
+    def from_estimator(cls, estimator: Any, *, ax: Any = None, **kwargs: Any) -> Self:
+        """Draw the training of a fitted detector, or of the last step of a pipeline.
+
+        Parameters
+        ----------
+        estimator : fitted detector of this package
+        ax : matplotlib Axes, optional
+        **kwargs : dict
+            Passed to `plot`.
+
+        Returns
+        -------
+        LossCurveDisplay
+        """
+        inner = innermost(estimator)
+        check_is_fitted(inner)
+        if not hasattr(inner, "loss_curve_"):
+            raise TypeError(
+                f"{type(inner).__name__} keeps no loss_curve_. Use a detector that anomalib_gen trains."
+            )
+        training = np.asarray(inner.loss_curve_, dtype=np.float64)
+        # Evaluations are evenly spaced, and the last is that of the last step.
+        steps = inner.n_iter_ * np.arange(1, len(training) + 1) / max(len(training), 1)
+        return cls(
+            steps=steps,
+            training=training,
+            validation=np.asarray(inner.validation_curve_, dtype=np.float64),
+            best_step=inner.best_iter_,
+            name=type(inner).__name__,
+        ).plot(ax=ax, **kwargs)
+
+    def plot(self, ax: Any = None) -> Self:
+        """Draw on the axes given, or on new ones.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, optional
+
+        Returns
+        -------
+        LossCurveDisplay
+        """
+        ax = start(self, ax)
+        ax.plot(self.steps, self.training, color=NORMAL, lw=1.4, label="training, mean between evaluations")
+        if len(self.validation):
+            ax.plot(
+                self.steps[-len(self.validation) :], self.validation, color=ANOMALY, lw=1.8, label="held out"
+            )
+        if self.best_step is not None and len(self.validation):
+            ax.axvline(
+                self.best_step, color=ink(), ls="--", lw=1, label=f"weights kept (step {self.best_step})"
+            )
+        values = np.concatenate([self.training, self.validation])
+        values = values[np.isfinite(values)]
+        if len(values) > 4:
+            # The first losses of an untrained network say nothing and would flatten the rest.
+            low, high = values.min(), np.quantile(values, 0.95)
+            space = 0.08 * max(high - low, 1e-9)
+            ax.set_ylim(low - space, high + space)
+        ax.set(xlabel="gradient step", ylabel="loss a row", title=self.name)
+        ax.legend(frameon=False)
+        return self
+
+
+class LatentSpaceDisplay:
+    """Where rows lie among the causes that an autoencoder has found.
+
+    Make it with `from_estimator`.
+
+    Parameters
+    ----------
+    points : ndarray of shape (n_rows, 2)
+    labels : ndarray of shape (n_rows,) or None
+        +1 for normal rows, -1 for anomalies.
+    axis_names : tuple of str
+    name : str or None, default=None
+        Of the detector.
+
+    Attributes
+    ----------
+    ax_ : matplotlib Axes
+    figure_ : matplotlib Figure
+    """
+
+    def __init__(
+        self, *, points: Any, labels: Any, axis_names: tuple[str, str], name: str | None = None
+    ) -> None:
+        self.points = points
+        self.labels = labels
+        self.axis_names = axis_names
+        self.name = name
+
+    @classmethod
+    def from_estimator(cls, estimator: Any, X: Any, y: Any = None, *, ax: Any = None, **kwargs: Any) -> Self:
+        """Encode rows with a fitted autoencoder and draw.
+
+        Parameters
+        ----------
+        estimator : fitted detector with `transform`
+            Two latent dimensions are shown as they are; of more, the two principal axes of the rows' means.
+        X : array-like or data frame of shape (n_rows, n_features)
+        y : array-like of shape (n_rows,), optional
+            +1 for normal rows, -1 for anomalies.
+        ax : matplotlib Axes, optional
+        **kwargs : dict
+            Passed to `plot`.
+
+        Returns
+        -------
+        LatentSpaceDisplay
+        """
+        check_is_fitted(estimator)
+        if not hasattr(estimator, "transform"):
+            raise TypeError(
+                f"{type(innermost(estimator)).__name__} has no latent space: it has no transform."
+            )
+        Z = np.asarray(estimator.transform(X), dtype=np.float64)
+        names = ("latent dimension 1", "latent dimension 2")
+        if Z.shape[1] == 1:
+            Z, names = np.column_stack([Z, np.zeros(len(Z))]), (names[0], "")
+        elif Z.shape[1] > 2:
+            centred = Z - Z.mean(axis=0)
+            _, spread, axes = np.linalg.svd(centred, full_matrices=False)
+            share = spread**2 / (spread**2).sum()
+            Z = centred @ axes[:2].T
+            names = (
+                f"first principal axis ({share[0]:.0%} of the variance)",
+                f"second principal axis ({share[1]:.0%})",
+            )
+        labels = None if y is None else check_labels(y, len(Z))
+        name = type(innermost(estimator)).__name__
+        return cls(points=Z, labels=labels, axis_names=names, name=name).plot(ax=ax, **kwargs)
+
+    def plot(self, ax: Any = None) -> Self:
+        """Draw on the axes given, or on new ones.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, optional
+
+        Returns
+        -------
+        LatentSpaceDisplay
+        """
+        ax = start(self, ax, figsize=(5.5, 5))
+        groups = [("rows", NORMAL, "o", self.points)]
+        if self.labels is not None:
+            groups = [
+                ("normal", NORMAL, "o", self.points[self.labels == 1]),
+                ("anomaly", ANOMALY, "^", self.points[self.labels == -1]),
+            ]
+        for label, color, marker, points in groups:
+            shown = points[:: max(1, -(-len(points) // MAX_POINTS))]
+            ax.scatter(
+                *shown.T, s=14, c=color, marker=marker, alpha=0.6, lw=0, label=f"{label} ({len(points)})"
+            )
+        ax.set(xlabel=self.axis_names[0], ylabel=self.axis_names[1], title=self.name)
+        ax.legend(frameon=False)
+        return self
+
+
+class SamplesDisplay:
+    """Rows drawn from a model beside rows of the data, column by column and pair by pair.
+
+    Make it with `from_estimator` or `from_predictions`.
+
+    Parameters
+    ----------
+    data, samples : ndarray of shape (n, n_columns)
+        At most a few columns.
+    feature_names : list of str
+    name : str or None, default=None
+        Of the detector.
+
+    Attributes
+    ----------
+    axes_ : ndarray of matplotlib Axes of shape (n_columns, n_columns)
+    ax_ : matplotlib Axes
+        In whose place they are.
+    figure_ : matplotlib Figure
+    """
+
+    def __init__(self, *, data: Any, samples: Any, feature_names: list[str], name: str | None = None) -> None:
+        self.data = data
+        self.samples = samples
+        self.feature_names = feature_names
+        self.name = name
+
+    @classmethod
+    def from_estimator(
+        cls,
+        estimator: Any,
+        X: Any,
+        *,
+        columns: Any = None,
+        n_samples: int = 1000,
+        random_state: Any = 0,
+        ax: Any = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Draw rows from a fitted detector and show them beside the data.
+
+        Parameters
+        ----------
+        estimator : fitted detector with `sample`
+        X : array-like or data frame of shape (n_rows, n_features)
+            Rows of the data, best ones the detector was not fitted to.
+        columns : sequence of (int or str) or None, default=None
+            Columns to show, by position or name; None takes the first three.
+        n_samples : int, default=1000
+        random_state : int, RandomState instance or None, default=0
+        ax : matplotlib Axes, optional
+        **kwargs : dict
+            Passed to `plot`.
+
+        Returns
+        -------
+        SamplesDisplay
+        """
+        check_is_fitted(estimator)
+        if not hasattr(estimator, "sample"):
+            raise TypeError(f"{type(estimator).__name__} draws no rows: it has no sample.")
+        names = names_of(X, estimator)
+        wanted = range(min(3, len(names))) if columns is None else columns
+        positions = [names.index(c) if isinstance(c, str) else int(c) for c in wanted]
+        drawn = estimator.sample(n_samples, random_state=random_state)
+        return cls.from_predictions(
+            np.asarray(X, dtype=np.float64)[:, positions],
+            drawn[:, positions],
+            feature_names=[names[j] for j in positions],
+            name=type(estimator).__name__,
+            ax=ax,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_predictions(
+        cls,
+        data: Any,
+        samples: Any,
+        *,
+        feature_names: list[str] | None = None,
+        name: str | None = None,
+        ax: Any = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Show samples beside data.
+
+        Parameters
+        ----------
+        data, samples : array-like of shape (n, n_columns)
+        feature_names : list of str, optional
+        name : str, optional
+            Of the detector.
+        ax : matplotlib Axes, optional
+        **kwargs : dict
+            Passed to `plot`.
+
+        Returns
+        -------
+        SamplesDisplay
+        """
+        a, b = np.asarray(data, dtype=np.float64), np.asarray(samples, dtype=np.float64)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+            raise ValueError(
+                f"data and samples must have the same columns, got shapes {a.shape} and {b.shape}."
+            )
+        names = [f"x{j}" for j in range(a.shape[1])] if feature_names is None else list(feature_names)
+        return cls(data=a, samples=b, feature_names=names, name=name).plot(ax=ax, **kwargs)
+
+    def plot(self, ax: Any = None, *, bins: int = 25) -> Self:
+        """Draw in the place of the axes given, or on a new figure.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, optional
+        bins : int, default=25
+
+        Returns
+        -------
+        SamplesDisplay
+        """
+        n = self.data.shape[1]
+        ax = start(self, ax, figsize=(2.6 * n + 0.6, 2.6 * n + 0.4))
+        ax.set_axis_off()
+        figure: Any = ax.figure
+        grid = ax.get_subplotspec().subgridspec(n, n)
+        self.axes_ = np.empty((n, n), dtype=object)
+        # Both within the range of most of the data: what a sample has far out is counted by the labels.
+        low, high = np.quantile(self.data, [0.002, 0.998], axis=0)
+        space = 0.1 * np.where(high > low, high - low, 1.0)
+        low, high = low - space, high + space
+        n_shown = min(len(self.data), len(self.samples), MAX_POINTS // 2)
+        sets = [("data", NORMAL, self.data), ("samples", ANOMALY, self.samples)]
+        for i in range(n):
+            for j in range(i + 1):
+                cell = figure.add_subplot(grid[i, j])
+                self.axes_[i, j] = cell
+                cell.set_xlim(low[j], high[j])
+                for label, color, rows in sets:
+                    if i == j:
+                        cell.hist(
+                            rows[:, j],
+                            np.linspace(low[j], high[j], bins + 1),
+                            density=True,
+                            color=color,
+                            histtype="step",
+                            lw=1.4,
+                            label=f"{label} ({len(rows)})",
+                        )
+                    else:
+                        # As many of both, or the one would bury the other.
+                        shown = rows[:n_shown]
+                        cell.scatter(shown[:, j], shown[:, i], s=8, color=color, alpha=0.55, lw=0)
+                        cell.set_ylim(low[i], high[i])
+                cell.tick_params(labelsize="small")
+                cell.locator_params(nbins=4)
+                if i == j:
+                    cell.set_yticks([])
+                elif j > 0:
+                    cell.set_yticklabels([])
+                if i < n - 1:
+                    cell.set_xticklabels([])
+                if i == n - 1:
+                    cell.set_xlabel(self.feature_names[j])
+                if j == 0 and i > 0:
+                    cell.set_ylabel(self.feature_names[i])
+        handles, labels = self.axes_[0, 0].get_legend_handles_labels()
+        # In the corner above the diagonal, which is empty; a title would run into the first column.
+        ax.legend(handles, labels, title=self.name, loc="upper right", frameon=False)
+        return self

@@ -1,0 +1,347 @@
+"""Contributions add up to what they say, name the column that is odd, and return to the columns of the input."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from sklearn.base import BaseEstimator
+from sklearn.compose import ColumnTransformer, make_column_transformer
+from sklearn.decomposition import PCA
+from sklearn.ensemble import IsolationForest
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer, OneHotEncoder, StandardScaler
+
+from anomalib_gen import ComposedDetector, DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
+from anomalib_gen.calibration import SplitConformalDetector
+from anomalib_gen.explain import feature_contributions, nearest_normal_rows
+from anomalib_gen.explain._columns import invert, names_of, sources
+
+SMALL = {"max_iter": 150, "hidden_features": 32, "random_state": 0, "device": "cpu"}
+FAMILIES = {
+    "flow": FlowDetector(**SMALL),
+    "vae": VAEDetector(**SMALL),
+    "energy": EnergyDetector(**SMALL),
+    "diffusion": DiffusionDetector(**SMALL),
+}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Columns 0 and 1 go together, column 2 is for itself; of unlike scales."""
+    random = np.random.default_rng(0)
+    a = random.normal(size=500)
+    return np.column_stack([10 * a, a + 0.1 * random.normal(size=500), 100 + 5 * random.normal(size=500)])
+
+
+@pytest.fixture(scope="module")
+def fitted(rows):
+    return {name: detector.fit(rows[:400]) for name, detector in FAMILIES.items()}
+
+
+class Quadratic(BaseEstimator):
+    """E = x A x / 2: contributions from zero are x_j (A x)_j / 2 in closed form."""
+
+    def __init__(self, matrix=None):
+        self.matrix = matrix
+
+    def fit(self, X, y=None):
+        self.fitted_ = True
+        return self
+
+    def _torch_energy(self, device):
+        A = torch.as_tensor(self.matrix, dtype=torch.float64)
+        return lambda x: ((x @ A) * x).sum(1) / 2
+
+
+def test_integrated_gradients_of_a_quadratic_energy_in_closed_form():
+    A = np.array([[2.0, 0.5, 0.0], [0.5, 1.0, -0.3], [0.0, -0.3, 3.0]])
+    detector = Quadratic(A).fit(None)
+    # A background whose one row is zero, in units of one deviation.
+    X = np.random.default_rng(0).normal(size=(20, 3))
+    found = feature_contributions(detector, X, background=np.zeros((1, 3)))
+    np.testing.assert_allclose(found.values, X * (X @ A) / 2)
+    np.testing.assert_allclose(found.anomaly, np.einsum("ij,jk,ik->i", X, A, X) / 2)
+    np.testing.assert_array_equal(found.baseline, 0)
+    with pytest.raises(ValueError, match="keeps no mean row: give background rows"):
+        feature_contributions(detector, X)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("with_background", [False, True])
+def test_integrated_gradients_add_up(fitted, rows, name, with_background):
+    detector = fitted[name]
+    X = rows[400:410] + np.random.default_rng(1).normal(size=(10, 3)) * [20.0, 1.0, 10.0]
+    background = rows[:200] if with_background else None
+    found = feature_contributions(detector, X, method="integrated-gradients", background=background)
+    np.testing.assert_allclose(found.anomaly, detector.energy(X), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(found.baseline + found.values.sum(1), found.anomaly, rtol=1e-6, atol=1e-8)
+    assert np.isfinite(found.values).all()
+    if not with_background:
+        mean = rows[:400].mean(axis=0)
+        np.testing.assert_allclose(found.baseline, np.repeat(detector.energy(mean[None]), 10), rtol=1e-4)
+
+
+def test_rows_far_out_still_add_up(fitted, rows):
+    X = rows[:3].copy()
+    X[0, 0] = 1e8
+    X[1, 2] = -1e5
+    found = feature_contributions(fitted["flow"], X, background=rows[100:200])
+    np.testing.assert_allclose(found.baseline + found.values.sum(1), fitted["flow"].energy(X), rtol=1e-6)
+    assert found.values[0].argmax() == 0
+    assert found.values[1].argmax() == 2
+
+
+def test_the_path_integral_alone_meets_its_tolerance(fitted, rows, monkeypatch):
+    """What is shared out afterwards is small: without it the sums hold within a hundredth."""
+    from anomalib_gen.explain import contributions as module
+
+    X = rows[400:420]
+    monkeypatch.setattr(module, "TOLERANCE", 1e-9)
+    monkeypatch.setattr(module, "MAX_PANELS", 2)
+    with pytest.warns(UserWarning, match="path integrals of .* rows miss the difference of energies"):
+        coarse = feature_contributions(fitted["flow"], X, background=rows[:100]).values
+    monkeypatch.setattr(module, "MAX_PANELS", 512)
+    with pytest.warns(UserWarning, match="path integrals"):
+        fine = feature_contributions(fitted["flow"], X, background=rows[:100]).values
+    monkeypatch.undo()
+    default = feature_contributions(fitted["flow"], X, background=rows[:100]).values
+    scale = np.abs(fine).sum(1, keepdims=True).clip(min=1)
+    assert (np.abs(default - fine) / scale).max() < 0.02
+    assert (np.abs(default - fine) / scale).max() <= (np.abs(coarse - fine) / scale).max()
+
+
+@pytest.mark.parametrize("name", ["energy", "diffusion"])
+def test_score_components_add_up_to_the_anomaly(fitted, rows, name):
+    X = rows[400:] * 1.5
+    X[0] = 1e4
+    found = feature_contributions(fitted[name], X)
+    assert found.method == "score"
+    np.testing.assert_allclose(found.values.sum(1), -fitted[name].score_samples(X), rtol=1e-6)
+    assert (found.values >= 0).all()
+
+
+def test_score_components_of_a_single_level(rows):
+    detector = EnergyDetector(
+        objective="sliced-score-matching", anomaly="score_norm", max_noise=None, **SMALL
+    ).fit(rows)
+    found = feature_contributions(detector, rows[:20])
+    np.testing.assert_allclose(found.values.sum(1), -detector.score_samples(rows[:20]), rtol=1e-6)
+
+
+def test_residuals_add_up_to_the_reconstruction_error(fitted, rows):
+    detector = fitted["vae"].with_anomaly("reconstruction_error", rows[:400])
+    found = feature_contributions(detector, rows[400:])
+    assert found.method == "reconstruction"
+    np.testing.assert_allclose(found.values.sum(1), -detector.score_samples(rows[400:]), rtol=1e-6)
+    by_diffusion = feature_contributions(fitted["diffusion"], rows[400:410], method="reconstruction")
+    assert (by_diffusion.values >= 0).all()
+
+
+@pytest.mark.parametrize("transform", ["maf", "nsf-autoregressive"])
+def test_conditional_surprise_is_exact(rows, transform):
+    detector = FlowDetector(transform=transform, n_layers=1, **SMALL).fit(rows[:400])
+    X = rows[400:] * 1.2
+    X[0, 2] = 1e4
+    found = feature_contributions(detector, X, method="conditional")
+    np.testing.assert_allclose(found.values.sum(1), -detector.log_prob(X), rtol=1e-6)
+    # Column j does not feel the columns after it, and integrates to one.
+    changed = X.copy()
+    changed[:, 2] += 3
+    later = feature_contributions(detector, changed, method="conditional").values
+    np.testing.assert_allclose(later[:, :2], found.values[:, :2])
+    grid = np.linspace(-150, 150, 3001)
+    line = np.column_stack([np.full_like(grid, 5.0), grid / 10, np.full_like(grid, 100.0)])
+    density = np.exp(-feature_contributions(detector, line, method="conditional").values[:, 1])
+    assert np.trapezoid(density, line[:, 1]) == pytest.approx(1, abs=0.01)
+    # Close to the truth, N(x_0 / 10, 0.1): surprise of the odd second column.
+    odd = [[10.0, 2.0, 100.0]]
+    surprise = feature_contributions(detector, odd, method="conditional").values[0]
+    assert surprise.argmax() == 1
+    assert surprise[1] > -stats.norm(1, 0.1).logpdf(1.0) + 5
+
+
+def test_conditional_needs_a_triangular_flow(fitted, rows):
+    with pytest.raises(TypeError, match="n_layers=1"):
+        feature_contributions(fitted["flow"], rows[:5], method="conditional")
+    with pytest.raises(TypeError, match="needs a FlowDetector, got VAEDetector"):
+        feature_contributions(fitted["vae"], rows[:5], method="conditional")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_odd_column_is_named(fitted, rows, name):
+    """Each row has one column moved by six deviations, unseen in training."""
+    X = rows[400:460].copy()
+    moved = np.arange(60) % 3
+    X[np.arange(60), moved] += 6 * rows.std(axis=0)[moved]
+    found = feature_contributions(fitted[name], X, background=rows[:400])
+    named = found.values.argmax(axis=1)
+    assert (named[moved == 2] == 2).mean() > 0.8
+    assert (named[moved < 2] < 2).mean() > 0.8
+    # Which of two columns that contradict each other is to blame, their values say and the way back to the ridge, along
+    # which a score points, does not.
+    if found.method != "score":
+        assert (named == moved).mean() > 0.8
+
+
+def test_composed_detectors_are_explained(fitted, rows):
+    both = ComposedDetector([("a", fitted["flow"]), ("b", fitted["vae"])]).fit(rows)
+    found = feature_contributions(both, rows[:5], background=rows[100:200])
+    np.testing.assert_allclose(
+        found.baseline + found.values.sum(1), both.energy(rows[:5]), rtol=1e-6, atol=1e-8
+    )
+
+
+# Names, frames, pipelines ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def frame():
+    random = np.random.default_rng(0)
+    kind = random.choice(["a", "b_x", "c"], size=400, p=[0.6, 0.3, 0.1])
+    size = random.normal(size=400) * 10
+    price = 3 * size + random.normal(size=400) + 50.0 * (kind == "a")
+    return pd.DataFrame({"size": size, "size_kind": kind, "price": price, "note": "free text"})
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return make_column_transformer(
+        (OneHotEncoder(sparse_output=False), ["size_kind"]),
+        (make_pipeline(StandardScaler()), ["price", "size"]),
+    )
+
+
+def test_contributions_return_to_the_columns_of_the_input(frame, encoder):
+    pipeline = make_pipeline(encoder, FlowDetector(**SMALL)).fit(frame)
+    odd = frame.head(20).copy()
+    odd.loc[:9, "price"] += 200.0
+    found = feature_contributions(pipeline, odd, background=frame)
+    assert found.feature_names == ["size", "size_kind", "price", "note"]
+    np.testing.assert_allclose(found.baseline + found.values.sum(1), -pipeline.score_samples(odd), rtol=1e-6)
+    assert (found.values[:, 3] == 0).all()
+    assert (found.values[:10].argmax(axis=1) == 2).mean() > 0.8
+    name, value, contribution = found.top(1)[0][0]
+    assert (name, value) == ("price", odd["price"].iloc[0])
+    assert contribution == found.values[0].max()
+    table = found.to_frame()
+    assert list(table.columns) == list(frame.columns)
+    # Through meta-estimators and searches as well.
+    inner = pipeline[-1]
+    conformal = make_pipeline(encoder, SplitConformalDetector(FlowDetector(**SMALL), random_state=0)).fit(
+        frame
+    )
+    assert feature_contributions(conformal, odd, background=frame).values.shape == (20, 4)
+    nested = SplitConformalDetector(make_pipeline(encoder, FlowDetector(**SMALL)), random_state=0).fit(frame)
+    assert feature_contributions(nested, odd, background=frame).feature_names == list(frame.columns)
+    search = GridSearchCV(pipeline, {"flowdetector__max_iter": [20]}, cv=2).fit(frame)
+    assert feature_contributions(search, odd, background=frame).values.shape == (20, 4)
+    assert inner is pipeline[-1]
+
+
+def test_sources_of_transformed_columns(frame, encoder):
+    names = list(frame.columns)
+    fitted = encoder.fit(frame)
+    assert sources(fitted, range(4), names) == [1, 1, 1, 2, 0]
+    dropped = OneHotEncoder(drop="first", sparse_output=False, max_categories=2).fit(
+        frame[["size_kind", "note"]]
+    )
+    assert sources(dropped, [1, 3], ["size_kind", "note"]) == [1]
+    mixed = ColumnTransformer(
+        [
+            (
+                "bins",
+                KBinsDiscretizer(3, encode="onehot-dense", quantile_method="averaged_inverted_cdf"),
+                ["size"],
+            )
+        ],
+        remainder="passthrough",
+        verbose_feature_names_out=False,
+    ).fit(frame[["size", "price"]])
+    assert sources(mixed, range(2), ["size", "price"]) == [0, 0, 0, 1]
+    by_position = ColumnTransformer([("a", StandardScaler(), slice(1, 3)), ("b", "passthrough", [0])])
+    by_position.fit(np.zeros((5, 3)))
+    assert sources(by_position, range(3), ["x0", "x1", "x2"]) == [1, 2, 0]
+    by_mask = ColumnTransformer([("a", StandardScaler(), [False, True, True]), ("b", "drop", [0])])
+    by_mask.fit(np.zeros((5, 3)))
+    assert sources(by_mask, range(3), ["x0", "x1", "x2"]) == [1, 2]
+    chain = make_pipeline(mixed, StandardScaler()).fit(frame[["size", "price"]])
+    assert sources(chain, range(2), ["size", "price"]) == [0, 0, 0, 1]
+
+
+def test_mixed_columns_are_refused(rows):
+    pipeline = make_pipeline(PCA(2), FlowDetector(**SMALL)).fit(rows)
+    with pytest.raises(ValueError, match="'pca0' of PCA was not made from one input column"):
+        feature_contributions(pipeline, rows[:5])
+    silent = make_pipeline(FunctionTransformer(lambda X: X[:, :2]), FlowDetector(**SMALL)).fit(rows)
+    with pytest.raises(ValueError, match="FunctionTransformer does not say which columns"):
+        feature_contributions(silent, rows[:5])
+
+
+def test_names_of_columns(rows, frame):
+    assert names_of(rows, None) == ["x0", "x1", "x2"]
+    assert names_of(frame, None) == ["size", "size_kind", "price", "note"]
+
+
+def test_errors(fitted, rows):
+    with pytest.raises(NotFittedError):
+        feature_contributions(FlowDetector(), rows)
+    with pytest.raises(TypeError, match=r"IsolationForest has no energy to explain.*shap"):
+        feature_contributions(IsolationForest().fit(rows), rows)
+    with pytest.raises(ValueError, match="method must be 'auto' or one of"):
+        feature_contributions(fitted["flow"], rows, method="shap")
+    with pytest.raises(ValueError, match="n_baselines must be a positive integer, got 0"):
+        feature_contributions(fitted["flow"], rows, n_baselines=0)
+    with pytest.raises(TypeError, match="FlowDetector has no score"):
+        feature_contributions(fitted["flow"], rows, method="score")
+    with pytest.raises(TypeError, match="FlowDetector reconstructs no rows"):
+        feature_contributions(fitted["flow"], rows, method="reconstruction")
+    with pytest.raises(ValueError, match="2 features"):
+        feature_contributions(fitted["flow"], rows[:, :2])
+
+
+# Counterfactuals ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vae", "diffusion"])
+def test_nearest_normal_rows_repair_what_is_odd(fitted, rows, name):
+    X = rows[400:420].copy()
+    X[:, 1] += 3
+    found = nearest_normal_rows(fitted[name], X)
+    np.testing.assert_array_equal(found.rows, fitted[name].reconstruct(X))
+    np.testing.assert_array_equal(found.score_before, fitted[name].score_samples(X))
+    assert (found.score_after > found.score_before).all()
+    # The two columns agree again.
+    assert np.abs(found.rows[:, 1] - found.rows[:, 0] / 10).mean() < 1
+
+
+def test_nearest_normal_rows_through_a_pipeline(frame, encoder):
+    pipeline = make_pipeline(encoder, VAEDetector(**SMALL)).fit(frame)
+    odd = frame.head(10).copy()
+    odd["price"] += 200.0
+    found = nearest_normal_rows(pipeline, odd)
+    assert list(found.rows.columns) == list(frame.columns)
+    assert set(found.rows["size_kind"]) <= set(frame["size_kind"])
+    assert (found.rows["note"] == "free text").all()
+    assert (found.rows["price"] < odd["price"]).all()
+    assert (found.score_after > found.score_before).all()
+    assert found.rows.index.equals(odd.index)
+
+
+def test_transformers_are_undone(frame, encoder, rows):
+    fitted = encoder.fit(frame)
+    back = invert(fitted, fitted.transform(frame), frame)
+    pd.testing.assert_frame_equal(back, frame, check_dtype=False)
+    array = ColumnTransformer([("a", StandardScaler(), [2, 0])], remainder="passthrough").fit(rows)
+    np.testing.assert_allclose(invert(array, array.transform(rows), rows), rows)
+    chain = make_pipeline(StandardScaler(), array).fit(rows)
+    np.testing.assert_allclose(invert(chain, chain.transform(rows), rows), rows)
+    with pytest.raises(ValueError, match="SelectFew has no inverse_transform"):
+        invert(type("SelectFew", (), {})(), rows, rows)
+
+
+def test_only_models_that_reconstruct_have_counterfactuals(fitted, rows):
+    with pytest.raises(TypeError, match="FlowDetector reconstructs no rows"):
+        nearest_normal_rows(fitted["flow"], rows)

@@ -1,0 +1,267 @@
+"""Displays show the numbers they are given, on the axes they are given, and import matplotlib only to draw."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from sklearn.ensemble import IsolationForest
+from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from anomalib_gen import VAEDetector, inspection
+from anomalib_gen.calibration import SplitConformalDetector
+from anomalib_gen.explain import feature_contributions
+from anomalib_gen.inspection import (
+    DetectionCurveDisplay,
+    FeatureContributionsDisplay,
+    LandscapeDisplay,
+    LatentSpaceDisplay,
+    LossCurveDisplay,
+    PValueDisplay,
+    SamplesDisplay,
+    ScoreHistogramDisplay,
+)
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def figures():
+    matplotlib.use("Agg")
+    yield
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+
+
+def new_axes():
+    import matplotlib.pyplot as plt
+
+    return plt.subplots()[1]
+
+
+@pytest.fixture
+def labelled(fitted, X):
+    rows = np.vstack([X[:60], X[:20] + np.array([5.0, -5.0, 20.0])])
+    return rows, np.repeat([1, -1], [60, 20])
+
+
+def test_matplotlib_is_imported_to_draw_only():
+    code = "import sys; import anomalib_gen.inspection; assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_histogram_counts_every_row(fitted, labelled):
+    rows, y = labelled
+    ax = new_axes()
+    display = ScoreHistogramDisplay.from_estimator(fitted, rows, y, ax=ax)
+    assert display.ax_ is ax
+    assert display.figure_ is ax.figure
+    np.testing.assert_array_equal(display.scores, fitted.score_samples(rows))
+    assert display.threshold == fitted.offset_
+    # Filled bars of each group add up to one.
+    filled = [c for c in ax.containers if len(c) == 50]
+    assert [sum(bar.get_height() for bar in bars) for bars in filled] == pytest.approx([1, 1])
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    flagged = (display.scores < fitted.offset_).mean()
+    assert labels == ["normal (60)", "anomaly (20)", f"threshold ({flagged:.1%} below)"]
+    assert ax.get_title() == "FlowDetector"
+
+
+def test_histogram_says_what_lies_outside():
+    scores = np.r_[np.random.default_rng(0).normal(size=100), -1e6, -1e7]
+    display = ScoreHistogramDisplay.from_predictions(scores, threshold=-2.0)
+    assert "2 rows farther left" in display.ax_.get_xlabel()
+    assert display.ax_.get_xlim()[0] > -100
+    again = display.plot(bins=10)
+    assert again is display
+    assert ScoreHistogramDisplay.from_predictions(np.ones(5)).ax_.get_title() == ""
+
+
+def test_histogram_of_pyod_is_turned_around(X):
+    ecod = pytest.importorskip("pyod.models.ecod").ECOD().fit(X)
+    display = ScoreHistogramDisplay.from_estimator(ecod, X)
+    np.testing.assert_allclose(display.scores, -ecod.decision_function(X))
+    assert (display.scores < display.threshold).mean() == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["roc", "precision-recall"])
+def test_curves_have_the_areas_of_scikit_learn(fitted, labelled, kind):
+    rows, y = labelled
+    display = DetectionCurveDisplay.from_estimator(fitted, rows, y, kind=kind, n_resamples=100)
+    anomaly = -fitted.score_samples(rows)
+    area = {"roc": roc_auc_score, "precision-recall": average_precision_score}[kind](y == -1, anomaly)
+    assert display.area == pytest.approx(area)
+    assert display.interval[0] <= area <= display.interval[1]
+    assert (display.low <= display.high).all()
+    assert f"{area:.3f}" in display.ax_.get_legend().get_texts()[0].get_text()
+    # A second detector on the same axes; chance is drawn once.
+    n = len(display.ax_.lines)
+    IF = IsolationForest(random_state=0).fit(rows[:60])
+    DetectionCurveDisplay.from_estimator(IF, rows, y, kind=kind, n_resamples=10, ax=display.ax_, color="k")
+    assert len(display.ax_.lines) == n + 1
+
+
+def test_bootstrap_interval_has_the_width_of_theory():
+    """Standard error of an AUC after Hanley and McNeil (1982), for normals of N(0, 1) and anomalies of N(-1, 1)."""
+    random = np.random.default_rng(0)
+    y = np.repeat([1, -1], [400, 100])
+    scores = random.normal(size=500) - (y == -1)
+    display = DetectionCurveDisplay.from_predictions(y, scores, n_resamples=400)
+    A = stats.norm.cdf(1 / np.sqrt(2))
+    q1, q2 = A / (2 - A), 2 * A**2 / (1 + A)
+    error = np.sqrt((A * (1 - A) + 99 * (q1 - A**2) + 399 * (q2 - A**2)) / (100 * 400))
+    assert np.diff(display.interval)[0] == pytest.approx(2 * 1.96 * error, rel=0.25)
+    again = DetectionCurveDisplay.from_predictions(y, scores, n_resamples=400)
+    assert again.interval == display.interval
+
+
+def test_p_values_are_shown_by_their_shares(X):
+    random = np.random.default_rng(0)
+    detector = SplitConformalDetector(IsolationForest(n_estimators=20, random_state=0), random_state=0).fit(X)
+    display = PValueDisplay.from_estimator(detector, X[:50])
+    assert display.name == "SplitConformalDetector of IsolationForest"
+    np.testing.assert_array_equal(display.p_values, np.sort(detector.p_values(X[:50])))
+    line = display.ax_.lines[-1]
+    shown = dict(zip(*line.get_data(), strict=True))
+    p = display.p_values[20]
+    assert shown[p] == (display.p_values <= p).mean()
+    PValueDisplay.from_predictions(random.uniform(size=100), log=False)
+    with pytest.raises(TypeError, match="IsolationForest has no p_values"):
+        PValueDisplay.from_estimator(IsolationForest().fit(X), X)
+    with pytest.raises(ValueError, match=r"p_values must lie in \[0, 1\]"):
+        PValueDisplay.from_predictions([0.5, 2.0])
+
+
+@pytest.fixture(scope="module")
+def plane():
+    return np.random.default_rng(0).normal(size=(150, 2))
+
+
+def test_landscape_is_the_score_over_the_plane(tiny, plane):
+    detector = tiny().fit(plane)
+    display = LandscapeDisplay.from_estimator(detector, plane, np.ones(150, dtype=int), resolution=20)
+    i, j = 3, 11
+    score = detector.score_samples([[display.x[j], display.y[i]]])
+    assert display.values[i, j] == pytest.approx(score[0])
+    assert display.threshold == detector.offset_
+    energy = LandscapeDisplay.from_estimator(detector, plane, response_method="energy", resolution=10)
+    assert energy.threshold is None
+    frame = pd.DataFrame(plane, columns=["speed", "fuel"])
+    named = LandscapeDisplay.from_estimator(tiny().fit(frame), frame, resolution=10)
+    assert (named.ax_.get_xlabel(), named.ax_.get_ylabel()) == ("speed", "fuel")
+    pipeline = make_pipeline(StandardScaler(), tiny()).fit(plane)
+    assert LandscapeDisplay.from_estimator(pipeline, plane, resolution=10).name == "FlowDetector"
+    with pytest.raises(ValueError, match=r"two columns to be drawn in a plane, got shape \(3, 3\)"):
+        LandscapeDisplay.from_estimator(detector, np.zeros((3, 3)))
+
+
+def test_landscape_of_a_constant(plane):
+    detector = SplitConformalDetector(IsolationForest(n_estimators=5, random_state=0), random_state=0)
+    detector.fit(np.tile([1.0, 2.0], (50, 1)))
+    display = LandscapeDisplay.from_estimator(detector, plane, response_method="p_values", resolution=10)
+    assert (display.values == 1).all()
+
+
+def test_loss_curve_ends_at_the_last_step(fitted, X):
+    display = LossCurveDisplay.from_estimator(make_pipeline(fitted))
+    assert display.steps[-1] == fitted.n_iter_
+    assert len(display.steps) == len(fitted.loss_curve_)
+    assert display.best_step == fitted.best_iter_
+    with pytest.raises(TypeError, match="IsolationForest keeps no loss_curve_"):
+        LossCurveDisplay.from_estimator(IsolationForest().fit(X))
+
+
+def test_samples_are_shown_by_column_and_pair(fitted, X):
+    display = SamplesDisplay.from_estimator(fitted, X, n_samples=150)
+    assert display.axes_.shape == (3, 3)
+    assert display.axes_[0, 1] is None
+    assert display.axes_[2, 1].get_xlabel() == "x1"
+    np.testing.assert_array_equal(display.samples, fitted.sample(150, random_state=0))
+    two = SamplesDisplay.from_estimator(fitted, X, columns=[2], ax=new_axes())
+    assert two.axes_.shape == (1, 1)
+    with pytest.raises(ValueError, match="must have the same columns"):
+        SamplesDisplay.from_predictions(X, X[:, :2])
+    with pytest.raises(TypeError, match="IsolationForest draws no rows"):
+        SamplesDisplay.from_estimator(IsolationForest().fit(X), X)
+
+
+def test_contributions_are_ordered_and_the_rest_is_added_up(fitted, X):
+    found = feature_contributions(fitted, X[:5] + np.array([0.0, 3.0, 0.0]), background=X)
+    display = FeatureContributionsDisplay.from_contributions(found, row=2, max_columns=2)
+    widths = [bar.get_width() for bar in display.ax_.patches]
+    assert sum(widths) == pytest.approx(found.values[2].sum())
+    assert widths[0] >= widths[1]
+    labels = [text.get_text() for text in display.ax_.get_yticklabels()]
+    assert labels[-1] == "1 other columns"
+    assert labels[0].startswith(f"x{found.values[2].argmax()} = ")
+    frame = pd.DataFrame(X, columns=["a", "b", "c"])
+    with pytest.warns(UserWarning, match="X has feature names"):
+        one = FeatureContributionsDisplay.from_estimator(fitted, frame, row=7, background=frame)
+    assert one.contributions.feature_names == ["a", "b", "c"]
+    expected = feature_contributions(fitted, X, background=X).values[7]
+    np.testing.assert_allclose(one.contributions.values[0], expected)
+
+
+def test_latent_space_shows_posterior_means(X):
+    detector = VAEDetector(n_components=3, max_iter=20, hidden_features=8, random_state=0, device="cpu").fit(
+        X
+    )
+    display = LatentSpaceDisplay.from_estimator(detector, X, np.ones(len(X), dtype=int))
+    Z = detector.transform(X)
+    # Two axes that keep most of the variance, of means that are centred.
+    centred = Z - Z.mean(axis=0)
+    kept = (display.points**2).sum() / (centred**2).sum()
+    singular = np.linalg.svd(centred, compute_uv=False) ** 2
+    assert kept == pytest.approx(singular[:2].sum() / singular.sum())
+    flat = VAEDetector(n_components=2, max_iter=20, hidden_features=8, random_state=0, device="cpu").fit(X)
+    np.testing.assert_array_equal(LatentSpaceDisplay.from_estimator(flat, X).points, flat.transform(X))
+    narrow = VAEDetector(n_components=1, max_iter=20, hidden_features=8, random_state=0, device="cpu").fit(X)
+    assert LatentSpaceDisplay.from_estimator(narrow, X).points.shape == (200, 2)
+    with pytest.raises(TypeError, match="IsolationForest has no latent space"):
+        LatentSpaceDisplay.from_estimator(IsolationForest().fit(X), X)
+
+
+def test_wrong_labels_and_scores_are_refused(fitted, X):
+    with pytest.raises(ValueError, match=r"y must hold 200 labels.*values \[0\]"):
+        ScoreHistogramDisplay.from_estimator(fitted, X, np.zeros(200, dtype=int))
+    with pytest.raises(ValueError, match=r"y must hold 200 labels.*got shape \(3,\)"):
+        DetectionCurveDisplay.from_estimator(fitted, X, [1, 1, -1])
+    with pytest.raises(ValueError, match="one of them is missing"):
+        DetectionCurveDisplay.from_estimator(fitted, X, np.ones(200, dtype=int))
+    with pytest.raises(ValueError, match="kind must be 'roc' or 'precision-recall', got 'lift'"):
+        DetectionCurveDisplay.from_predictions([1, -1], [0.0, 1.0], kind="lift")
+    with pytest.raises(ValueError, match="scores must be one finite number a row"):
+        ScoreHistogramDisplay.from_predictions([np.nan])
+
+
+@pytest.mark.parametrize("name", inspection.__all__)
+def test_every_display_draws_on_light_and_dark(name, fitted, X, tiny, plane, labelled):
+    """Neutral lines take the colour of the text, so that none vanishes in the background."""
+    import matplotlib.pyplot as plt
+
+    rows, y = labelled
+    vae = VAEDetector(max_iter=10, hidden_features=8, random_state=0, device="cpu")
+    draw = {
+        "DetectionCurveDisplay": lambda: DetectionCurveDisplay.from_estimator(fitted, rows, y, n_resamples=5),
+        "FeatureContributionsDisplay": lambda: FeatureContributionsDisplay.from_estimator(fitted, X),
+        "LandscapeDisplay": lambda: LandscapeDisplay.from_estimator(tiny().fit(plane), plane, resolution=8),
+        "LatentSpaceDisplay": lambda: LatentSpaceDisplay.from_estimator(vae.fit(X), X),
+        "LossCurveDisplay": lambda: LossCurveDisplay.from_estimator(fitted),
+        "PValueDisplay": lambda: PValueDisplay.from_predictions(np.linspace(0.01, 1, 100)),
+        "SamplesDisplay": lambda: SamplesDisplay.from_estimator(fitted, X, n_samples=20),
+        "ScoreHistogramDisplay": lambda: ScoreHistogramDisplay.from_estimator(fitted, rows, y),
+    }[name]
+    for style in ("default", "dark_background"):
+        with plt.style.context(style):
+            display = draw()
+            display.figure_.canvas.draw()
+            background = matplotlib.colors.to_rgb(display.figure_.get_facecolor())
+            for ax in display.figure_.axes:
+                assert ax.get_xlabel() or ax.get_ylabel() or ax is not display.ax_ or not ax.axison
+                for line in ax.lines:
+                    assert matplotlib.colors.to_rgb(line.get_color()) != background
