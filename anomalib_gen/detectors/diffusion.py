@@ -32,6 +32,7 @@ from torch import nn
 
 from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._component import Component
+from anomalib_gen._runtime import expand_as_rows
 from anomalib_gen._scaling import Standardizer, TailedStandardizer
 from anomalib_gen.anomaly import (
     DenoisingError,
@@ -44,12 +45,12 @@ from anomalib_gen.anomaly import (
 )
 from anomalib_gen.models import EnergyModel, NetworkDenoiser, ScoreDenoiser
 from anomalib_gen.models.denoiser import LEVEL_FEATURES, PARAMETRIZATIONS
-from anomalib_gen.networks import MLP, ResidualMLP
+from anomalib_gen.networks import make_network
 from anomalib_gen.objectives import Denoising, FlowMatching, ImprovedDDPM
 from anomalib_gen.paths import EDM, PATHS, CosineBetas, Linear, Path
 from anomalib_gen.samplers import SAMPLERS, solve_ode
 
-NETWORKS = ("energy", "mlp", "residual")
+NETWORKS = ("auto", "convolutional", "energy", "mlp", "residual")
 ENERGY_STEPS = 32
 """Steps of the bound that `energy` is; with more it is tighter by about the same for all rows."""
 TABLE_LEVELS = {"sigma_min": 0.01, "sigma_max": 20.0}
@@ -72,10 +73,12 @@ class DiffusionDetector(GenerativeDetector):
 
         A name takes that path's published defaults. None takes a path that suits the objective: discrete cosine steps
         for "improved-ddpm", "linear" for "flow-matching", and otherwise ``EDM(sigma_min=0.01, sigma_max=20)``.
-    network : {"residual", "mlp", "energy"} or callable, default="residual"
-        The network. "energy" is a residual network with a scalar output whose gradient is the score: the model is then
+    network : {"auto", "residual", "mlp", "convolutional", "energy"} or callable, default="auto"
+        The network. "convolutional", for images only, is a residual U-Net with attention, with a sixteenth of
+        `hidden_features` as channels at its finest level; "auto" takes it for images, and "residual" for tables.
+        "energy" is the same with a scalar output (`ConvNet` for images) whose gradient is the score: the model is then
         an energy, too (see `energy`). A callable ``factory(n_inputs, n_outputs, context_features)`` returns a
-        `torch.nn.Module` with ``forward(x, context) -> (B, n_outputs)``.
+        `torch.nn.Module` with ``forward(x, context) -> (B, n_outputs)``; for images both numbers are shapes.
     parametrization : {"edm", "v", "eps", "x0"}, default="edm"
         What the network predicts; see `anomalib_gen.models.NetworkDenoiser`. Ignored with ``network="energy"``.
     hidden_features : int, default=256
@@ -97,11 +100,12 @@ class DiffusionDetector(GenerativeDetector):
         Peak step size of AdamW, after a short warm-up and before a cosine decay.
     weight_decay : float, default=1e-4
         AdamW's decoupled weight decay, on weight matrices only.
-    batch_size : int, default=256
-        Rows a gradient step.
+    batch_size : int or "auto", default="auto"
+        Rows a gradient step. "auto" takes 256 of a table, and 64 images, fewer of more than 64 x 64 pixels.
     max_iter : int or "auto", default="auto"
         Gradient steps at most. "auto" takes 400 passes over the rows, within 500 to 4,000 steps. Where two passes
         over the rows are more steps than that, it takes two passes, within 10,000 steps.
+        For images it takes 20 passes, within 200 to 500 steps, and no fewer than two passes, within 10,000 steps.
     validation_fraction : float, default=0.1
         Share of the rows held out to choose the best weights and to stop early; at most 2,048 rows. Fewer than
         5 rows say nothing, and then none are held out.
@@ -143,9 +147,9 @@ class DiffusionDetector(GenerativeDetector):
     validation_curve_ : list of float
         Held-out loss at each evaluation; empty if no rows were held out.
     event_shape_ : tuple of int
-        Shape of one row, ``(n_features_in_,)``.
+        Shape of one row: ``(n_features_in_,)``, or ``(channels, height, width)`` of an image.
     n_features_in_ : int
-        Number of columns.
+        Number of columns, or of channels.
     feature_names_in_ : ndarray of str
         Names of the columns, where X had names.
 
@@ -210,7 +214,7 @@ class DiffusionDetector(GenerativeDetector):
         self,
         *,
         path: Any = None,
-        network: Any = "residual",
+        network: Any = "auto",
         parametrization: str = "edm",
         hidden_features: int = 256,
         n_blocks: int = 2,
@@ -218,7 +222,7 @@ class DiffusionDetector(GenerativeDetector):
         anomaly: Any = "score_norm",
         learning_rate: float = 2e-3,
         weight_decay: float = 1e-4,
-        batch_size: int = 256,
+        batch_size: int | str = "auto",
         max_iter: int | str = "auto",
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 20,
@@ -316,7 +320,7 @@ class DiffusionDetector(GenerativeDetector):
             )
 
             def field(y: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-                return -s.unsqueeze(1) * model.score(y, s)
+                return -expand_as_rows(s, y) * model.score(y, s)
 
             y, _ = solve_ode(field, x, levels, method="heun")
             return model.denoise(y, y.new_full((len(y),), float(levels[-1])))
@@ -438,38 +442,35 @@ class DiffusionDetector(GenerativeDetector):
         return PATHS[self.path]()
 
     def _make_model(self, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]) -> nn.Module:
-        (features,) = event_shape
+        shape = event_shape if len(event_shape) > 1 else event_shape[0]
         objective = self._resolve_objective()
         path = self._resolve_path(objective)
         learned_variance = getattr(objective, "learns_variance", False)
-        sizes: dict[str, Any] = {
-            "hidden_features": self.hidden_features,
-            "context_features": LEVEL_FEATURES,
-        }
+        sizes: dict[str, Any] = {"hidden_features": self.hidden_features, "n_blocks": self.n_blocks}
         if self.network == "energy":
             if learned_variance:
                 raise ValueError(
                     f"network='energy' has one output and cannot learn variances, as {objective!r} wants to. "
                     "Choose another network or objective."
                 )
-            energy = ResidualMLP(
-                features, 1, n_blocks=self.n_blocks, hidden_features=self.hidden_features, context_features=1
-            )
+            energy = make_network(shape, 1, context_features=1, **sizes)
             model = EnergyModel(
                 energy,
-                features,
+                shape,
                 noise_levels=path.noise_levels,
                 grain=torch.from_numpy(grain),
                 tail_start=math.inf,  # the scaling of the rows has compressed them
             )
             return ScoreDenoiser(model, path, event_shape=event_shape)
-        width = 2 * features if learned_variance else features
+        first, *rest = event_shape
+        width = (2 * first, *rest) if learned_variance else event_shape
+        outputs = width if rest else width[0]
         if callable(self.network):
-            network = self.network(features, width, LEVEL_FEATURES)
-        elif self.network == "mlp":
-            network = MLP(features, width, n_layers=self.n_blocks, **sizes)
+            network = self.network(shape, outputs, LEVEL_FEATURES)
         else:
-            network = ResidualMLP(features, width, n_blocks=self.n_blocks, **sizes)
+            network = make_network(
+                shape, outputs, kind=self.network, context_features=LEVEL_FEATURES, **sizes
+            )
         return NetworkDenoiser(
             network,
             path,
