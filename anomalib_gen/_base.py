@@ -31,7 +31,7 @@ from anomalib_gen._outlier import OutlierScores
 from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain, rows_per_block
 from anomalib_gen._scoring import dry_run, map_in_blocks, score_in_blocks
 from anomalib_gen._training import TrainingOptions, train
-from anomalib_gen.anomaly import Energy
+from anomalib_gen.anomaly import IMAGE_ANOMALIES, Energy
 
 MAX_THRESHOLD_ROWS = 200_000
 """Training rows scored for `offset_`; beyond this a random subset is taken, whose quantile is as good."""
@@ -339,8 +339,10 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         return other
 
     def _resolve_anomaly(self) -> Component:
+        images = len(self.event_shape_) > 1
+        known = {**self._anomalies, **IMAGE_ANOMALIES} if images else self._anomalies
         component: Component = resolve_component(
-            self.anomaly, known=self._anomalies, argument="anomaly", default=self._default_anomaly
+            self.anomaly, known=known, argument="anomaly", default=self._default_anomaly
         )
         return component
 

@@ -18,8 +18,14 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
+from sklearn.base import BaseEstimator, TransformerMixin, _fit_context, clone
+from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
+
+from anomalib_gen._base import GenerativeDetector
+from anomalib_gen._runtime import row_blocks
+from anomalib_gen._scaling import rows_per_block
+from anomalib_gen.detectors import ComposedDetector
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 """Endings by which the images of a folder are told from its other files."""
@@ -57,6 +63,83 @@ def bits_per_dimension(log_prob: Any, event_shape: Sequence[int]) -> npt.NDArray
     n = int(np.prod(tuple(event_shape)))
     bits: npt.NDArray[np.float64] = -np.asarray(log_prob, dtype=np.float64) / (n * np.log(2))
     return bits
+
+
+def mutate_pixels(X: npt.NDArray[Any], *, rate: float = 0.2, random_state: Any = None) -> npt.NDArray[Any]:
+    """Replace some values of images by random ones, uniform over the range of X.
+
+    Parameters
+    ----------
+    X : ndarray of shape (n_samples, channels, height, width)
+    rate : float, default=0.2
+        Share of the values that are replaced, each independently.
+    random_state : int, RandomState instance or None, default=None
+
+    Returns
+    -------
+    ndarray of shape (n_samples, channels, height, width)
+        A copy, in the type of X.
+
+    Raises
+    ------
+    ValueError
+        If the rate does not lie between 0 and 1.
+    """
+    if not 0 < rate <= 1:
+        raise ValueError(f"rate must lie in (0, 1], got {rate!r}.")
+    random = check_random_state(random_state)
+    X = np.asarray(X)
+    low, high = float(X.min()), float(X.max())
+    mutated = X.copy()
+    for rows in row_blocks(len(X), rows_per_block(int(np.prod(X.shape[1:])))):
+        block = mutated[rows]
+        chosen = random.random_sample(block.shape) < rate
+        if X.dtype == np.uint8:
+            block[chosen] = random.randint(int(low), int(high) + 1, size=int(chosen.sum()))
+        else:
+            block[chosen] = random.uniform(low, high, size=int(chosen.sum()))
+    return mutated
+
+
+def likelihood_ratio(
+    detector: GenerativeDetector, X: Any, *, rate: float = 0.2, random_state: Any = None
+) -> ComposedDetector:
+    """Compare a detector's likelihood with that of a background model (Ren et al. 2019).
+
+    The background model is a clone of the detector, fitted to images some of whose pixels are random. It learns what is
+    common to all images (grey backgrounds, smoothness) and loses what normal ones show. The anomaly is
+
+        -log p(x) + log p_background(x),
+
+    in which what both know cancels: a composition of the two energies with weights 1 and -1.
+
+    It helps where likelihoods are led by the background, as on grey or flat images of another source. It fails where
+    the mutations leave nothing to learn, or too much; the rate is then to be chosen on images of a third kind. Both
+    models must be good: the difference of two bounds is as wrong as the bounds are loose in different ways.
+
+    Parameters
+    ----------
+    detector : detector
+        A fitted detector of images.
+    X : ndarray of shape (n_samples, channels, height, width)
+        The images it was fitted on.
+    rate : float, default=0.2
+        Share of the values that are replaced by random ones.
+    random_state : int, RandomState instance or None, default=None
+        Draws the mutations.
+
+    Returns
+    -------
+    ComposedDetector
+        A fitted one, whose members are named "normal" and "background".
+
+    References
+    ----------
+    Ren, J., Liu, P. J., Fertig, E., Snoek, J., Poplin, R., DePristo, M. A., Dillon, J. V., Lakshminarayanan, B. (2019).
+    Likelihood ratios for out-of-distribution detection. NeurIPS. arXiv:1906.02845.
+    """
+    background = clone(detector).fit(mutate_pixels(X, rate=rate, random_state=random_state))
+    return ComposedDetector([("normal", detector), ("background", background)], weights=[1, -1]).fit(X)
 
 
 class ChannelsFirst(TransformerMixin, BaseEstimator):

@@ -51,9 +51,13 @@ class Observation(nn.Module):
         """Rows ``(B, *E)`` in the bounded coordinates that an encoder sees and errors are measured in."""
         raise NotImplementedError
 
+    def value_log_probs(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
+        """Log-likelihood of each value of rows ``(B, *E)``, of the same shape."""
+        raise NotImplementedError
+
     def log_prob(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
         """Log-likelihood ``(B,)`` of rows ``(B, *E)``."""
-        raise NotImplementedError
+        return self.value_log_probs(x, location).flatten(1).sum(1)
 
     def centre(self, location: torch.Tensor) -> torch.Tensor:
         """The middle of the distribution, ``(B, *E)``, in the units of x: its mean, or its median under (1)."""
@@ -128,12 +132,13 @@ class ScaledObservation(Observation):
 class GaussianObservation(ScaledObservation):
     """Normal around the location, in compressed coordinates."""
 
-    def log_prob(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
-        """Log-density ``(B,)`` of rows ``(B, *E)``."""
-        y, log_det = compress_tails(x / self.spread)
-        s = self.deviation
-        log_normal = -0.5 * ((y - location) / s).square() - (s * self.spread).log()
-        return log_normal.flatten(1).sum(1) + log_det - 0.5 * math.log(2 * math.pi) * x[0].numel()
+    def value_log_probs(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
+        """Log-density of each value of rows ``(B, *E)``, of the same shape."""
+        scaled, s = x / self.spread, self.deviation
+        y, _ = compress_tails(scaled)
+        log_slope = -torch.log1p((scaled.abs() - TAIL_START).clamp(min=0))
+        log_normal = -0.5 * (((y - location) / s).square() + math.log(2 * math.pi)) - (s * self.spread).log()
+        return log_normal + log_slope
 
     def sample(self, location: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Draw a row ``(B, *E)`` for each location."""
@@ -176,14 +181,14 @@ class StudentTObservation(ScaledObservation):
         """Degrees of freedom nu of each column."""
         return self.min_freedom + self.log_freedom.exp()
 
-    def log_prob(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
-        """Log-density ``(B,)`` of rows ``(B, *E)``."""
+    def value_log_probs(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
+        """Log-density of each value of rows ``(B, *E)``, of the same shape."""
         nu, log_s = self.freedom, self.deviation.log()
         distance = (x / self.spread - location).abs().clamp(min=torch.finfo(x.dtype).tiny)
         # log(1 + d^2 / (nu s^2)) without a square that could overflow.
         log_kernel = -0.5 * (nu + 1) * F.softplus(2 * (distance.log() - log_s) - nu.log())
         log_norm = torch.lgamma((nu + 1) / 2) - torch.lgamma(nu / 2) - 0.5 * (nu * math.pi).log()
-        return (log_kernel + log_norm - log_s - self.spread.log()).flatten(1).sum(1)
+        return log_kernel + log_norm - log_s - self.spread.log()
 
     def centre(self, location: torch.Tensor) -> torch.Tensor:
         """The mean, ``(B, *E)``."""
@@ -216,8 +221,8 @@ class DiscretisedLogisticObservation(ScaledObservation):
         """Width of each column's cells, ``E``, in the units of x'."""
         return (math.sqrt(12) * self.grain / self.spread).clamp(min=MIN_CELL)
 
-    def log_prob(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
-        """Log-density ``(B,)`` of rows ``(B, *E)``."""
+    def value_log_probs(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
+        """Log-density of each value of rows ``(B, *E)``, of the same shape."""
         x, w = x / self.spread, self.cell
         s = self.deviation * (math.sqrt(3) / math.pi)
         upper = (compress_tails(x + w / 2)[0] - location) / s
@@ -235,7 +240,7 @@ class DiscretisedLogisticObservation(ScaledObservation):
         safe = step.clamp(min=1e-3)
         log_share = torch.where(step < 1e-3, -step / 2, torch.log(-torch.expm1(-safe) / safe))
         log_density = F.logsigmoid(upper) + F.logsigmoid(-lower) + log_share + log_slope - s.log()
-        return (log_density - self.spread.log()).flatten(1).sum(1)
+        return log_density - self.spread.log()
 
     def sample(self, location: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Draw a row ``(B, *E)`` for each location, anywhere in its cell."""
@@ -257,9 +262,9 @@ class BernoulliObservation(Observation):
         """Rows ``(B, *E)`` as -1 and 1."""
         return 2 * x - 1
 
-    def log_prob(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
-        """Log-probability ``(B,)`` of rows ``(B, *E)``."""
-        return (x * location - F.softplus(location)).flatten(1).sum(1)
+    def value_log_probs(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each value of rows ``(B, *E)``, of the same shape."""
+        return x * location - F.softplus(location)
 
     def centre(self, location: torch.Tensor) -> torch.Tensor:
         """The probability of a one, ``(B, *E)``."""
