@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from anomalib_gen import EnergyDetector
@@ -151,3 +152,18 @@ def test_contrastive_objectives_stay_stable_on_a_mixture(tmp_path):
         assert one["steps"] == 2000
         assert max(map(abs, one["median_energy"])) < 20
         assert one["judge"][1] < one["judge"][0]
+
+
+def test_image_defects_judges_maps(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, n in (("train", 60), ("test", 20)):
+        arrays[f"X_{part}"] = rng.integers(0, 120, (n, 28, 28), dtype=np.uint8)
+        arrays[f"y_{part}"] = (np.arange(n) % 10).astype(np.uint8)
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    monkeypatch.setenv("ANOMALIB_GEN_DATA", str(tmp_path))
+    out = tmp_path / "defects.json"
+    assert "pixel AUROC" in run("image_defects.py", "--output", out)
+    figures = json.loads(out.read_text())["figures"]
+    assert set(figures) == {"distance from the mean", "vae"}
+    assert all(0 <= value <= 1 for part in figures.values() for value in part.values())

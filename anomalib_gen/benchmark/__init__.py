@@ -1,12 +1,32 @@
 """Compare detectors on labelled tables under fixed protocols; see `run_benchmark`."""
 
-from .detectors import DEEP_PEERS, PEERS, Detector, KNNDistance, parse_detector, parse_detectors, score_rows
+from .detectors import (
+    DEEP_PEERS,
+    IMAGE_PEERS,
+    PEERS,
+    Detector,
+    KNNDistance,
+    parse_detector,
+    parse_detectors,
+    score_rows,
+)
 from .evaluation import Evaluation, anomaly_metrics, evaluate
-from .protocols import PROTOCOLS, Split, SplitError, clean, clean_unsupervised, published
+from .protocols import (
+    IMAGE_SUITES,
+    PROTOCOLS,
+    Split,
+    SplitError,
+    clean,
+    clean_unsupervised,
+    images,
+    published,
+)
 from .runner import BenchmarkInterrupted, DataError, load_results, run_benchmark
 
 __all__ = [
     "DEEP_PEERS",
+    "IMAGE_PEERS",
+    "IMAGE_SUITES",
     "PEERS",
     "PROTOCOLS",
     "BenchmarkInterrupted",
@@ -20,6 +40,7 @@ __all__ = [
     "clean",
     "clean_unsupervised",
     "evaluate",
+    "images",
     "load_results",
     "parse_detector",
     "parse_detectors",

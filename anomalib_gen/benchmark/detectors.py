@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
+from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 __all__ = [
     "DEEP_PEERS",
+    "IMAGE_PEERS",
     "PEERS",
     "Detector",
     "KNNDistance",
@@ -212,10 +214,13 @@ class KNNDistance(BaseEstimator):
     ----------
     n_neighbors : int, default=5
         Number of nearest training rows.
+    n_components : int or None, default=None
+        Principal components in which distances are taken; None for all columns.
     """
 
-    def __init__(self, *, n_neighbors: int = 5) -> None:
+    def __init__(self, *, n_neighbors: int = 5, n_components: int | None = None) -> None:
         self.n_neighbors = n_neighbors
+        self.n_components = n_components
 
     def fit(self, X: ArrayLike, y: Any = None) -> KNNDistance:
         """Store the training rows.
@@ -233,6 +238,10 @@ class KNNDistance(BaseEstimator):
             The estimator itself.
         """
         X = validate_data(self, X)
+        if self.n_components is not None:
+            n = min(self.n_components, *np.shape(X))
+            self.pca_ = PCA(n, svd_solver="randomized", random_state=0).fit(X)
+            X = self.pca_.transform(X)
         self.neighbors_ = NearestNeighbors(n_neighbors=self.n_neighbors).fit(X)
         return self
 
@@ -251,6 +260,8 @@ class KNNDistance(BaseEstimator):
         """
         check_is_fitted(self)
         X = validate_data(self, X, reset=False)
+        if self.n_components is not None:
+            X = self.pca_.transform(X)
         return -self.neighbors_.kneighbors(X)[0].mean(axis=1)
 
 
@@ -319,7 +330,15 @@ DEEP_PEERS: tuple[Detector, ...] = (
 )
 """Deep detectors of pyod at their defaults; slow without a GPU."""
 
-_SETS = {"peers": PEERS, "deep-peers": DEEP_PEERS}
+IMAGE_PEERS: tuple[Detector, ...] = (
+    _named("kNN(1)", "anomalib_gen.benchmark.KNNDistance", n_neighbors=1),
+    _named("kNN(1), 64 PCA", "anomalib_gen.benchmark.KNNDistance", n_neighbors=1, n_components=64),
+    _named("sklearn.IsolationForest", "sklearn.ensemble.IsolationForest"),
+    _named("pyod.PCA", "pyod.models.pca.PCA"),
+)
+"""Detectors of tables that are quick enough on pixels."""
+
+_SETS = {"peers": PEERS, "deep-peers": DEEP_PEERS, "image-peers": IMAGE_PEERS}
 
 
 def _bad(text: str, reason: str) -> ValueError:
