@@ -72,7 +72,8 @@ class DiffusionDetector(GenerativeDetector):
         - ``"linear"``: straight lines, the path of flow matching.
 
         A name takes that path's published defaults. None takes a path that suits the objective: discrete cosine steps
-        for "improved-ddpm", "linear" for "flow-matching", and otherwise ``EDM(sigma_min=0.01, sigma_max=20)``.
+        for "improved-ddpm", "linear" for "flow-matching", and otherwise ``EDM(sigma_min=0.01, sigma_max=20)``. For
+        images the last is ``EDM()``: their many pixels hang together, and it takes more noise to hide them.
     network : {"auto", "residual", "mlp", "convolutional", "energy"} or callable, default="auto"
         The network. "convolutional", for images only, is a residual U-Net with attention, with a sixteenth of
         `hidden_features` as channels at its finest level; "auto" takes it for images, and "residual" for tables.
@@ -95,7 +96,8 @@ class DiffusionDetector(GenerativeDetector):
         - ``"denoising_error"``: error of one step of denoising over a ladder of noise levels;
         - ``"likelihood"``, ``"elbo"``: minus the log-density, exact or bounded;
         - ``"path"``: statistics of the way to noise;
-        - ``"diffusion_time"``: the noise level of the row itself.
+        - ``"diffusion_time"``: the noise level of the row itself;
+        - ``"input_complexity"``, ``"multiscale_reconstruction"``: for images only, see `anomalib_gen.anomaly`.
     learning_rate : float, default=2e-3
         Peak step size of AdamW, after a short warm-up and before a cosine decay.
     weight_decay : float, default=1e-4
@@ -430,7 +432,9 @@ class DiffusionDetector(GenerativeDetector):
         def default() -> Path:
             if isinstance(objective, ImprovedDDPM):
                 return CosineBetas()
-            return Linear() if isinstance(objective, FlowMatching) else EDM(**TABLE_LEVELS)
+            if isinstance(objective, FlowMatching):
+                return Linear()
+            return EDM(**TABLE_LEVELS) if len(self.event_shape_) == 1 else EDM()
 
         if self.path is None:
             return default()

@@ -85,7 +85,7 @@ class EnergyDetector(GenerativeDetector):
         of its gradient over the noise levels. None takes "score_norm" for an objective that trains at many noise
         levels, and "energy" for the others. On 29 tables (`benchmarks/results`) that was the best choice with each
         objective that was measured; of these, the default has the best average precision, and an AUROC within .004 of
-        the best. The defaults are frozen at that.
+        the best. The defaults are frozen at that. "input_complexity" is for images only.
     noise : float, default=0.1
         Standard deviation of the noise at which rows are scored, in standard deviations of each column. On top of it
         each column has noise of 1 / sqrt(12) of the median gap between its distinct values.

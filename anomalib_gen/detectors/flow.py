@@ -97,8 +97,8 @@ class FlowDetector(GenerativeDetector):
     max_noise : float or None, default=1.0
         Largest noise level in training. The flow is conditional on the level and learns all of them from `noise` up;
         the larger ones regularise. None trains at the level `noise` alone, which is what images always do.
-    anomaly : {"likelihood", "typicality"} or component, default="likelihood"
-        The number per row; `score_samples` is minus that.
+    anomaly : {"likelihood", "typicality", "input_complexity"} or component, default="likelihood"
+        The number per row; `score_samples` is minus that. "input_complexity" is for images only.
     learning_rate : float, default=5e-3
         Peak step size of AdamW, after a short warm-up and before a cosine decay.
     weight_decay : float, default=1e-4

@@ -98,6 +98,7 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         - ``"kl"``: the other part, the divergence of the posterior from the prior.
         - ``"reconstruction_error"``: mean squared error of the reconstruction, in standardised columns.
         - ``"likelihood_regret"``: what the bound gains if each row's posterior is refitted; slow.
+        - ``"input_complexity"``, ``"multiscale_reconstruction"``: for images only, see `anomalib_gen.anomaly`.
     learning_rate : float, default=1e-2
         Peak step size of AdamW, after a short warm-up and before a cosine decay.
     weight_decay : float, default=1e-4

@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.metrics import roc_auc_score
 
-from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
+from anomalib_gen import ComposedDetector, DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
 from anomalib_gen.anomaly import IMAGE_ANOMALIES, InputComplexity, Likelihood, MultiScaleReconstruction
 from anomalib_gen.anomaly.multiscale_reconstruction import pyramid_distance
 from anomalib_gen.images import likelihood_ratio, mutate_pixels
@@ -173,3 +173,13 @@ def test_a_likelihood_ratio_is_the_difference_of_two_energies(digits):
     np.testing.assert_allclose(normal, detector.energy(digits[:9]))
     assert np.abs(background - normal).max() > 1
     assert ratio.event_shape_ == (1, 8, 8)
+
+
+def test_compositions_draw_images(digits):
+    first, second = (small(FlowDetector, random_state=seed).fit(digits) for seed in (0, 1))
+    members = [("first", first), ("second", second)]
+    for rule in ("mixture", "product"):
+        composed = ComposedDetector(members, rule=rule, n_steps=2).fit(digits)
+        drawn = composed.sample(3, random_state=0)
+        assert drawn.shape == (3, 1, 8, 8)
+        assert np.isfinite(drawn).all()
