@@ -105,7 +105,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     anomaly_: Component
     best_iter_: int
     event_shape_: tuple[int, ...]
-    _eight_bit: bool
+    _eight_bit: bool = False
     n_iter_: int
     loss_curve_: list[float]
     validation_curve_: list[float]
@@ -169,7 +169,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         if one_pass:
             max_iter = steps_per_pass
         elif self.max_iter == "auto" and images:
-            max_iter = min(max(min(20 * steps_per_pass, 500), 2 * steps_per_pass, 200), 10_000)
+            max_iter = min(max(min(20 * steps_per_pass, 400), 2 * steps_per_pass, 200), 10_000)
         elif self.max_iter == "auto":
             max_iter = self._auto_max_iter(steps_per_pass)
         else:

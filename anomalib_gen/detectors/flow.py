@@ -109,7 +109,7 @@ class FlowDetector(GenerativeDetector):
         Gradient steps at most. "auto" takes 200 passes over the rows, within 200 to 600 steps; beyond 256 columns
         the upper end falls as 153,600 divided by the columns, to 200. Where two passes over the rows are more steps
         than that, it takes two passes, within 5,000 steps.
-        For images it takes 20 passes, within 200 to 500 steps, and no fewer than two passes, within 10,000 steps.
+        For images it takes 20 passes, within 200 to 400 steps, and no fewer than two passes, within 10,000 steps.
     validation_fraction : float, default=0.1
         Share of the rows held out to choose the best weights and to stop early; at most 2,048 rows. Fewer than
         5 rows say nothing, and then none are held out.
