@@ -31,12 +31,14 @@ from anomalib_gen._outlier import OutlierScores
 from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain, rows_per_block
 from anomalib_gen._scoring import dry_run, map_in_blocks, score_in_blocks
 from anomalib_gen._training import TrainingOptions, TrainingResult, train
-from anomalib_gen.anomaly import Energy
+from anomalib_gen.anomaly import IMAGE_ANOMALIES, Energy
 
 MAX_THRESHOLD_ROWS = 200_000
 """Training rows scored for `offset_`; beyond this a random subset is taken, whose quantile is as good."""
 AUTO_FALSE_POSITIVES = 0.05
 """Share of held-out rows below the threshold that ``contamination="auto"`` sets."""
+TABLE_BATCH, IMAGE_BATCH, IMAGE_BATCH_PIXELS = 256, 64, 2**18
+"""Rows a gradient step by default; fewer images where there are more pixels, 4 of 256 x 256."""
 MIN_HELD_OUT, MAX_HELD_OUT = 5, 2048
 """Fewer held-out rows say nothing about when to stop; more cost time and say nothing new."""
 
@@ -71,7 +73,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         "anomaly": [str, Component, None],
         "learning_rate": [Interval(Real, 0, None, closed="neither")],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
-        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "max_iter": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "validation_fraction": [Interval(Real, 0, 1, closed="left")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
@@ -85,7 +87,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     }
 
     anomaly: Any
-    batch_size: int
+    batch_size: int | str
     contamination: float | str
     device: Any
     ema_decay: float
@@ -102,6 +104,8 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     model_: nn.Module
     anomaly_: Component
     best_iter_: int
+    event_shape_: tuple[int, ...]
+    _eight_bit: bool = False
     n_iter_: int
     loss_curve_: list[float]
     validation_curve_: list[float]
@@ -150,21 +154,35 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     ) -> None:
         """Show a model the rows that it will be trained on, if it keeps any; `more` if earlier ones stay."""
 
+    def _cell(self, scaler: Standardizer) -> float:
+        """Width of the cells over which discrete rows are spread, in the model's units; 0 for none."""
+        return scaler.cell / float(np.max(scaler.scale)) if scaler.cell else 0.0
+
     def _note_rows(self, X: npt.NDArray[Any], index: npt.NDArray[np.integer]) -> None:
         """Set what else a family tells of the rows at `index` that it was just fitted to."""
 
     def _training_options(self, n_rows: int, *, one_pass: bool) -> TrainingOptions:
         """How to train on `n_rows` rows; once over them if `one_pass`."""
-        steps_per_pass = -(-n_rows // self.batch_size)
+        images = len(self.event_shape_) > 1
+        if self.batch_size != "auto":
+            batch_size = int(self.batch_size)
+        elif images:
+            batch_size = max(1, min(IMAGE_BATCH, IMAGE_BATCH_PIXELS // int(np.prod(self.event_shape_[1:]))))
+        else:
+            batch_size = TABLE_BATCH
+        steps_per_pass = -(-n_rows // batch_size)
         if one_pass:
             max_iter = steps_per_pass
+        elif self.max_iter == "auto" and images:
+            max_iter = min(max(min(20 * steps_per_pass, 400), 2 * steps_per_pass, 200), 10_000)
         elif self.max_iter == "auto":
             max_iter = self._auto_max_iter(steps_per_pass)
         else:
             max_iter = int(self.max_iter)
         return TrainingOptions(
             max_iter=max_iter,
-            batch_size=self.batch_size,
+            batch_size=batch_size,
+            rows_per_evaluation=batch_size if images else 1024,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
@@ -186,8 +204,9 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
 
         Parameters
         ----------
-        X : array-like or data frame of shape (n_samples, n_features)
-            At least two rows. Memory-mapped arrays are read in blocks.
+        X : array-like or data frame of shape (n_samples, n_features), or (n_samples, channels, height, width)
+            At least two rows. Memory-mapped arrays are read in blocks. Images of uint8 are taken for whole numbers
+            from 0 to 255 and dequantised; images of floating-point numbers for real ones.
         y : ignored
             For scikit-learn's conventions.
         sample_weight : array-like of shape (n_samples,), optional
@@ -235,6 +254,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
 
     def _fit(self, X: Any, sample_weight: Any, *, continued: bool, one_pass: bool) -> Self:
         X = self._validate(X, reset=not continued, min_rows=2)
+        self.event_shape_, self._eight_bit = X.shape[1:], X.dtype == np.uint8
         device = _runtime.resolve_device(self.device)
         objective, anomaly = self._resolve_objective(), self._resolve_anomaly()
         random = check_random_state(self.random_state)
@@ -250,6 +270,8 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
             with _runtime.forked_rng(seeds[1]):
                 grain = column_grain(X, index[train_index], scaler)
                 model = self._make_model(X.shape[1:], grain).float()
+            for part in (model, getattr(model, "model", model)):
+                part.cell = self._cell(scaler)
         model = model.to(device)
         rows = ArrayRows(X, index[train_index], scaler, device)
         held_out = ArrayRows(X, index[held_out_index], scaler, device) if len(held_out_index) else None
@@ -279,13 +301,12 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
                 )
         if hasattr(objective, "conclude"):
             objective.conclude(model, rows, _runtime.make_generator(seeds[2], device))
-        model = model.to(_runtime.scoring_dtype(device))
+        model = model.to(_runtime.event_dtype(self.event_shape_, device))
         history = continued and hasattr(self, "n_iter_")
         self.loss_curve_ = (self.loss_curve_ if history else []) + result.loss_curve
         self.validation_curve_ = (self.validation_curve_ if history else []) + result.validation_curve
         self.best_iter_ = (self.n_iter_ if history else 0) + result.best_iter
         self.n_iter_ = (self.n_iter_ if history else 0) + result.n_iter
-        self.event_shape_ = X.shape[1:]
         self.model_, self._scaler, self._seeds = model, scaler, seeds
         self._note_rows(X, index)
         # Held-out rows are what scoring will meet; training rows look a little too normal.
@@ -320,14 +341,16 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         train_index, held_out_index = self._split(len(index), np.random.RandomState(self._seeds[0]))
         reference = held_out_index if len(held_out_index) else train_index
         rows = ArrayRows(X, index[reference], self._scaler, device)
-        dtype = _runtime.scoring_dtype(device)
+        dtype = _runtime.event_dtype(self.event_shape_, device)
         dry_run(self._model_on(device), rows.take(torch.arange(2)).to(dtype), device, anomaly=part)
         other._set_anomaly(part, X, index, held_out_index, rows)
         return other
 
     def _resolve_anomaly(self) -> Component:
+        images = len(getattr(self, "event_shape_", ())) > 1
+        known = {**self._anomalies, **IMAGE_ANOMALIES} if images else self._anomalies
         component: Component = resolve_component(
-            self.anomaly, known=self._anomalies, argument="anomaly", default=self._default_anomaly
+            self.anomaly, known=known, argument="anomaly", default=self._default_anomaly
         )
         return component
 
@@ -342,7 +365,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         """Let the anomaly learn from the rows of `reference`, and set the threshold."""
         if hasattr(anomaly, "prepare"):
             device = reference.device
-            dtype = _runtime.scoring_dtype(device)
+            dtype = _runtime.event_dtype(self.event_shape_, device)
             block = _runtime.scoring_block_rows(int(np.prod(X.shape[1:])), device)
             with torch.no_grad():
                 anomaly.prepare(
@@ -436,7 +459,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     def _torch_energy(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return `energy` as a differentiable function of rows ``(n, D)`` on `device`, in the units of X."""
         model, anomaly = self._model_on(device), self._energy_anomaly()
-        dtype, seed = _runtime.scoring_dtype(device), self._scoring_seed
+        dtype, seed = _runtime.event_dtype(self.event_shape_, device), self._scoring_seed
 
         def energy(x: torch.Tensor) -> torch.Tensor:
             z, log_det = self._scaler.transform_tensor(x.to(dtype))
@@ -445,7 +468,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
 
         return energy
 
-    def sample(self, n_samples: int = 1, *, random_state: Any = None) -> npt.NDArray[np.float64]:
+    def sample(self, n_samples: int = 1, *, random_state: Any = None) -> npt.NDArray[Any]:
         """Draw new rows from the model.
 
         Parameters
@@ -456,8 +479,8 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
 
         Returns
         -------
-        ndarray of shape (n_samples, n_features)
-            In the units and the order of X's columns.
+        ndarray of shape (n_samples, n_features) or (n_samples, channels, height, width)
+            In the units and the order of X's columns; uint8 for a detector of such images.
 
         Raises
         ------
@@ -466,7 +489,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         """
         return self._draw(n_samples, random_state)
 
-    def _draw(self, n_samples: int, random_state: Any, **options: Any) -> npt.NDArray[np.float64]:
+    def _draw(self, n_samples: int, random_state: Any, **options: Any) -> npt.NDArray[Any]:
         """Draw rows in the units of X; `options` are the model's."""
         check_is_fitted(self)
         if not isinstance(n_samples, Integral) or n_samples < 1:
@@ -481,6 +504,8 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
             for rows in _runtime.row_blocks(int(n_samples), block):
                 z = model.sample(rows.stop - rows.start, generator, **options)
                 drawn[rows] = self._scaler.inverse_transform(z.cpu().double().numpy())
+        if self._eight_bit:
+            return np.clip(np.rint(drawn), 0, 255).astype(np.uint8)
         return drawn
 
     def _score(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -507,7 +532,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
 
     def _model_on(self, device: torch.device) -> nn.Module:
         """Return the model on `device` in the precision of scores there, whatever machine it was fitted on."""
-        return self.model_.to(device=device, dtype=_runtime.scoring_dtype(device))
+        return self.model_.to(device=device, dtype=_runtime.event_dtype(self.event_shape_, device))
 
     def _scoring_device(self) -> torch.device:
         """Where to score: where asked, or on the CPU for a detector that comes from a machine with more."""

@@ -12,6 +12,8 @@ from sklearn.utils.validation import validate_data
 from anomalib_gen._runtime import row_blocks
 from anomalib_gen._scaling import rows_per_block
 
+MIN_SIDE = 8
+"""Smallest height and width of images: below this they are tables of a few columns."""
 SHOWN = 10
 """Columns named in a message; the others are counted."""
 
@@ -19,27 +21,41 @@ SHOWN = 10
 def validate_rows(detector: Any, X: Any, *, reset: bool, min_rows: int) -> npt.NDArray[Any]:
     """Check a table and return it as float32 or float64, without a copy where it is so already.
 
+    Images of 8 bits stay uint8.
+
     Parameters
     ----------
     detector : estimator
-        Whose number and names of columns are set (`reset`) or compared.
-    X : array-like or data frame of shape (n, D)
+        Whose number and names of columns are set (`reset`) or compared, and `event_shape_` and `_eight_bit` compared
+        where it has them.
+    X : array-like or data frame of shape (n, D), or array-like of shape (n, channels, height, width)
     reset : bool
     min_rows : int
 
     Raises
     ------
     ValueError, TypeError
-        As scikit-learn's `validate_data`, but naming columns that are no numbers or not finite.
+        As scikit-learn's `validate_data`, but naming columns that are no numbers or not finite, and telling what is
+        wrong with the shape or the values of images.
     """
+    images = count_dimensions(X) == 4
+    if images:
+        X = np.asarray(X)
+        check_images(detector, X, reset=reset)
+    elif not reset and len(getattr(detector, "event_shape_", ())) == 3:
+        raise ValueError(
+            f"{type(detector).__name__} was fitted on images of shape {detector.event_shape_}, (channels, height, "
+            f"width), and is given an array of {count_dimensions(X)} dimensions. Give (n, *{detector.event_shape_})."
+        )
     try:
         checked = validate_data(
             detector,
             X,
             reset=reset,
-            dtype=[np.float64, np.float32],
+            dtype=[np.float64, np.float32, *([np.uint8] if images else [])],
             ensure_all_finite=False,
             ensure_min_samples=min_rows,
+            allow_nd=images,
         )
     except (TypeError, ValueError) as error:
         message = describe_non_numeric(X)
@@ -49,9 +65,15 @@ def validate_rows(detector: Any, X: Any, *, reset: bool, min_rows: int) -> npt.N
         raise kind(f"{message} ({str(error).splitlines()[0]})") from error
     bad = np.zeros(checked.shape[1:], dtype=bool)
     missing = False
-    for block in row_blocks(len(checked), rows_per_block(checked.shape[1])):
+    for block in row_blocks(len(checked), rows_per_block(int(np.prod(checked.shape[1:])))):
         finite = np.isfinite(checked[block])
         if not finite.all():
+            if images:
+                first = block.start + int(np.flatnonzero(~finite.reshape(len(finite), -1).all(axis=1))[0])
+                raise ValueError(
+                    f"Input X contains NaN or infinity in image {first}. Finite numbers are needed. "
+                    "Drop such images, or fill the pixels."
+                )
             bad |= ~finite.all(axis=0)
             missing |= bool(np.isnan(checked[block]).any())
     if bad.any():
@@ -60,14 +82,71 @@ def validate_rows(detector: Any, X: Any, *, reset: bool, min_rows: int) -> npt.N
     return checked
 
 
+def count_dimensions(X: Any) -> int:
+    """Dimensions of an array, or of a nested list, without a look at more than the first of each."""
+    n = 0
+    while not hasattr(X, "ndim"):
+        if not isinstance(X, list | tuple) or len(X) == 0:
+            return n
+        X, n = X[0], n + 1
+    return n + int(X.ndim)
+
+
+def check_images(detector: Any, X: npt.NDArray[Any], *, reset: bool) -> None:
+    """Refuse images ``(n, channels, height, width)`` that are not laid out so, or unlike those of `fit`.
+
+    Raises
+    ------
+    ValueError
+        With what is wrong and how to put it right.
+    """
+    channels, height, width = X.shape[1:]
+    if min(height, width) < MIN_SIDE or channels < 1:
+        hint = ""
+        if width < min(channels, height, MIN_SIDE):
+            hint = (
+                f" If these are channels-last images, {channels} x {height} with {width} channels, put "
+                "anomalib_gen.images.ChannelsFirst() before the detector."
+            )
+        raise ValueError(
+            f"X has shape {X.shape}, which is read as (images, channels, height, width); height and width must be at "
+            f"least {MIN_SIDE}.{hint}"
+        )
+    if reset:
+        return
+    known = getattr(detector, "event_shape_", None)
+    if known is not None and tuple(X.shape[1:]) != tuple(known):
+        kind = "(channels, height, width)" if len(known) == 3 else "one row"
+        raise ValueError(
+            f"X has images of shape {X.shape[1:]}, but {type(detector).__name__} was fitted on {tuple(known)}, {kind}. "
+            "Resize or convert them alike, e.g. with anomalib_gen.images.ImageReader."
+        )
+    eight_bit = getattr(detector, "_eight_bit", None)
+    if eight_bit is not None and eight_bit != (X.dtype == np.uint8):
+        fitted = "uint8 images, 0 to 255" if eight_bit else "images of real numbers"
+        raise ValueError(
+            f"{type(detector).__name__} was fitted on {fitted}, and X is {X.dtype}: its units may differ. "
+            f"Give {'uint8' if eight_bit else 'floating-point'} images in the units of `fit`."
+        )
+
+
 def require_binary(detector: Any, X: npt.NDArray[Any]) -> None:
-    """Refuse a checked table ``(n, D)`` with values other than 0 and 1, naming the columns.
+    """Refuse a checked table ``(n, D)``, or images, with values other than 0 and 1, naming the columns.
 
     Raises
     ------
     ValueError
         With a value of each such column.
     """
+    if X.ndim > 2:
+        for block in row_blocks(len(X), rows_per_block(int(np.prod(X.shape[1:])))):
+            other = (X[block] != 0) & (X[block] != 1)
+            if other.any():
+                raise ValueError(
+                    f"observation='bernoulli' needs zeros and ones, but there is {X[block][other][0]:g} in an image. "
+                    "Choose another observation, or threshold the images."
+                )
+        return
     bad: dict[int, float] = {}
     for block in row_blocks(len(X), rows_per_block(X.shape[1])):
         other = (X[block] != 0) & (X[block] != 1)

@@ -6,7 +6,7 @@ Nothing here changes a global: no seed, no thread count, no backend flag.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -52,12 +52,21 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def scoring_dtype(device: torch.device) -> torch.dtype:
-    """Precision of every score: float64, or float32 where the device has nothing better (MPS).
+    """Precision of every score of a table: float64, or float32 where the device has nothing better (MPS).
 
     In float32 the last bits of a matrix product depend on the number of rows beside the one of interest;
     float64 pushes that below anything a user compares.
     """
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def event_dtype(event_shape: Sequence[int], device: torch.device) -> torch.dtype:
+    """Precision of scores of rows of a shape: `scoring_dtype`, and float32 for images.
+
+    Convolutions have no fast kernels in float64: on a CPU they take 4 to 20 times as long. Blocks of one size, which
+    float32 needs (see `_scoring.score_in_blocks`), keep an image's score its own.
+    """
+    return torch.float32 if len(event_shape) > 1 else scoring_dtype(device)
 
 
 def make_generator(seed: int, device: torch.device) -> torch.Generator:

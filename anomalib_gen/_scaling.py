@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from anomalib_gen._runtime import row_blocks
-from anomalib_gen.networks import compress_tails, expand_tails
+from anomalib_gen.networks import TAIL_START, compress_tails, expand_tails
 
 BLOCK_BYTES = 2**24
 """Bytes of float64 rows handled at once while passing over data on the numpy side."""
 GRAIN_ROWS = 10_000
 """Rows looked at for the grid of each column."""
+GRAIN_PIXELS = 1_000_000
+"""Pixels looked at for the grid of images."""
 RESIDENT_BYTES = 2**30
 """Training rows up to this size are kept on the CPU as one tensor; larger data are read batch by batch."""
 
@@ -36,11 +39,14 @@ class Standardizer:
         Of the event's shape for tables (one number a column), of shape ``(1, ...)`` for images (one for all).
     log_det : float
         log |dz/dx| summed over the event: what turns a log-density of z into one of x.
+    cell : float
+        Width of the cells that values stand for, in the units of X: 1 for images of 8 bits, else 0.
     """
 
     shift: npt.NDArray[np.float64]
     scale: npt.NDArray[np.float64]
     log_det: float
+    cell: float = 0.0
 
     @classmethod
     def fit(
@@ -64,6 +70,9 @@ class Standardizer:
         The first pass takes the range, the second the moments about the range's middle in units of half the range:
         neither a large offset nor values near the end of the floating-point range spoil the result. A column
         whose range is rounding error counts as constant and gets scale 1.
+
+        The scale of images of 8 bits is so large that no value they can take lies in the tails that are compressed
+        (`networks.tails`): cells have one width everywhere.
         """
         n = len(X) if rows is None else len(rows)
         event_shape = X.shape[1:]
@@ -79,7 +88,9 @@ class Standardizer:
         for _, x in blocks():
             low, high = np.minimum(low, x.min(axis=axes)), np.maximum(high, x.max(axis=axes))
         middle, half = low / 2 + high / 2, high / 2 - low / 2
-        constant = half <= 16 * np.finfo(X.dtype).eps * np.maximum(np.abs(low), np.abs(high))
+        eight_bit = X.dtype == np.uint8
+        eps = np.finfo(np.float64 if eight_bit else X.dtype).eps
+        constant = half <= 16 * eps * np.maximum(np.abs(low), np.abs(high))
         half = np.where(constant, 1.0, half)
         mass, mean, square = 0.0, np.zeros(np.shape(middle)), np.zeros(np.shape(middle))
         for block, x in blocks():
@@ -93,10 +104,12 @@ class Standardizer:
         shift = np.where(constant, middle, middle + half * mean)
         # The spread of values near the end of the range may underflow to nothing only if they are constant.
         scale = np.where(constant | (spread == 0), 1.0, spread)
+        if eight_bit:
+            scale = np.maximum(scale, np.maximum(shift, 255 - shift) / (TAIL_START - 0.1))
         if len(event_shape) > 1:
             shift, scale = (np.reshape(value, [1] * len(event_shape)) for value in (shift, scale))
         log_det = -float(np.log(np.broadcast_to(scale, event_shape)).sum())
-        return cls(shift=shift, scale=scale, log_det=log_det)
+        return cls(shift=shift, scale=scale, log_det=log_det, cell=float(eight_bit))
 
     def transform(self, X: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
         """Standardise rows; values beyond the floating-point range saturate at its end."""
@@ -171,8 +184,11 @@ def column_grain(
     Returns
     -------
     ndarray of shape (D,)
-        In standardised units; 0 for a constant column.
+        In standardised units; 0 for a constant column. Of images ``(n, C, H, W)``, whose pixels share one grid,
+        ``(C, H, W)`` of one number.
     """
+    if X.ndim > 2:
+        return np.full(X.shape[1:], _pixel_grain(X, index, scaler))
     rows = index[:: max(1, len(index) // GRAIN_ROWS)]
     grain = np.zeros(X.shape[1])
     for block in row_blocks(X.shape[1], rows_per_block(len(rows))):
@@ -182,6 +198,16 @@ def column_grain(
             if len(values) > 1:
                 grain[j] = np.median(np.diff(values)) / np.sqrt(12)
     return grain
+
+
+def _pixel_grain(X: npt.NDArray[Any], index: npt.NDArray[np.integer], scaler: Standardizer) -> float:
+    """Width of the grid that all pixels lie on, as `column_grain`."""
+    if scaler.cell:
+        return scaler.cell / float(np.squeeze(scaler.scale)) / math.sqrt(12)
+    n_images = max(1, GRAIN_PIXELS // max(1, int(np.prod(X.shape[1:]))))
+    images = np.asarray(X[index[:: max(1, -(-len(index) // n_images))]])
+    values = np.unique(scaler.transform(images))
+    return float(np.median(np.diff(values))) / math.sqrt(12) if len(values) > 1 else 0.0
 
 
 class ArrayRows:

@@ -14,6 +14,11 @@ from torch import nn
 from anomalib_gen import _runtime
 from anomalib_gen._scaling import Standardizer
 
+IMAGES_PER_BLOCK = 64
+"""Images scored at once at most."""
+CELL_PAIRS = 1
+"""Pairs of points of each cell over which the likelihood of discrete images is averaged."""
+
 
 def score_in_blocks(
     model: nn.Module,
@@ -26,13 +31,21 @@ def score_in_blocks(
 ) -> npt.NDArray[np.float64]:
     """Anomaly of each row of X, ``(n,)``; a density is turned into one in the units of X.
 
+    Where the rows are discrete (``model.cell > 0``), an anomaly in nats is the mean over points of their cells, the
+    same for all rows. Of minus a log-density it is, by Jensen's inequality, at least minus the log-probability of the
+    cell (Theis et al. 2016, arXiv:1511.01844, equation 4).
+
     Raises
     ------
     FloatingPointError
         If a row gets NaN; the message names the first.
     """
-    dtype = _runtime.scoring_dtype(device)
+    dtype = _runtime.event_dtype(X.shape[1:], device)
     block_rows = _runtime.scoring_block_rows(int(np.prod(X.shape[1:])), device)
+    if X.ndim > 2:
+        # Blocks are padded to their full size, and one image is often all there is.
+        block_rows = min(block_rows, IMAGES_PER_BLOCK)
+    cell = float(getattr(model, "cell", 0.0)) if anomaly.in_nats else 0.0
     values = np.empty(len(X))
     # An anomaly that takes gradients leaves inference mode by itself (samplers.score_of does).
     with torch.inference_mode():
@@ -45,8 +58,11 @@ def score_in_blocks(
                 z = np.clip(np.resize(z, (block_rows, *z.shape[1:])), -limit, limit)
             x = torch.from_numpy(z).to(device=device, dtype=dtype)
             # The same noise for every block, so that a row's score does not depend on its place.
-            a = anomaly(model, x, _runtime.scoring_generator(seed))
-            values[rows] = a[:n].cpu().double().numpy()
+            parts = []
+            for offset in cell_points(x, cell, seed):
+                a = anomaly(model, x if offset is None else x + offset, _runtime.scoring_generator(seed))
+                parts.append(a[:n].cpu().double().numpy())
+            values[rows] = np.mean(parts, axis=0)
             if anomaly.in_nats:
                 values[rows] -= scaler.log_dets(X[rows])
     if np.isnan(values).any():
@@ -55,6 +71,18 @@ def score_in_blocks(
             "Its weights are damaged or its transform is not defined there; fit it again."
         )
     return values
+
+
+def cell_points(x: torch.Tensor, cell: float, seed: int) -> list[torch.Tensor] | list[None]:
+    """Points of cells of that width as offsets from their middle, in pairs u and -u; None alone for no cells."""
+    if cell == 0:
+        return [None]
+    generator = _runtime.scoring_generator(seed)
+    points: list[torch.Tensor] = []
+    for _ in range(CELL_PAIRS):
+        u = torch.rand(tuple(x.shape[1:]), generator=generator, dtype=torch.float64).to(x)
+        points += [cell * (u - 0.5), cell * (0.5 - u)]
+    return points
 
 
 def map_in_blocks(
@@ -67,7 +95,7 @@ def map_in_blocks(
     device: torch.device,
 ) -> npt.NDArray[np.float64]:
     """``function(model, x)`` of blocks of rows, scaled first if there is a scaler; ``(n, *shape)``."""
-    dtype = _runtime.scoring_dtype(device)
+    dtype = _runtime.event_dtype(X.shape[1:] if X.ndim > 2 else shape, device)
     limit = torch.finfo(dtype).max
     block = _runtime.scoring_block_rows(int(max(np.prod(X.shape[1:]), np.prod(shape))), device)
     values = np.empty((len(X), *shape))

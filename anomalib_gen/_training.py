@@ -71,6 +71,8 @@ class TrainingOptions:
         Run the forward pass in bfloat16 autocast. For models whose loss is exact enough so.
     verbose : int
         1 shows a progress bar.
+    rows_per_evaluation : int
+        Held-out rows judged at once; no fewer than `batch_size`.
     """
 
     max_iter: int
@@ -85,6 +87,7 @@ class TrainingOptions:
     schedule: bool = True
     mixed_precision: bool = False
     verbose: int = 0
+    rows_per_evaluation: int = 1024
 
 
 @dataclass
@@ -284,7 +287,7 @@ def train(
             judge,
             validation,
             weights=validation_weights,
-            rows_per_block=max(batch_size, 1024),
+            rows_per_block=max(batch_size, options.rows_per_evaluation),
             # The same noise at every evaluation: a difference is then a difference between weights.
             generator=_runtime.make_generator(seed + 1, device),
         )

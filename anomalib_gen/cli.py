@@ -40,6 +40,8 @@ class Suite(StrEnum):
     clean = "clean"
     clean_unsupervised = "clean-unsupervised"
     published = "published"
+    images = "images"
+    images_full = "images-full"
 
 
 class _Group(TyperGroup):
@@ -114,7 +116,10 @@ def demo(
 @app.command()
 def benchmark(
     suite: Annotated[
-        Suite, typer.Option(metavar="NAME", help="Protocol: clean, clean-unsupervised or published.")
+        Suite,
+        typer.Option(
+            metavar="NAME", help="Protocol: clean, clean-unsupervised, published, images or images-full."
+        ),
     ] = Suite.clean,
     detector: Annotated[
         list[str] | None,
@@ -143,7 +148,8 @@ def benchmark(
         typer.Option(
             metavar="NAMES",
             help="Data sets, separated by commas: ADBench names, builtin:breast_cancer, builtin:digits, "
-            "builtin:wine, or npz files with X and y (+1 normal, -1 anomaly). May be repeated. "
+            "builtin:wine, or npz files with X and y (+1 normal, -1 anomaly); image tasks such as mnist:not-1 or "
+            "cifar10:only-0 for the suites of images. May be repeated. "
             "Default: every ADBench table on this machine.",
         ),
     ] = None,

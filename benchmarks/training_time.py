@@ -22,6 +22,7 @@ from _measure import environment, markdown, save, show
 from joblib import Parallel, delayed
 
 from anomalib_gen import DiffusionDetector
+from anomalib_gen._base import TABLE_BATCH
 from anomalib_gen.benchmark import anomaly_metrics, clean
 from anomalib_gen.datasets import list_adbench, load_adbench, load_builtin
 
@@ -34,7 +35,7 @@ def judge(name: str, seed: int, factor: float, early_stopping: bool, quick: bool
     split = clean(*load(name, return_X_y=True), seed=seed)
     detector = DiffusionDetector(random_state=seed, device="cpu")
     n_train = len(split.X_train) - round(detector.validation_fraction * len(split.X_train))
-    steps = detector._auto_max_iter(-(-n_train // detector.batch_size))
+    steps = detector._auto_max_iter(-(-n_train // TABLE_BATCH))
     steps = max(1, round(factor * (20 if quick else steps)))
     patience = detector.n_iter_no_change if early_stopping else 10**6
     detector.set_params(max_iter=steps, n_iter_no_change=patience).fit(split.X_train)

@@ -218,3 +218,18 @@ def test_the_effect_of_training_time_is_measured(tmp_path):
     run("training_time.py", "--output", out)
     cells = json.loads(out.read_text())["cells"]
     assert [cell["steps"] for cell in cells] == [10, 20, 40]
+
+
+def test_image_defects_judges_maps(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, n in (("train", 60), ("test", 20)):
+        arrays[f"X_{part}"] = rng.integers(0, 120, (n, 28, 28), dtype=np.uint8)
+        arrays[f"y_{part}"] = (np.arange(n) % 10).astype(np.uint8)
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    monkeypatch.setenv("ANOMALIB_GEN_DATA", str(tmp_path))
+    out = tmp_path / "defects.json"
+    assert "pixel AUROC" in run("image_defects.py", "--output", out)
+    figures = json.loads(out.read_text())["figures"]
+    assert set(figures) == {"distance from the mean", "vae"}
+    assert all(0 <= value <= 1 for part in figures.values() for value in part.values())

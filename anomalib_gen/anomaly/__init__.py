@@ -10,10 +10,12 @@ from anomalib_gen.anomaly.diffusion_elbo import DiffusionELBO
 from anomalib_gen.anomaly.diffusion_time import DiffusionTime
 from anomalib_gen.anomaly.elbo import NegativeELBO
 from anomalib_gen.anomaly.energy import Energy
+from anomalib_gen.anomaly.input_complexity import InputComplexity
 from anomalib_gen.anomaly.iwae import ImportanceWeighted
 from anomalib_gen.anomaly.kl import KLDivergence
 from anomalib_gen.anomaly.likelihood import Likelihood
 from anomalib_gen.anomaly.likelihood_regret import LikelihoodRegret
+from anomalib_gen.anomaly.multiscale_reconstruction import MultiScaleReconstruction
 from anomalib_gen.anomaly.ode_likelihood import ODELikelihood
 from anomalib_gen.anomaly.path import DiffusionPath
 from anomalib_gen.anomaly.reconstruction import DiffusionReconstruction
@@ -41,8 +43,15 @@ ANOMALIES: Mapping[str, type[Component]] = {
     "typicality": Typicality,
 }
 
+IMAGE_ANOMALIES: Mapping[str, type[Component]] = {
+    "input_complexity": InputComplexity,
+    "multiscale_reconstruction": MultiScaleReconstruction,
+}
+"""Those that detectors of images know by name, beside the others."""
+
 __all__ = [
     "ANOMALIES",
+    "IMAGE_ANOMALIES",
     "ClosedFormResidual",
     "CombinedAnomaly",
     "DenoisingError",
@@ -52,9 +61,11 @@ __all__ = [
     "DiffusionTime",
     "Energy",
     "ImportanceWeighted",
+    "InputComplexity",
     "KLDivergence",
     "Likelihood",
     "LikelihoodRegret",
+    "MultiScaleReconstruction",
     "NegativeELBO",
     "ODELikelihood",
     "ReconstructionError",

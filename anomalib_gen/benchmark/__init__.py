@@ -2,6 +2,7 @@
 
 from .detectors import (
     DEEP_PEERS,
+    IMAGE_PEERS,
     PEERS,
     Detector,
     KNNDistance,
@@ -11,11 +12,22 @@ from .detectors import (
     score_rows,
 )
 from .evaluation import Evaluation, anomaly_metrics, evaluate
-from .protocols import PROTOCOLS, Split, SplitError, clean, clean_unsupervised, published
+from .protocols import (
+    IMAGE_SUITES,
+    PROTOCOLS,
+    Split,
+    SplitError,
+    clean,
+    clean_unsupervised,
+    images,
+    published,
+)
 from .runner import BenchmarkInterrupted, DataError, load_results, run_benchmark
 
 __all__ = [
     "DEEP_PEERS",
+    "IMAGE_PEERS",
+    "IMAGE_SUITES",
     "PEERS",
     "PROTOCOLS",
     "BenchmarkInterrupted",
@@ -29,6 +41,7 @@ __all__ = [
     "clean",
     "clean_unsupervised",
     "evaluate",
+    "images",
     "library_detectors",
     "load_results",
     "parse_detector",

@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
+from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 __all__ = [
     "DEEP_PEERS",
+    "IMAGE_PEERS",
     "PEERS",
     "Detector",
     "KNNDistance",
@@ -215,10 +217,13 @@ class KNNDistance(BaseEstimator):
     ----------
     n_neighbors : int, default=5
         Number of nearest training rows.
+    n_components : int or None, default=None
+        Principal components in which distances are taken; None for all columns.
     """
 
-    def __init__(self, *, n_neighbors: int = 5) -> None:
+    def __init__(self, *, n_neighbors: int = 5, n_components: int | None = None) -> None:
         self.n_neighbors = n_neighbors
+        self.n_components = n_components
 
     def fit(self, X: ArrayLike, y: Any = None) -> KNNDistance:
         """Store the training rows.
@@ -236,6 +241,10 @@ class KNNDistance(BaseEstimator):
             The estimator itself.
         """
         X = validate_data(self, X)
+        if self.n_components is not None:
+            n = min(self.n_components, *np.shape(X))
+            self.pca_ = PCA(n, svd_solver="randomized", random_state=0).fit(X)
+            X = self.pca_.transform(X)
         self.neighbors_ = NearestNeighbors(n_neighbors=self.n_neighbors).fit(X)
         return self
 
@@ -254,6 +263,8 @@ class KNNDistance(BaseEstimator):
         """
         check_is_fitted(self)
         X = validate_data(self, X, reset=False)
+        if self.n_components is not None:
+            X = self.pca_.transform(X)
         return -self.neighbors_.kneighbors(X)[0].mean(axis=1)
 
 
@@ -322,6 +333,16 @@ DEEP_PEERS: tuple[Detector, ...] = (
 )
 """Deep detectors of pyod at their defaults; slow without a GPU."""
 
+IMAGE_PEERS: tuple[Detector, ...] = (
+    _named("kNN(1)", "anomalib_gen.benchmark.KNNDistance", n_neighbors=1),
+    _named("kNN(1), 64 PCA", "anomalib_gen.benchmark.KNNDistance", n_neighbors=1, n_components=64),
+    _named("sklearn.IsolationForest", "sklearn.ensemble.IsolationForest"),
+    _named("pyod.PCA", "pyod.models.pca.PCA"),
+)
+"""Detectors of tables that are quick enough on pixels."""
+
+NOT_FOR_TABLES = {"auto", "glow"}
+"""Names that `library_detectors` leaves out: one that stands for others, and one for images."""
 VARIED = ("transform", "denoiser", "objective", "anomaly")
 """Parameters by which `library_detectors` tells the methods of a family apart."""
 
@@ -359,7 +380,7 @@ def library_detectors() -> tuple[Detector, ...]:
             # What the default stands for, which is in the list already.
             resolve = getattr(detector, f"_resolve_{parameter}", None)
             default = repr(detector.get_params()[parameter] if resolve is None else resolve())
-            for value in sorted(names):
+            for value in sorted(set(names) - NOT_FOR_TABLES):
                 part = components[value]() if components else value
                 if repr(part) != default:
                     found.append(_named(f"{name} {value}", path, **{parameter: value}))
@@ -370,6 +391,7 @@ _SETS: dict[str, Callable[[], tuple[Detector, ...]]] = {
     "library": library_detectors,
     "peers": lambda: PEERS,
     "deep-peers": lambda: DEEP_PEERS,
+    "image-peers": lambda: IMAGE_PEERS,
 }
 
 

@@ -1,7 +1,7 @@
 """Benchmark protocols: how a labelled table becomes training rows, test rows and test labels.
 
 A protocol is a pure function of the table and a seed. Labels are +1 for a normal row and -1 for an anomaly,
-before and after the split. Three protocols exist, and their results must never share a table:
+before and after the split. Results of different protocols must never share a table:
 
 ``clean``
     One-class detection. Equal rows (in all columns and the label) are kept once, before the split: many
@@ -14,21 +14,35 @@ before and after the split. Three protocols exist, and their results must never 
     The one-class protocol of DTE (Livernoche et al., ICLR 2024), kept for comparison with published figures
     only.
 
-All three standardise the columns with the mean and deviation of the training rows. A column whose computed deviation is
-exactly zero gets scale one; a constant such as 0.1 can come out at 1e-17 instead, and is then blown up, for all
-detectors alike. That is how the reference splits are defined, so it stays.
+``images`` and ``images-full``
+    Collections of images on their own split: normal images of the training part train, and the test part tests. The
+    first draws at most 4,000 images to train and 2,000 to test, for machines without a GPU.
+
+The three for tables standardise the columns with the mean and deviation of the training rows. A column whose computed
+deviation is exactly zero gets scale one; a constant such as 0.1 can come out at 1e-17 instead, and is then blown up,
+for all detectors alike. That is how the reference splits are defined, so it stays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["PROTOCOLS", "Split", "SplitError", "clean", "clean_unsupervised", "published"]
+__all__ = [
+    "IMAGE_SUITES",
+    "PROTOCOLS",
+    "Split",
+    "SplitError",
+    "clean",
+    "clean_unsupervised",
+    "images",
+    "published",
+]
 
 _TRAIN_CAP = 5000
 _TEST_CAP = 5000  # of the normals and of the anomalies each
@@ -45,16 +59,23 @@ class Split:
     Attributes
     ----------
     X_train : ndarray of shape (n_train, n_features)
-        Standardised training rows; they carry no labels.
+        Standardised training rows, or images ``(n_train, channels, height, width)``; they carry no labels.
     X_test : ndarray of shape (n_test, n_features)
-        Test rows on the scale of the training rows.
+        Test rows on the scale of the training rows, or images.
     y_test : ndarray of shape (n_test,)
         +1 for a normal row, -1 for an anomaly.
     """
 
-    X_train: NDArray[np.float64]
-    X_test: NDArray[np.float64]
+    X_train: NDArray[Any]
+    X_test: NDArray[Any]
     y_test: NDArray[np.int64]
+
+    def as_table(self) -> Split:
+        """Images as rows of pixels between 0 and 1, for detectors of tables; tables as they are."""
+        if self.X_train.ndim == 2:
+            return self
+        X_train, X_test = (X.reshape(len(X), -1) / 255.0 for X in (self.X_train, self.X_test))
+        return Split(X_train, X_test, self.y_test)
 
 
 def clean(X: ArrayLike, y: ArrayLike, seed: int) -> Split:
@@ -200,6 +221,55 @@ PROTOCOLS: dict[str, Callable[[ArrayLike, ArrayLike, int], Split]] = {
     "clean-unsupervised": clean_unsupervised,
     "published": published,
 }
+
+
+IMAGE_SUITES: dict[str, tuple[int, int] | None] = {"images": (4000, 2000), "images-full": None}
+"""Suites of images, with the most images that train and that test; None for all."""
+
+
+def images(
+    train: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    test: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    seed: int,
+    *,
+    caps: tuple[int, int] | None = None,
+) -> Split:
+    """Split a collection of images as it comes: its training part trains without anomalies, its test part tests.
+
+    Parameters
+    ----------
+    train, test : tuple of ndarray
+        Images ``(n, channels, height, width)`` of uint8 and labels, +1 for a normal image and -1 for an anomaly.
+    seed : int
+        Seed of the draw, where there is one.
+    caps : tuple of int, optional
+        The most images that train and that test, drawn without replacement; both kinds of test images keep their
+        shares. None takes all.
+
+    Returns
+    -------
+    Split
+        Images as they are: what scaling a detector needs is its own.
+
+    Raises
+    ------
+    SplitError
+        If a class is missing on the side where it is needed.
+    """
+    (X_train, y_train), (X_test, y_test) = train, test
+    rng = np.random.default_rng(seed)
+    chosen = np.flatnonzero(y_train == 1)
+    judged = np.arange(len(y_test))
+    if caps is not None:
+        chosen = np.sort(rng.permutation(chosen)[: caps[0]])
+        judged = np.sort(rng.permutation(judged)[: caps[1]])
+    y = y_test[judged]
+    if len(chosen) == 0 or set(np.unique(y).tolist()) != {1, -1}:
+        raise SplitError(
+            f"The split leaves {len(chosen)} training images, {np.sum(y == 1)} normal test images and "
+            f"{np.sum(y == -1)} test anomalies. No detector can be judged on it."
+        )
+    return Split(X_train[chosen], X_test[judged], y)
 
 
 def _check(X: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

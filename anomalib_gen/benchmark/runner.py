@@ -34,10 +34,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from anomalib_gen._base import GenerativeDetector
+
 from ._extra import require_benchmark_extra
 from .detectors import Detector, parse_detectors
 from .evaluation import Evaluation, evaluate
-from .protocols import PROTOCOLS, Split, SplitError
+from .protocols import IMAGE_SUITES, PROTOCOLS, Split, SplitError, images
 
 __all__ = ["BenchmarkInterrupted", "DataError", "load_results", "run_benchmark"]
 
@@ -135,8 +137,9 @@ def run_benchmark(
     detectors : iterable of str or Detector
         Texts such as ``sklearn.neighbors.LocalOutlierFactor(novelty=True)`` (see `parse_detector`), or the
         names of sets, ``peers`` and ``deep-peers``.
-    suite : {"clean", "clean-unsupervised", "published"}
-        The protocol; a folder belongs to one.
+    suite : {"clean", "clean-unsupervised", "published", "images", "images-full"}
+        The protocol; a folder belongs to one. Those of images have data sets such as ``mnist:not-1`` (digit 1 is the
+        anomaly) and ``cifar10:only-0`` (class 0 is normal); detectors of tables see images as rows of pixels.
     output : str or path-like
         Folder of the results: one JSON file a cell in ``cells``, all of them in ``results.parquet``, and what
         the workers print in ``workers.log``.
@@ -182,8 +185,9 @@ def run_benchmark(
     worker; ``fit_seconds`` is then that of the fit they share.
     """
     require_benchmark_extra()
-    if suite not in PROTOCOLS:
-        raise ValueError(f"suite must be one of {', '.join(map(repr, PROTOCOLS))}, got {suite!r}.")
+    suites = (*PROTOCOLS, *IMAGE_SUITES)
+    if suite not in suites:
+        raise ValueError(f"suite must be one of {', '.join(map(repr, suites))}, got {suite!r}.")
     chosen = parse_detectors(detectors)
     if not chosen:
         raise ValueError("detectors is empty: name at least one detector, or a set such as 'peers'.")
@@ -207,7 +211,8 @@ def run_benchmark(
                 f"{folder} holds results of the suite {settings['suite']!r}, got suite={suite!r}. "
                 "Figures of two suites do not belong in one table: choose another output folder."
             )
-        sources = _sources(datasets, home)
+        find = _image_sources if suite in IMAGE_SUITES else _sources
+        sources = find(datasets, home)
         fingerprints = {name: _fingerprint(*load_source(source, home)) for name, source in sources.items()}
         load_source.cache_clear()
         _merge_settings(folder, suite, chosen, fingerprints, seeds)
@@ -487,7 +492,10 @@ def evaluate_cell(job: Job) -> tuple[dict[str, Any], tuple[Any, Split, Evaluatio
     try:
         random.seed(cell.seed)
         np.random.seed(cell.seed)  # noqa: NPY002
-        estimator = job.detector.build(seed=cell.seed, n_features=split.X_train.shape[1])
+        if not issubclass(job.detector.resolve(), GenerativeDetector):
+            split = split.as_table()
+        n_features = int(np.prod(split.X_train.shape[1:]))
+        estimator = job.detector.build(seed=cell.seed, n_features=n_features)
         if "torch" in sys.modules:
             import torch
 
@@ -537,7 +545,7 @@ def describe_success(cell: _Cell, split: Split, result: Evaluation) -> dict[str,
         "score_seconds": result.score_seconds,
         "n_train": len(split.X_train),
         "n_test": len(split.X_test),
-        "n_features": split.X_train.shape[1],
+        "n_features": int(np.prod(split.X_train.shape[1:])),
         "n_anomalies": int(np.sum(split.y_test == -1)),
         "versions": _versions(),
     }
@@ -639,6 +647,9 @@ def load_source(source: str, data_home: str | None = None) -> tuple[NDArray[np.f
     """Read a data set: an ADBench name, ``builtin:`` and a name, or the path of an npz file."""
     from anomalib_gen.datasets import load_adbench, load_builtin
 
+    if source.startswith(tuple(f"{name}:" for name in IMAGE_CLASSES)):
+        train, test = _load_image_task(source, data_home)
+        return np.concatenate([train[0], test[0]]), np.concatenate([train[1], test[1]])
     try:
         if source.startswith("builtin:"):
             bunch = load_builtin(source.removeprefix("builtin:"))
@@ -664,7 +675,56 @@ def load_source(source: str, data_home: str | None = None) -> tuple[NDArray[np.f
 
 @functools.lru_cache(maxsize=1)
 def _split(suite: str, source: str, data_home: str | None, seed: int) -> Split:
+    if suite in IMAGE_SUITES:
+        return images(*_load_image_task(source, data_home), seed, caps=IMAGE_SUITES[suite])
     return PROTOCOLS[suite](*load_source(source, data_home), seed)
+
+
+IMAGE_CLASSES = {"mnist": 10, "cifar10": 10}
+"""Collections of images and their numbers of classes."""
+IMAGE_TASKS = (
+    *(f"mnist:not-{digit}" for digit in (1, 4, 5, 7, 9)),
+    *(f"mnist:only-{digit}" for digit in range(10)),
+    *(f"cifar10:only-{label}" for label in range(10)),
+)
+"""Tasks that a suite of images has by default: those with published figures."""
+
+
+def _image_sources(datasets: Sequence[str] | None, data_home: str | None) -> dict[str, str]:
+    """Names of image tasks, which are their sources; names are checked, nothing is read."""
+    names = list(IMAGE_TASKS if datasets is None else map(str, datasets))
+    for name in names:
+        match = re.fullmatch(r"(\w+):(not|only)-(\d)", name)
+        if match is None or match[1] not in IMAGE_CLASSES:
+            raise DataError(
+                f"Unknown image task {name!r}. A task is a collection ({', '.join(IMAGE_CLASSES)}), 'not' for one "
+                "class as the anomaly or 'only' for one as the normal class, and its number: mnist:not-1, "
+                "cifar10:only-0."
+            )
+    if not names:
+        raise DataError("datasets is empty: name at least one, or leave the argument out.")
+    return {name: name for name in names}
+
+
+@functools.lru_cache(maxsize=1)
+def _load_image_task(
+    source: str, data_home: str | None
+) -> tuple[tuple[NDArray[Any], NDArray[np.int64]], tuple[NDArray[Any], NDArray[np.int64]]]:
+    """Images and labels to train on, and to test on."""
+    from anomalib_gen.datasets import load_images
+
+    collection, _, task = source.partition(":")
+    kind, _, label = task.partition("-")
+    everything = range(IMAGE_CLASSES[collection])
+    normal = [int(label)] if kind == "only" else [k for k in everything if k != int(label)]
+    try:
+        train, test = (
+            load_images(collection, normal=normal, subset=subset, data_home=data_home, return_X_y=True)
+            for subset in ("train", "test")
+        )
+    except Exception as error:
+        raise DataError(f"The data set {source} cannot be read: {error}") from error
+    return train, test
 
 
 def _fingerprint(X: NDArray[np.float64], y: NDArray[np.int64]) -> str:

@@ -73,8 +73,10 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         The weights in use.
     offset_ : float
         Threshold on `score_samples`.
+    event_shape_ : tuple of int
+        Shape of one row: ``(n_features_in_,)``, or ``(channels, height, width)`` of an image.
     n_features_in_ : int
-        Number of columns.
+        Number of columns, or of channels.
     feature_names_in_ : ndarray of str
         Names of the columns, where X had names.
 
@@ -200,6 +202,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         members = self._check_members()
         weights = self._check_weights(len(members))
         rows = validate_rows(self, X, reset=True, min_rows=1 if self.prefit else 2)
+        self.event_shape_ = rows.shape[1:]
         columns = self._check_columns(members)
         if not self.prefit:
             seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
@@ -413,7 +416,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         # Which member each row starts from; those of negative weight would start it where it must not stay.
         chances = np.maximum(self.weights_, 0)
         chances = chances / chances.sum() if chances.sum() else np.full(len(chances), 1 / len(chances))
-        start = np.empty((n_samples, self.n_features_in_))
+        start = np.empty((n_samples, *self.event_shape_))
         order = random.choice(len(chances), size=n_samples, p=chances)
         for k in np.argsort(chances, kind="stable"):  # the likeliest last: it fills what it sees for all rows
             start[:, self._columns[k]] = self.detectors_[k].sample(n_samples, random_state=random)

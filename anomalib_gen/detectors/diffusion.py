@@ -43,6 +43,7 @@ from torch import nn
 from anomalib_gen import _runtime
 from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._component import Component
+from anomalib_gen._runtime import expand_as_rows
 from anomalib_gen._scaling import ArrayRows, Standardizer, TailedStandardizer
 from anomalib_gen.anomaly import (
     ClosedFormResidual,
@@ -63,13 +64,13 @@ from anomalib_gen.models import (
     ScoreDenoiser,
 )
 from anomalib_gen.models.denoiser import LEVEL_FEATURES, PARAMETRIZATIONS, Denoiser
-from anomalib_gen.networks import MLP, ResidualMLP
+from anomalib_gen.networks import make_network
 from anomalib_gen.objectives import Denoising, DiffusionTimeEstimation, FlowMatching, ImprovedDDPM
 from anomalib_gen.paths import EDM, PATHS, CosineBetas, Linear, Path
 from anomalib_gen.samplers import SAMPLERS, solve_ode
 
 DENOISERS = ("closed-form", "hybrid", "network")
-NETWORKS = ("energy", "mlp", "residual")
+NETWORKS = ("auto", "convolutional", "energy", "mlp", "residual")
 ENERGY_STEPS = 32
 """Steps of the bound that `energy` is; with more it is tighter by about the same for all rows."""
 TABLE_LEVELS = {"sigma_min": 0.01, "sigma_max": 20.0}
@@ -91,7 +92,8 @@ class DiffusionDetector(GenerativeDetector):
         - ``"linear"``: straight lines, the path of flow matching.
 
         A name takes that path's published defaults. None takes a path that suits the objective: discrete cosine steps
-        for "improved-ddpm", "linear" for "flow-matching", and otherwise ``EDM(sigma_min=0.01, sigma_max=20)``.
+        for "improved-ddpm", "linear" for "flow-matching", and otherwise ``EDM(sigma_min=0.01, sigma_max=20)``. For
+        images the last is ``EDM()``: their many pixels hang together, and it takes more noise to hide them.
     denoiser : {"hybrid", "network", "closed-form"}, default=None
         What takes noise away.
 
@@ -100,12 +102,15 @@ class DiffusionDetector(GenerativeDetector):
           nothing is trained, and parameters of network, objective and training are not used;
         - ``"hybrid"``: a network that learns what the closed form leaves; the closed form rules where rows are few.
 
-        None takes "hybrid", and "network" with ``network="energy"``, whose score has to be the gradient of one
-        network.
-    network : {"residual", "mlp", "energy"} or callable, default="residual"
-        The network. "energy" is a residual network with a scalar output whose gradient is the score: the model is then
+        None takes "hybrid"; for images, where distances between pixels say little, and with ``network="energy"``, whose
+        score has to be the gradient of one network, it takes "network".
+    network : {"auto", "residual", "mlp", "convolutional", "energy"} or callable, default="auto"
+        The network. "convolutional", for images only, is a residual U-Net with attention, with an eighth of
+        `hidden_features` as channels at its finest level; "auto" takes it for images, and "residual" for tables.
+        "energy" is the same with a scalar output (`ConvNet` for images) whose gradient is the score: the model is then
         an energy, too (see `energy`). A callable ``factory(n_inputs, n_outputs, context_features)`` returns a
-        `torch.nn.Module` with ``forward(x, context) -> (B, n_outputs)``. A hybrid's has two inputs a column.
+        `torch.nn.Module` with ``forward(x, context) -> (B, n_outputs)``; for images both numbers are shapes. A hybrid's
+        has two inputs a column.
     parametrization : {"edm", "v", "eps", "x0"}, default="edm"
         What the network predicts; see `anomalib_gen.models.NetworkDenoiser`. For ``denoiser="network"`` alone, and not
         for ``network="energy"``.
@@ -129,16 +134,18 @@ class DiffusionDetector(GenerativeDetector):
         - ``"denoising_error"``: error of one step of denoising over a ladder of noise levels;
         - ``"likelihood"``, ``"elbo"``: minus the log-density, exact or bounded;
         - ``"path"``: statistics of the way to noise;
-        - ``"diffusion_time"``: the noise level of the row itself.
+        - ``"diffusion_time"``: the noise level of the row itself;
+        - ``"input_complexity"``, ``"multiscale_reconstruction"``: for images only, see `anomalib_gen.anomaly`.
     learning_rate : float, default=2e-3
         Peak step size of AdamW, after a short warm-up and before a cosine decay.
     weight_decay : float, default=1e-4
         AdamW's decoupled weight decay, on weight matrices only.
-    batch_size : int, default=256
-        Rows a gradient step.
+    batch_size : int or "auto", default="auto"
+        Rows a gradient step. "auto" takes 256 of a table, and 64 images, fewer of more than 64 x 64 pixels.
     max_iter : int or "auto", default="auto"
         Gradient steps at most. "auto" takes 400 passes over the rows, within 500 to 4,000 steps. Where two passes
         over the rows are more steps than that, it takes two passes, within 10,000 steps.
+        For images it takes 20 passes, within 200 to 400 steps, and no fewer than two passes, within 10,000 steps.
     validation_fraction : float, default=0.1
         Share of the rows held out to choose the best weights and to stop early; at most 2,048 rows. Fewer than
         5 rows say nothing, and then none are held out.
@@ -180,9 +187,9 @@ class DiffusionDetector(GenerativeDetector):
     validation_curve_ : list of float
         Held-out loss at each evaluation; empty if no rows were held out.
     event_shape_ : tuple of int
-        Shape of one row, ``(n_features_in_,)``.
+        Shape of one row: ``(n_features_in_,)``, or ``(channels, height, width)`` of an image.
     n_features_in_ : int
-        Number of columns.
+        Number of columns, or of channels.
     feature_names_in_ : ndarray of str
         Names of the columns, where X had names.
 
@@ -259,7 +266,7 @@ class DiffusionDetector(GenerativeDetector):
         *,
         path: Any = None,
         denoiser: str | None = None,
-        network: Any = "residual",
+        network: Any = "auto",
         parametrization: str = "edm",
         hidden_features: int = 128,
         n_blocks: int = 2,
@@ -267,7 +274,7 @@ class DiffusionDetector(GenerativeDetector):
         anomaly: Any = None,
         learning_rate: float = 2e-3,
         weight_decay: float = 1e-4,
-        batch_size: int = 256,
+        batch_size: int | str = "auto",
         max_iter: int | str = "auto",
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 20,
@@ -364,7 +371,7 @@ class DiffusionDetector(GenerativeDetector):
             )
 
             def field(y: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-                return -s.unsqueeze(1) * model.score(y, s)
+                return -expand_as_rows(s, y) * model.score(y, s)
 
             y, _ = solve_ode(field, x, levels, method="heun")
             return model.denoise(y, y.new_full((len(y),), float(levels[-1])))
@@ -484,7 +491,9 @@ class DiffusionDetector(GenerativeDetector):
         def default() -> Path:
             if isinstance(objective, ImprovedDDPM):
                 return CosineBetas()
-            return Linear() if isinstance(objective, FlowMatching) else EDM(**TABLE_LEVELS)
+            if isinstance(objective, FlowMatching):
+                return Linear()
+            return EDM(**TABLE_LEVELS) if len(self.event_shape_) == 1 else EDM()
 
         if self.path is None:
             return default()
@@ -496,9 +505,9 @@ class DiffusionDetector(GenerativeDetector):
         return PATHS[self.path]()
 
     def _resolve_denoiser(self) -> str:
-        energy = self.network == "energy"
+        energy, images = self.network == "energy", len(getattr(self, "event_shape_", ())) > 1
         if self.denoiser is None:
-            return "network" if energy else "hybrid"
+            return "network" if energy or images else "hybrid"
         if self.denoiser == "hybrid" and energy:
             raise ValueError(
                 "denoiser='hybrid' does not work with network='energy': what it adds to the closed form is no "
@@ -514,10 +523,9 @@ class DiffusionDetector(GenerativeDetector):
             model.remember(rows.blocks(block), generator, keep=more)
 
     def _make_model(self, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]) -> nn.Module:
-        (features,) = event_shape
         objective = self._resolve_objective()
         if isinstance(objective, DiffusionTimeEstimation):
-            return objective.make_model(lambda n_outputs: self._make_network(features, n_outputs, 0))
+            return objective.make_model(lambda n_outputs: self._make_network(event_shape, (n_outputs,), 0))
         path = self._resolve_path(objective)
         denoiser = self._resolve_denoiser()
         if denoiser == "closed-form":
@@ -529,19 +537,17 @@ class DiffusionDetector(GenerativeDetector):
                     f"network='energy' has one output and cannot learn variances, as {objective!r} wants to. "
                     "Choose another network or objective."
                 )
-            energy = ResidualMLP(
-                features, 1, n_blocks=self.n_blocks, hidden_features=self.hidden_features, context_features=1
-            )
             model = EnergyModel(
-                energy,
-                features,
+                self._make_network(event_shape, (1,), 1),
+                event_shape if len(event_shape) > 1 else event_shape[0],
                 noise_levels=path.noise_levels,
                 grain=torch.from_numpy(grain),
                 tail_start=math.inf,  # the scaling of the rows has compressed them
             )
             return ScoreDenoiser(model, path, event_shape=event_shape)
-        width = 2 * features if learned_variance else features
-        seen = 2 * features if denoiser == "hybrid" else features
+        first, *rest = event_shape
+        width = (2 * first, *rest) if learned_variance else event_shape
+        seen = (2 * first, *rest) if denoiser == "hybrid" else event_shape
         network = self._make_network(seen, width, LEVEL_FEATURES)
         if denoiser == "hybrid":
             return HybridDenoiser(
@@ -556,17 +562,23 @@ class DiffusionDetector(GenerativeDetector):
             learned_variance=learned_variance,
         )
 
-    def _make_network(self, n_inputs: int, n_outputs: int, context_features: int) -> nn.Module:
+    def _make_network(
+        self, inputs: tuple[int, ...], outputs: tuple[int, ...], context_features: int
+    ) -> nn.Module:
+        """Build a network between shapes; those of rows are plain numbers for a factory."""
+        images = len(inputs) > 1
+        sizes = [shape if len(shape) > 1 else shape[0] for shape in (inputs, outputs)]
         if callable(self.network):
-            network: nn.Module = self.network(n_inputs, n_outputs, context_features)
+            network: nn.Module = self.network(*sizes, context_features)
             return network
-        sizes: dict[str, Any] = {
-            "hidden_features": self.hidden_features,
-            "context_features": context_features,
-        }
-        if self.network == "mlp":
-            return MLP(n_inputs, n_outputs, n_layers=self.n_blocks, **sizes)
-        return ResidualMLP(n_inputs, n_outputs, n_blocks=self.n_blocks, **sizes)
+        return make_network(
+            *sizes,
+            kind="auto" if self.network == "energy" else self.network,
+            context_features=context_features,
+            # A sixteenth and an eighth of this as channels are too few for what images need more of than tables.
+            hidden_features=(2 if images else 1) * self.hidden_features,
+            n_blocks=self.n_blocks,
+        )
 
     def _default_objective(self) -> Component:
         return Denoising()

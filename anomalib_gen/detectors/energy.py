@@ -1,4 +1,4 @@
-r"""EnergyDetector: unnormalised densities of tables.
+r"""EnergyDetector: unnormalised densities of tables and images.
 
 An energy-based model gives a row the density
 
@@ -34,7 +34,7 @@ from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._component import Component
 from anomalib_gen.anomaly import Energy, ScoreNorm
 from anomalib_gen.models.energy import EnergyModel
-from anomalib_gen.networks import MLP, ResidualMLP
+from anomalib_gen.networks import NETWORKS, make_network
 from anomalib_gen.objectives import OBJECTIVES
 from anomalib_gen.samplers import annealed_importance_sampling
 
@@ -48,7 +48,6 @@ ENERGY_OBJECTIVES = (
     "sliced-score-matching",
     "telescoping",
 )
-NETWORKS = ("mlp", "residual")
 
 
 class EnergyDetector(GenerativeDetector):
@@ -56,10 +55,13 @@ class EnergyDetector(GenerativeDetector):
 
     Parameters
     ----------
-    network : {"residual", "mlp"} or callable, default="residual"
-        The network f. A callable ``factory(n_inputs, n_outputs, context_features)`` returns a `torch.nn.Module` with
+    network : {"auto", "residual", "mlp", "convolutional"} or callable, default="auto"
+        The network f. "convolutional", for images only, is a residual network of convolutions with an eighth of
+        `hidden_features` as channels at its finest level; "auto" takes it for images, and "residual" for tables. A
+        callable ``factory(n_inputs, n_outputs, context_features)`` returns a `torch.nn.Module` with
         ``forward(x, context) -> (B, n_outputs)``; x is ``(B, n_inputs)``, and context ``(B, context_features)``, or
-        None if `context_features` is 0. It should be smooth: score matching takes second derivatives.
+        None if `context_features` is 0. For images `n_inputs` is their shape ``(channels, height, width)``. The network
+        should be smooth: score matching takes second derivatives.
     hidden_features : int, default=128
         Width of the network. Ignored, as are the next two, where `network` is a callable.
     n_layers : int, default=2
@@ -83,7 +85,7 @@ class EnergyDetector(GenerativeDetector):
         of its gradient over the noise levels. None takes "score_norm" for an objective that trains at many noise
         levels, and "energy" for the others. On 29 tables (`benchmarks/results`) that was the best choice with each
         objective that was measured; of these, the default has the best average precision, and an AUROC within .004 of
-        the best. The defaults are frozen at that.
+        the best. The defaults are frozen at that. "input_complexity" is for images only.
     noise : float, default=0.1
         Standard deviation of the noise at which rows are scored, in standard deviations of each column. On top of it
         each column has noise of 1 / sqrt(12) of the median gap between its distinct values.
@@ -94,11 +96,12 @@ class EnergyDetector(GenerativeDetector):
         Peak step size of AdamW, after a short warm-up and before a cosine decay.
     weight_decay : float, default=1e-4
         AdamW's decoupled weight decay, on weight matrices only.
-    batch_size : int, default=256
-        Rows a gradient step.
+    batch_size : int or "auto", default="auto"
+        Rows a gradient step. "auto" takes 256 of a table, and 64 images, fewer of more than 64 x 64 pixels.
     max_iter : int or "auto", default="auto"
         Gradient steps at most. "auto" takes 300 passes over the rows, within 300 to 2,000 steps. Where two passes
         over the rows are more steps than that, it takes two passes, within 5,000 steps.
+        For images it takes 20 passes, within 200 to 400 steps, and no fewer than two passes, within 10,000 steps.
     validation_fraction : float, default=0.1
         Share of the rows held out to choose the best weights and to stop early; at most 2,048 rows. Fewer than
         5 rows say nothing, and then none are held out.
@@ -145,9 +148,9 @@ class EnergyDetector(GenerativeDetector):
     validation_curve_ : list of float
         Held-out loss at each evaluation; empty if no rows were held out.
     event_shape_ : tuple of int
-        Shape of one row, ``(n_features_in_,)``.
+        Shape of one row: ``(n_features_in_,)``, or ``(channels, height, width)`` of an image.
     n_features_in_ : int
-        Number of columns.
+        Number of columns, or of channels.
     feature_names_in_ : ndarray of str
         Names of the columns, where X had names.
 
@@ -202,7 +205,7 @@ class EnergyDetector(GenerativeDetector):
     def __init__(
         self,
         *,
-        network: Any = "residual",
+        network: Any = "auto",
         hidden_features: int = 128,
         n_layers: int = 2,
         spectral_norm: float | None = None,
@@ -213,7 +216,7 @@ class EnergyDetector(GenerativeDetector):
         max_noise: float | None = 2.0,
         learning_rate: float = 2e-3,
         weight_decay: float = 1e-4,
-        batch_size: int = 256,
+        batch_size: int | str = "auto",
         max_iter: int | str = "auto",
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 20,
@@ -335,7 +338,7 @@ class EnergyDetector(GenerativeDetector):
         return ScoreNorm() if conditional and self.max_noise is not None else Energy()
 
     def _make_model(self, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]) -> nn.Module:
-        (features,) = event_shape
+        shape = event_shape if len(event_shape) > 1 else event_shape[0]
         objective = self._resolve_objective()
         levels = None
         if self.max_noise is not None and getattr(objective, "uses_noise_levels", False):
@@ -348,19 +351,19 @@ class EnergyDetector(GenerativeDetector):
         n_heads = self.n_heads if getattr(objective, "uses_heads", False) else 1
         context_features = 0 if levels is None else 1
         if callable(self.network):
-            network = self.network(features, n_heads, context_features)
+            network = self.network(shape, n_heads, context_features)
         else:
-            sizes: dict[str, Any] = {
-                "hidden_features": self.hidden_features,
-                "context_features": context_features,
-                "spectral_norm": self.spectral_norm,
-            }
-            if self.network == "mlp":
-                network = MLP(features, n_heads, n_layers=self.n_layers, **sizes)
-            else:
-                network = ResidualMLP(features, n_heads, n_blocks=self.n_layers, **sizes)
+            network = make_network(
+                shape,
+                n_heads,
+                kind=self.network,
+                hidden_features=self.hidden_features,
+                n_blocks=self.n_layers,
+                context_features=context_features,
+                spectral_norm=self.spectral_norm,
+            )
         return EnergyModel(
-            network, features, noise_levels=levels, grain=torch.from_numpy(grain), n_heads=n_heads
+            network, shape, noise_levels=levels, grain=torch.from_numpy(grain), n_heads=n_heads
         )
 
     def _auto_max_iter(self, steps_per_pass: int) -> int:

@@ -1,4 +1,4 @@
-r"""FlowDetector: exact log-likelihoods of tables.
+r"""FlowDetector: exact log-likelihoods of tables and images.
 
 A normalizing flow is an invertible map f from rows to a standard normal, so the density of a row is exact:
 
@@ -16,6 +16,7 @@ abnormal as its log-density is low (anomaly.likelihood), or as far as it is from
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -30,9 +31,10 @@ from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._component import Component
 from anomalib_gen.anomaly import Likelihood, Typicality
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, make_flow_transform
+from anomalib_gen.models.glow import FlattenedTransform, Glow
 from anomalib_gen.objectives import MaximumLikelihood
 
-AUTO_LAYERS = {"nsf-autoregressive": 2, "nsf-coupling": 4, "maf": 5, "realnvp": 6}
+AUTO_LAYERS = {"nsf-autoregressive": 2, "nsf-coupling": 4, "maf": 5, "realnvp": 6, "glow": 8}
 """A coupling layer sees half of the columns and an affine one is stiff, so those need more layers."""
 WIDE = 128
 """With more columns than this, splines get fewer bins by default."""
@@ -63,47 +65,51 @@ class FlowDetector(GenerativeDetector):
 
     Parameters
     ----------
-    transform : {"nsf-autoregressive", "nsf-coupling", "maf", "realnvp"} or callable, default="nsf-autoregressive"
+    transform : str or callable, default="auto"
         The invertible map.
 
+        - ``"auto"``: "nsf-autoregressive" for tables, "glow" for images;
         - ``"nsf-autoregressive"``: rational-quadratic splines, each conditioned on all previous columns. The best
           densities; sampling takes one network evaluation a column.
         - ``"nsf-coupling"``: the same splines conditioned on half of the columns; samples in one pass.
         - ``"maf"``: affine instead of splines, autoregressive; several times cheaper to train.
         - ``"realnvp"``: affine, coupling; the cheapest.
+        - ``"glow"``: multi-scale and convolutional, for images only [5]_. Under the others images are rows of pixels.
         - a callable ``factory(features, context_features)`` returns a `torch.nn.Module` with ``forward(x, context)
           -> (u, logabsdet)`` and ``inverse(u, context) -> (x, logabsdet)``; x and u are ``(B, features)``,
           logabsdet ``(B,)``, and context is ``(B, context_features)``, or None if `context_features` is None.
-          Any nflows transform qualifies.
+          Any nflows transform qualifies. For images `features` is their shape ``(channels, height, width)``.
     n_layers : int or "auto", default="auto"
-        Layers of the map. "auto" takes 2, 4, 5 and 6 for the transforms in the order above. Ignored, as are the
-        next three, where `transform` is a callable.
+        Layers of the map. "auto" takes 2, 4, 5 and 6 for the transforms of tables in the order above, and 8 at each of
+        at most three levels of "glow". Ignored, as are the next three, where `transform` is a callable.
     hidden_features : int, default=128
-        Width of each conditioner network.
+        Width of each conditioner network; those of "glow" have a quarter of it as channels.
     n_blocks : int, default=1
-        Residual blocks of each conditioner.
+        Residual blocks of each conditioner. Not used by "glow".
     n_bins : int or "auto", default="auto"
         Bins of each spline: 8, or 4 with more than 128 columns.
     noise : float, default=0.02
         Standard deviation of the noise at which rows are scored, in standard deviations of each column. It bounds
         the density where columns depend on each other exactly. On top of it, each column has noise of 1 / sqrt(12) of
         the median gap between its distinct values: next to nothing for measurements, and for flags and counts what
-        spreads each value over its cell.
+        spreads each value over its cell. Images of uint8 have uniform noise over the cells instead, and no other:
+        their densities are, on average over a cell, below the probabilities of the whole numbers.
     max_noise : float or None, default=1.0
         Largest noise level in training. The flow is conditional on the level and learns all of them from `noise` up;
-        the larger ones regularise. None trains at the level `noise` alone.
-    anomaly : {"likelihood", "typicality"} or component, default="likelihood"
-        The number per row; `score_samples` is minus that.
+        the larger ones regularise. None trains at the level `noise` alone, which is what images always do.
+    anomaly : {"likelihood", "typicality", "input_complexity"} or component, default="likelihood"
+        The number per row; `score_samples` is minus that. "input_complexity" is for images only.
     learning_rate : float, default=5e-3
         Peak step size of AdamW, after a short warm-up and before a cosine decay.
     weight_decay : float, default=1e-4
         AdamW's decoupled weight decay, on weight matrices only.
-    batch_size : int, default=256
-        Rows a gradient step.
+    batch_size : int or "auto", default="auto"
+        Rows a gradient step. "auto" takes 256 of a table, and 64 images, fewer of more than 64 x 64 pixels.
     max_iter : int or "auto", default="auto"
         Gradient steps at most. "auto" takes 200 passes over the rows, within 200 to 600 steps; beyond 256 columns
         the upper end falls as 153,600 divided by the columns, to 200. Where two passes over the rows are more steps
         than that, it takes two passes, within 5,000 steps.
+        For images it takes 20 passes, within 200 to 400 steps, and no fewer than two passes, within 10,000 steps.
     validation_fraction : float, default=0.1
         Share of the rows held out to choose the best weights and to stop early; at most 2,048 rows. Fewer than
         5 rows say nothing, and then none are held out.
@@ -146,9 +152,9 @@ class FlowDetector(GenerativeDetector):
     validation_curve_ : list of float
         Held-out loss at each evaluation; empty if no rows were held out.
     event_shape_ : tuple of int
-        Shape of one row, ``(n_features_in_,)``.
+        Shape of one row: ``(n_features_in_,)``, or ``(channels, height, width)`` of an image.
     n_features_in_ : int
-        Number of columns.
+        Number of columns, or of channels.
     feature_names_in_ : ndarray of str
         Names of the columns, where X had names.
 
@@ -174,6 +180,8 @@ class FlowDetector(GenerativeDetector):
        arXiv:1605.08803.
     .. [4] Kim, H., Lee, H., Kang, W. H., Lee, J. Y., Kim, N. S. (2020). SoftFlow: Probabilistic framework for
        normalizing flow on manifolds. NeurIPS. arXiv:2006.04604.
+    .. [5] Kingma, D. P., Dhariwal, P. (2018). Glow: Generative flow with invertible 1x1 convolutions. NeurIPS.
+       arXiv:1807.03039.
 
     Examples
     --------
@@ -192,7 +200,7 @@ class FlowDetector(GenerativeDetector):
     _anomalies: ClassVar[Any] = {"likelihood": Likelihood, "typicality": Typicality}
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **GenerativeDetector._parameter_constraints,
-        "transform": [StrOptions(set(FLOW_TRANSFORMS)), callable],
+        "transform": [StrOptions({"auto", "glow", *FLOW_TRANSFORMS}), callable],
         "n_layers": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "hidden_features": [Interval(Integral, 1, None, closed="left")],
         "n_blocks": [Interval(Integral, 0, None, closed="left")],
@@ -206,7 +214,7 @@ class FlowDetector(GenerativeDetector):
     def __init__(
         self,
         *,
-        transform: Any = "nsf-autoregressive",
+        transform: Any = "auto",
         n_layers: int | str = "auto",
         hidden_features: int = 128,
         n_blocks: int = 1,
@@ -216,7 +224,7 @@ class FlowDetector(GenerativeDetector):
         anomaly: Any = "likelihood",
         learning_rate: float = 5e-3,
         weight_decay: float = 1e-4,
-        batch_size: int = 256,
+        batch_size: int | str = "auto",
         max_iter: int | str = "auto",
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 20,
@@ -289,9 +297,9 @@ class FlowDetector(GenerativeDetector):
         return Likelihood()
 
     def _make_model(self, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]) -> nn.Module:
-        (features,) = event_shape
+        images, features = len(event_shape) > 1, math.prod(event_shape)
         levels = None
-        if self.max_noise is not None:
+        if self.max_noise is not None and not images:
             if not 0 < self.noise < self.max_noise:
                 raise ValueError(
                     f"noise={self.noise!r} must be positive and below max_noise={self.max_noise!r}. "
@@ -300,8 +308,18 @@ class FlowDetector(GenerativeDetector):
             levels = (float(self.noise), float(self.max_noise))
         context_features = None if levels is None else 1
         choice = self.get_params()["transform"]
+        if choice == "auto":
+            choice = "glow" if images else "nsf-autoregressive"
         if callable(choice):
-            transform = choice(features, context_features)
+            transform = choice(event_shape if images else features, context_features)
+        elif choice == "glow":
+            if not images:
+                raise ValueError("transform='glow' is for images of shape (n, channels, height, width).")
+            transform = Glow(
+                event_shape,
+                n_steps=AUTO_LAYERS[choice] if self.n_layers == "auto" else int(self.n_layers),
+                hidden_channels=max(8, self.hidden_features // 4),
+            )
         else:
             auto_bins = 8 if features <= WIDE else 4
             transform = make_flow_transform(
@@ -314,7 +332,9 @@ class FlowDetector(GenerativeDetector):
                 n_bins=auto_bins if self.n_bins == "auto" else int(self.n_bins),
                 mix=features <= MAX_MIXED_COLUMNS,
             )
-        return FlowModel(transform, features, noise_levels=levels, grain=torch.from_numpy(grain))
+            if images:
+                transform = FlattenedTransform(transform, event_shape)
+        return FlowModel(transform, event_shape, noise_levels=levels, grain=torch.from_numpy(grain))
 
     def _auto_max_iter(self, steps_per_pass: int) -> int:
         # Wide rows make steps dear and weights many; what they lack is rows, not steps.

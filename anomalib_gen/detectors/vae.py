@@ -12,6 +12,7 @@ mean is also a summary of the row in fewer columns, so the detector is a scikit-
 from __future__ import annotations
 
 import math
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -38,7 +39,7 @@ from anomalib_gen.anomaly import (
 )
 from anomalib_gen.models.observation import OBSERVATIONS, BernoulliObservation
 from anomalib_gen.models.vae import VAEModel
-from anomalib_gen.networks import ResidualMLP
+from anomalib_gen.networks import Shape, make_network
 from anomalib_gen.objectives import EvidenceLowerBound
 
 ACTIVE_VARIANCE = 0.01
@@ -73,12 +74,14 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         bounds the density where the decoder reconstructs a column exactly. On top of it comes 1 / sqrt(12) of the
         median gap between the distinct values of each column: next to nothing for measurements, and for flags and
         counts what spreads each value over its cell.
-    encoder, decoder : "mlp", None or callable, default="mlp"
-        The networks. ``"mlp"``, or None, is a residual multilayer perceptron of the two sizes below. A callable
+    encoder, decoder : {"auto", "mlp", "convolutional"}, None or callable, default="auto"
+        The networks. ``"mlp"`` is a residual multilayer perceptron of the two sizes below; ``"convolutional"``, for
+        images only, a pyramid of convolutions with an eighth of `hidden_features` as channels at its finest level.
+        ``"auto"``, or None, takes the first for tables and the second for images. A callable
         ``factory(n_inputs, n_outputs)`` returns a `torch.nn.Module` from ``(B, n_inputs)`` to ``(B, n_outputs)``:
         from the columns to two numbers for each latent dimension (mean and log standard deviation), and from the
-        latent dimensions to the columns. With ``torch.nn.Linear`` for both and ``variance="shared"`` the model is
-        probabilistic PCA.
+        latent dimensions to the columns; for images columns are their shape, ``(channels, height, width)``. With
+        ``torch.nn.Linear`` for both and ``variance="shared"`` the model is probabilistic PCA.
     hidden_features : int, default=128
         Width of each perceptron.
     n_blocks : int, default=1
@@ -95,15 +98,17 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         - ``"kl"``: the other part, the divergence of the posterior from the prior.
         - ``"reconstruction_error"``: mean squared error of the reconstruction, in standardised columns.
         - ``"likelihood_regret"``: what the bound gains if each row's posterior is refitted; slow.
+        - ``"input_complexity"``, ``"multiscale_reconstruction"``: for images only, see `anomalib_gen.anomaly`.
     learning_rate : float, default=1e-2
         Peak step size of AdamW, after a short warm-up and before a cosine decay.
     weight_decay : float, default=1e-4
         AdamW's decoupled weight decay, on weight matrices only.
-    batch_size : int, default=256
-        Rows a gradient step.
+    batch_size : int or "auto", default="auto"
+        Rows a gradient step. "auto" takes 256 of a table, and 64 images, fewer of more than 64 x 64 pixels.
     max_iter : int or "auto", default="auto"
         Gradient steps at most. "auto" takes 200 passes over the rows, within 500 to 2,000 steps; where two passes
         are more steps than that, two passes, within 10,000 steps.
+        For images it takes 20 passes, within 200 to 400 steps, and no fewer than two passes, within 10,000 steps.
     validation_fraction : float, default=0.1
         Share of the rows held out to choose the best weights and to stop early; at most 2,048 rows. Fewer than
         5 rows say nothing, and then none are held out.
@@ -150,9 +155,9 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
     validation_curve_ : list of float
         Held-out loss at each evaluation; empty if no rows were held out.
     event_shape_ : tuple of int
-        Shape of one row, ``(n_features_in_,)``.
+        Shape of one row: ``(n_features_in_,)``, or ``(channels, height, width)`` of an image.
     n_features_in_ : int
-        Number of columns.
+        Number of columns, or of channels.
     feature_names_in_ : ndarray of str
         Names of the columns, where X had names.
 
@@ -203,8 +208,8 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         "variance": [StrOptions({"per-feature", "shared"}), Interval(Real, 0, None, closed="neither")],
         "degrees_of_freedom": [StrOptions({"learned"}), Interval(Real, 0, None, closed="neither")],
         "noise": [Interval(Real, 0, None, closed="left")],
-        "encoder": [StrOptions({"mlp"}), callable, None],
-        "decoder": [StrOptions({"mlp"}), callable, None],
+        "encoder": [StrOptions({"auto", "convolutional", "mlp"}), callable, None],
+        "decoder": [StrOptions({"auto", "convolutional", "mlp"}), callable, None],
         "hidden_features": [Interval(Integral, 1, None, closed="left")],
         "n_blocks": [Interval(Integral, 0, None, closed="left")],
         "objective": [str, Component, None],
@@ -218,15 +223,15 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         variance: str | float = "per-feature",
         degrees_of_freedom: str | float = "learned",
         noise: float = 0.02,
-        encoder: Any = "mlp",
-        decoder: Any = "mlp",
+        encoder: Any = "auto",
+        decoder: Any = "auto",
         hidden_features: int = 128,
         n_blocks: int = 1,
         objective: Any = None,
         anomaly: Any = "elbo",
         learning_rate: float = 1e-2,
         weight_decay: float = 1e-4,
-        batch_size: int = 256,
+        batch_size: int | str = "auto",
         max_iter: int | str = "auto",
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 20,
@@ -390,7 +395,7 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         share = np.linspace(0, 1, int(n_steps))[:, None]
         Z = (1 - share) * start[:, None] + share * end[:, None]
         decoded = self.inverse_transform(Z.reshape(-1, self.n_components_))
-        return decoded.reshape(len(start), int(n_steps), -1)
+        return decoded.reshape(len(start), int(n_steps), *self.event_shape_)
 
     @property
     def n_components_(self) -> int:
@@ -437,7 +442,7 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         return NegativeELBO()
 
     def _make_model(self, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]) -> nn.Module:
-        (features,) = event_shape
+        shape = event_shape if len(event_shape) > 1 else event_shape[0]
         settings: dict[str, Any] = {}
         if self.observation != "bernoulli":
             settings = {
@@ -448,26 +453,31 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         if self.observation == "student-t":
             settings["degrees_of_freedom"] = self.degrees_of_freedom
         if self.n_components == "auto":
-            n_components = min(max(math.ceil(features / 2), 2), MAX_AUTO_COMPONENTS)
+            n_components = min(max(math.ceil(math.prod(event_shape) / 2), 2), MAX_AUTO_COMPONENTS)
         else:
             n_components = int(self.n_components)
         return VAEModel(
-            self._make_perceptron if self.encoder in (None, "mlp") else self.encoder,
-            self._make_perceptron if self.decoder in (None, "mlp") else self.decoder,
-            OBSERVATIONS[self.observation](features, **settings),
-            features=features,
+            self.encoder if callable(self.encoder) else partial(self._make_network, self.encoder),
+            self.decoder if callable(self.decoder) else partial(self._make_network, self.decoder),
+            OBSERVATIONS[self.observation](shape, **settings),
+            features=shape,
             n_components=n_components,
         )
 
-    def _make_perceptron(self, n_inputs: int, n_outputs: int) -> nn.Module:
+    def _make_network(self, kind: str | None, inputs: Shape, outputs: Shape) -> nn.Module:
         # Not zero at the start: a decoder that ignores z gives the encoder no gradient.
-        return ResidualMLP(
-            n_inputs,
-            n_outputs,
+        return make_network(
+            inputs,
+            outputs,
+            kind={None: "auto", "mlp": "residual"}.get(kind, str(kind)),
             hidden_features=self.hidden_features,
             n_blocks=self.n_blocks,
             zero_output=False,
         )
+
+    def _cell(self, scaler: Standardizer) -> float:
+        # A discretised observation gives the mass of a cell by itself, spread evenly over the cell.
+        return 0.0 if self.observation == "discretised-logistic" else super()._cell(scaler)
 
     def _auto_max_iter(self, steps_per_pass: int) -> int:
         return min(max(min(200 * steps_per_pass, 2000), 2 * steps_per_pass, 500), 10_000)

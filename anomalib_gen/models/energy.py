@@ -45,13 +45,18 @@ SAMPLE_LEVELS, MIN_CHAINS = 50, 64
 """Temperatures, and chains at least, through which a model without noise levels is sampled."""
 
 
+def noised_spread(spread: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Deviation ``(B, *E)`` of data of deviation `spread` ``E`` with noise of levels ``(B,)``."""
+    return (spread.square() + noise.reshape(-1, *[1] * spread.ndim).square()).sqrt()
+
+
 class TailedNormal(nn.Module):
     """The base of equation 2: a normal within five deviations and one of log |x| beyond.
 
     Parameters
     ----------
-    spread : Tensor of shape (D,)
-        Standard deviation of each column.
+    spread : Tensor of shape E
+        Standard deviation of each column, or pixel.
     tail_start : float, default=5.0
         Where the tails of |x| / spread begin; infinity for a plain normal.
     """
@@ -65,28 +70,27 @@ class TailedNormal(nn.Module):
 
     def log_partition(self) -> float:
         """Exact log-normaliser of `energy`: D/2 log 2 pi."""
-        return 0.5 * len(self.spread) * math.log(2 * math.pi)
+        return 0.5 * self.spread.numel() * math.log(2 * math.pi)
 
     def scale(self, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Deviation of rows with noise of deviation `noise` ``(B,)`` added: ``(D,)``, or ``(B, D)`` with noise."""
-        if noise is None:
-            return self.spread
-        return (self.spread.square() + noise.unsqueeze(1).square()).sqrt()
+        """Deviation of rows with noise of deviation `noise` ``(B,)`` added: ``E``, or ``(B, *E)`` with noise."""
+        return self.spread if noise is None else noised_spread(self.spread, noise)
 
     def energy(self, x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Energy ``(B,)`` of rows ``(B, D)``."""
+        """Energy ``(B,)`` of rows ``(B, *E)``."""
         scale = self.scale(noise)
         y, log_det = compress_tails(x / scale, self.tail_start)
-        return 0.5 * y.square().sum(1) - log_det + scale.log().sum(-1)
+        log_scale = scale.log().sum(tuple(range(-self.spread.ndim, 0)))
+        return 0.5 * y.flatten(1).square().sum(1) - log_det + log_scale
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
-        """Log-density ``(B,)`` of rows ``(B, D)``."""
+        """Log-density ``(B,)`` of rows ``(B, *E)``."""
         return -self.energy(x) - self.log_partition()
 
     def sample(self, n: int, generator: torch.Generator, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Draw ``(n, D)`` rows exactly."""
+        """Draw ``(n, *E)`` rows exactly."""
         y = torch.randn(
-            (n, len(self.spread)),
+            (n, *self.spread.shape),
             generator=generator,
             dtype=self.spread.dtype,
             device=self.spread.device,
@@ -100,13 +104,13 @@ class EnergyModel(nn.Module):
     Parameters
     ----------
     network : module
-        ``forward(x, context) -> (B, n_heads)`` with x ``(B, D)`` and context ``(B, 1)`` or None.
-    features : int
-        Columns D.
+        ``forward(x, context) -> (B, n_heads)`` with x ``(B, *E)`` and context ``(B, 1)`` or None.
+    features : int or tuple of int
+        Columns D, or the shape E of images.
     noise_levels : tuple of float, optional
         Smallest and largest noise level s that the model is conditional on; None for an unconditional model.
         The context is log s, scaled to [-1, 1] over that range.
-    grain : Tensor of shape (D,), optional
+    grain : Tensor of shape E, optional
         Deviation of the dequantisation noise of each column: the model is that of x + grain * e. The training
         objective adds it; here it only sets the scale that the network works in.
     n_heads : int, default=1
@@ -129,7 +133,7 @@ class EnergyModel(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        features: int,
+        features: int | tuple[int, ...],
         *,
         noise_levels: tuple[float, float] | None = None,
         grain: torch.Tensor | None = None,
@@ -143,7 +147,9 @@ class EnergyModel(nn.Module):
         self.noise_levels = noise_levels
         self.n_heads = n_heads
         self.log_z = nn.Parameter(torch.zeros(()))
-        self.register_buffer("grain", torch.zeros(features) if grain is None else grain)
+        if grain is None:
+            grain = torch.zeros(features)
+        self.register_buffer("grain", grain)
         self.register_buffer("spread", (1 + self.grain.square()).sqrt())
         self.base = TailedNormal(self.spread.clone(), tail_start=tail_start)
 
@@ -161,7 +167,7 @@ class EnergyModel(nn.Module):
         Parameters
         ----------
         base : Module
-            With ``energy(x) -> (B,)`` for x ``(B, D)``, finite and rising far outside for every finite row; with
+            With ``energy(x) -> (B,)`` for x ``(B, *E)``, finite and rising far outside for every finite row; with
             ``energy(x, noise)`` for a model that is conditional on noise. What it holds should be buffers, not
             parameters: training would change those.
         """
@@ -175,14 +181,14 @@ class EnergyModel(nn.Module):
         return x.new_full((len(x),), self.noise_levels[0]) if noise is None else noise
 
     def head_energies(self, x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Energies f_k ``(B, n_heads)`` of rows ``(B, D)``: what the network adds to the base."""
+        """Energies f_k ``(B, n_heads)`` of rows ``(B, *E)``: what the network adds to the base."""
         noise = self._levels(x, noise)
         if noise is None or self.noise_levels is None:
             y, _ = compress_tails(x / self.spread, self.tail_start)
             return self.network(y.clamp(-NETWORK_BOUND, NETWORK_BOUND), None)
         low, high = (math.log(level) for level in self.noise_levels)
         context = ((2 * noise.log() - low - high) / (high - low)).unsqueeze(1)
-        scale = (self.spread.square() + noise.unsqueeze(1).square()).sqrt()
+        scale = noised_spread(self.spread, noise)
         y, _ = compress_tails(x / scale, self.tail_start)
         amplitude = (1 + noise.square()).sqrt() / noise
         return amplitude.unsqueeze(1) * self.network(y.clamp(-NETWORK_BOUND, NETWORK_BOUND), context)
@@ -192,7 +198,7 @@ class EnergyModel(nn.Module):
 
         Parameters
         ----------
-        x : Tensor of shape (B, D)
+        x : Tensor of shape (B, *E)
         noise : Tensor of shape (B,), optional
             Noise level of each row; the smallest one if None. Ignored by an unconditional model.
 
@@ -209,7 +215,7 @@ class EnergyModel(nn.Module):
         return self.energy(x, noise)
 
     def score(self, x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Gradient of log p, -dE/dx, ``(B, D)``.
+        """Gradient of log p, -dE/dx, ``(B, *E)``.
 
         While gradients are recorded the result can be differentiated further, with respect to the weights and, if
         `x` requires a gradient, to `x`. Without (under ``torch.no_grad``) it is computed all the same.
@@ -225,7 +231,7 @@ class EnergyModel(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """Draw ``(n, D)`` rows by Markov chains, from the density at the smallest noise level.
+        """Draw ``(n, *E)`` rows by Markov chains, from the density at the smallest noise level.
 
         A model that is conditional on noise anneals from its largest level to its smallest by Langevin dynamics. Any
         other is reached from `reference` by annealed importance sampling, whose chains are then drawn by their

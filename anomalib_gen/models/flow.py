@@ -334,12 +334,12 @@ class FlowModel(nn.Module):
     ----------
     transform : module
         ``forward(x, context)`` and ``inverse(u, context)`` as `make_flow_transform` returns.
-    features : int
-        Columns D.
+    features : int or tuple of int
+        Columns D, or the shape E of images.
     noise_levels : tuple of float, optional
         Smallest and largest noise level s that the model is conditional on; None for an unconditional model.
         The context is ``(B, 1)``: log s, scaled to [-1, 1] over that range.
-    grain : Tensor of shape (D,), optional
+    grain : Tensor of shape E, optional
         Deviation of the dequantisation noise of each column: the model is the density of x + grain * e + s * e'.
         The training objective adds it; here it only sets the scale that the layers work in.
     """
@@ -350,17 +350,18 @@ class FlowModel(nn.Module):
     def __init__(
         self,
         transform: nn.Module,
-        features: int,
+        features: int | tuple[int, ...],
         *,
         noise_levels: tuple[float, float] | None = None,
         grain: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.event_shape = (features,) if isinstance(features, int) else tuple(features)
         self.tails = CompressedTails()
         self.transform = transform
         self.features = features
         self.noise_levels = noise_levels
-        self.register_buffer("grain", torch.zeros(features) if grain is None else grain)
+        self.register_buffer("grain", torch.zeros(self.event_shape) if grain is None else grain)
         self.register_buffer("spread", (1 + self.grain.square()).sqrt())
 
     @property
@@ -384,7 +385,7 @@ class FlowModel(nn.Module):
 
         Parameters
         ----------
-        x : Tensor of shape (B, D)
+        x : Tensor of shape (B, *E)
         noise : Tensor of shape (B,), optional
             Noise level of each row; the smallest one if None. Ignored by an unconditional model.
 
@@ -394,7 +395,7 @@ class FlowModel(nn.Module):
         """
         y, log_det_tails = self.tails(x / self.spread)
         u, log_det = self.transform(y, self._context(x, noise))
-        log_base = -0.5 * (u.square().sum(1) + self.features * math.log(2 * math.pi))
+        log_base = -0.5 * (u.flatten(1).square().sum(1) + math.prod(self.event_shape) * math.log(2 * math.pi))
         return log_base + log_det + log_det_tails - self.spread.log().sum()
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
@@ -402,10 +403,10 @@ class FlowModel(nn.Module):
         return -self.log_prob(x)
 
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """Draw ``(n, D)`` rows from the density at the smallest noise level."""
+        """Draw ``(n, *E)`` rows from the density at the smallest noise level."""
         reference = next(self.parameters())
         u = torch.randn(
-            (n, self.features), generator=generator, dtype=reference.dtype, device=reference.device
+            (n, *self.event_shape), generator=generator, dtype=reference.dtype, device=reference.device
         )
         transform: Any = self.transform  # its inverse is part of our contract, not of nn.Module's
         y, _ = transform.inverse(u, self._context(u, None))

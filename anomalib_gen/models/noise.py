@@ -131,6 +131,32 @@ class MarginalNoise(nn.Module):
         return expand_tails(y.T)[0]
 
 
+class FoldedNoise(nn.Module):
+    """A noise distribution of rows as one of images of a shape.
+
+    Parameters
+    ----------
+    noise : module
+        Of rows of as many values, with ``log_prob`` and ``sample``.
+    event_shape : tuple of int
+    """
+
+    def __init__(self, noise: Any, event_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.noise = noise
+        self.event_shape = event_shape
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        """Log-density ``(B,)`` of images ``(B, *E)``."""
+        log_density: torch.Tensor = self.noise.log_prob(x.flatten(1))
+        return log_density
+
+    def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """Draw ``(n, *E)`` images."""
+        rows: torch.Tensor = self.noise.sample(n, generator)
+        return rows.unflatten(1, self.event_shape)
+
+
 class NoiseBase(nn.Module):
     """A noise distribution as the base of an energy model: ``E_base = -log p_noise``, normalised.
 
@@ -202,8 +228,9 @@ def fit_noise(noise: Any, x: torch.Tensor, generator: torch.Generator) -> Any:
     Parameters
     ----------
     noise : {"gaussian", "product-of-marginals", "flow"} or object
-        An object has ``sample(n, generator) -> (n, D)`` and ``log_prob(x) -> (B,)``.
-    x : Tensor of shape (n, D)
+        An object has ``sample(n, generator) -> (n, *E)`` and ``log_prob(x) -> (B,)``.
+    x : Tensor of shape (n, *E)
+        The names see images as rows of pixels; "gaussian" has a covariance of all pixels with all.
     generator : torch.Generator
 
     Returns
@@ -222,6 +249,8 @@ def fit_noise(noise: Any, x: torch.Tensor, generator: torch.Generator) -> Any:
         if noise not in NOISES:
             known = ", ".join(repr(name) for name in NOISES)
             raise ValueError(f"noise={noise!r} is unknown. Known names: {known}; or pass a distribution.")
+        if x.ndim > 2:
+            return FoldedNoise(fit_noise(noise, x.flatten(1), generator), tuple(x.shape[1:]))
         if noise == "gaussian":
             return GaussianNoise.fit(x)
         return MarginalNoise.fit(x) if noise == "product-of-marginals" else fit_flow_noise(x, generator)

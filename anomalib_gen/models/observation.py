@@ -45,22 +45,26 @@ MIN_CELL = 1e-6
 
 
 class Observation(nn.Module):
-    """Base class: a distribution of rows x ``(B, D)`` around a location ``(B, D)`` that a decoder gives."""
+    """Base class: a distribution of rows x ``(B, *E)`` around a location ``(B, *E)`` that a decoder gives."""
 
     def coordinates(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows ``(B, D)`` in the bounded coordinates that an encoder sees and errors are measured in."""
+        """Rows ``(B, *E)`` in the bounded coordinates that an encoder sees and errors are measured in."""
+        raise NotImplementedError
+
+    def value_log_probs(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
+        """Log-likelihood of each value of rows ``(B, *E)``, of the same shape."""
         raise NotImplementedError
 
     def log_prob(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
-        """Log-likelihood ``(B,)`` of rows ``(B, D)``."""
-        raise NotImplementedError
+        """Log-likelihood ``(B,)`` of rows ``(B, *E)``."""
+        return self.value_log_probs(x, location).flatten(1).sum(1)
 
     def centre(self, location: torch.Tensor) -> torch.Tensor:
-        """The middle of the distribution, ``(B, D)``, in the units of x: its mean, or its median under (1)."""
+        """The middle of the distribution, ``(B, *E)``, in the units of x: its mean, or its median under (1)."""
         raise NotImplementedError
 
     def sample(self, location: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Draw a row ``(B, D)`` for each location."""
+        """Draw a row ``(B, *E)`` for each location."""
         raise NotImplementedError
 
 
@@ -69,9 +73,9 @@ class ScaledObservation(Observation):
 
     Parameters
     ----------
-    features : int
-        Columns D.
-    grain : Tensor of shape (D,), optional
+    features : int or tuple of int
+        Columns D, or the shape E of images.
+    grain : Tensor of shape E, optional
         Width of each column's grid as the deviation of a uniform over a cell; zeros if None.
     noise : float, default=0.0
         Floor of learned deviations, beside `grain`.
@@ -85,7 +89,7 @@ class ScaledObservation(Observation):
 
     def __init__(
         self,
-        features: int,
+        features: int | tuple[int, ...],
         *,
         grain: torch.Tensor | None = None,
         noise: float = 0.0,
@@ -101,42 +105,43 @@ class ScaledObservation(Observation):
                 raise ValueError(
                     f"variance={variance!r} is unknown. Use 'per-feature', 'shared' or a positive number."
                 )
-            size = features if variance == "per-feature" else 1
-            self.log_deviation = nn.Parameter(torch.full((size,), math.log(START_DEVIATION)))
+            size = self.grain.shape if variance == "per-feature" else (1,)
+            self.log_deviation = nn.Parameter(torch.full(size, math.log(START_DEVIATION)))
         else:
             self.floor.zero_()
             self.register_buffer("log_deviation", torch.full((1,), 0.5 * math.log(variance)))
 
     def _variance_floor(self, noise: float) -> torch.Tensor:
-        """Smallest learned variance of each column, ``(D,)``."""
+        """Smallest learned variance of each column, ``E``."""
         return noise**2 + self.grain.square()
 
     @property
     def deviation(self) -> torch.Tensor:
-        """s_j of each column, ``(D,)``, in the units of x' = x / spread."""
+        """s_j of each column, ``E``, in the units of x' = x / spread."""
         return (self.floor + torch.exp(2 * self.log_deviation)).sqrt() / self.spread
 
     def coordinates(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows ``(B, D)`` as t(x')."""
+        """Rows ``(B, *E)`` as t(x')."""
         return compress_tails(x / self.spread)[0]
 
     def centre(self, location: torch.Tensor) -> torch.Tensor:
-        """The median, ``(B, D)``."""
+        """The median, ``(B, *E)``."""
         return expand_tails(location.clamp(-MAX_DRAWN, MAX_DRAWN))[0] * self.spread
 
 
 class GaussianObservation(ScaledObservation):
     """Normal around the location, in compressed coordinates."""
 
-    def log_prob(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
-        """Log-density ``(B,)`` of rows ``(B, D)``."""
-        y, log_det = compress_tails(x / self.spread)
-        s = self.deviation
-        log_normal = -0.5 * ((y - location) / s).square() - (s * self.spread).log()
-        return log_normal.sum(1) + log_det - 0.5 * math.log(2 * math.pi) * x.shape[1]
+    def value_log_probs(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
+        """Log-density of each value of rows ``(B, *E)``, of the same shape."""
+        scaled, s = x / self.spread, self.deviation
+        y, _ = compress_tails(scaled)
+        log_slope = -torch.log1p((scaled.abs() - TAIL_START).clamp(min=0))
+        log_normal = -0.5 * (((y - location) / s).square() + math.log(2 * math.pi)) - (s * self.spread).log()
+        return log_normal + log_slope
 
     def sample(self, location: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Draw a row ``(B, D)`` for each location."""
+        """Draw a row ``(B, *E)`` for each location."""
         e = torch.randn(location.shape, generator=generator, dtype=location.dtype, device=location.device)
         return self.centre(location + self.deviation * e)
 
@@ -155,7 +160,7 @@ class StudentTObservation(ScaledObservation):
 
     def __init__(
         self,
-        features: int,
+        features: int | tuple[int, ...],
         *,
         grain: torch.Tensor | None = None,
         noise: float = 0.0,
@@ -166,7 +171,7 @@ class StudentTObservation(ScaledObservation):
         self.log_freedom: torch.Tensor
         if isinstance(degrees_of_freedom, str):
             self.min_freedom = MIN_FREEDOM
-            self.log_freedom = nn.Parameter(torch.full((features,), math.log(5.0)))
+            self.log_freedom = nn.Parameter(torch.full(self.grain.shape, math.log(5.0)))
         else:
             self.min_freedom = 0.0
             self.register_buffer("log_freedom", torch.full((1,), math.log(degrees_of_freedom)))
@@ -176,21 +181,21 @@ class StudentTObservation(ScaledObservation):
         """Degrees of freedom nu of each column."""
         return self.min_freedom + self.log_freedom.exp()
 
-    def log_prob(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
-        """Log-density ``(B,)`` of rows ``(B, D)``."""
+    def value_log_probs(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
+        """Log-density of each value of rows ``(B, *E)``, of the same shape."""
         nu, log_s = self.freedom, self.deviation.log()
         distance = (x / self.spread - location).abs().clamp(min=torch.finfo(x.dtype).tiny)
         # log(1 + d^2 / (nu s^2)) without a square that could overflow.
         log_kernel = -0.5 * (nu + 1) * F.softplus(2 * (distance.log() - log_s) - nu.log())
         log_norm = torch.lgamma((nu + 1) / 2) - torch.lgamma(nu / 2) - 0.5 * (nu * math.pi).log()
-        return (log_kernel + log_norm - log_s - self.spread.log()).sum(1)
+        return log_kernel + log_norm - log_s - self.spread.log()
 
     def centre(self, location: torch.Tensor) -> torch.Tensor:
-        """The mean, ``(B, D)``."""
+        """The mean, ``(B, *E)``."""
         return location * self.spread
 
     def sample(self, location: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Draw a row ``(B, D)`` for each location, by the polar method of Bailey (1994, Math. Comp. 62, 779-781)."""
+        """Draw a row ``(B, *E)`` for each location, by the polar method of Bailey (1994, Math. Comp. 62, 779-781)."""
         kind: dict[str, Any] = {"generator": generator, "dtype": location.dtype, "device": location.device}
         u, v = (torch.rand(location.shape, **kind) for _ in range(2))
         nu = self.freedom
@@ -213,11 +218,11 @@ class DiscretisedLogisticObservation(ScaledObservation):
 
     @property
     def cell(self) -> torch.Tensor:
-        """Width of each column's cells, ``(D,)``, in the units of x'."""
+        """Width of each column's cells, ``E``, in the units of x'."""
         return (math.sqrt(12) * self.grain / self.spread).clamp(min=MIN_CELL)
 
-    def log_prob(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
-        """Log-density ``(B,)`` of rows ``(B, D)``."""
+    def value_log_probs(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
+        """Log-density of each value of rows ``(B, *E)``, of the same shape."""
         x, w = x / self.spread, self.cell
         s = self.deviation * (math.sqrt(3) / math.pi)
         upper = (compress_tails(x + w / 2)[0] - location) / s
@@ -235,10 +240,10 @@ class DiscretisedLogisticObservation(ScaledObservation):
         safe = step.clamp(min=1e-3)
         log_share = torch.where(step < 1e-3, -step / 2, torch.log(-torch.expm1(-safe) / safe))
         log_density = F.logsigmoid(upper) + F.logsigmoid(-lower) + log_share + log_slope - s.log()
-        return (log_density - self.spread.log()).sum(1)
+        return log_density - self.spread.log()
 
     def sample(self, location: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Draw a row ``(B, D)`` for each location, anywhere in its cell."""
+        """Draw a row ``(B, *E)`` for each location, anywhere in its cell."""
         kind: dict[str, Any] = {"generator": generator, "dtype": location.dtype, "device": location.device}
         u, v = (torch.rand(location.shape, **kind) for _ in range(2))
         s = self.deviation * (math.sqrt(3) / math.pi)
@@ -250,23 +255,23 @@ class DiscretisedLogisticObservation(ScaledObservation):
 class BernoulliObservation(Observation):
     """Columns of zeros and ones; the location is the log-odds of a one."""
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int | tuple[int, ...]) -> None:
         super().__init__()
 
     def coordinates(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows ``(B, D)`` as -1 and 1."""
+        """Rows ``(B, *E)`` as -1 and 1."""
         return 2 * x - 1
 
-    def log_prob(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
-        """Log-probability ``(B,)`` of rows ``(B, D)``."""
-        return (x * location - F.softplus(location)).sum(1)
+    def value_log_probs(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each value of rows ``(B, *E)``, of the same shape."""
+        return x * location - F.softplus(location)
 
     def centre(self, location: torch.Tensor) -> torch.Tensor:
-        """The probability of a one, ``(B, D)``."""
+        """The probability of a one, ``(B, *E)``."""
         return torch.sigmoid(location)
 
     def sample(self, location: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Draw a row ``(B, D)`` for each location."""
+        """Draw a row ``(B, *E)`` for each location."""
         u = torch.rand(location.shape, generator=generator, dtype=location.dtype, device=location.device)
         return (u < torch.sigmoid(location)).to(location.dtype)
 

@@ -37,8 +37,10 @@ ENCODER_BOUND = 8.0
 LOG_STD_RANGE = 6.0
 """Posterior deviations lie in exp(-6) .. exp(6), along a smooth curve whose gradient vanishes nowhere."""
 
-NetworkFactory = Callable[[int, int], nn.Module]
-"""``factory(n_inputs, n_outputs) -> module`` with ``forward((B, n_inputs)) -> (B, n_outputs)``."""
+Shape = int | tuple[int, ...]
+"""Width of a row, or the shape of an image."""
+NetworkFactory = Callable[[Shape, Shape], nn.Module]
+"""``factory(inputs, outputs) -> module`` with ``forward((B, *inputs)) -> (B, *outputs)``, each a width or a shape."""
 
 
 class Posterior(NamedTuple):
@@ -67,13 +69,13 @@ class VAEModel(nn.Module):
     Parameters
     ----------
     encoder : NetworkFactory
-        Called with D and 2 L; its outputs are the posterior means and log-deviations.
+        Called with D (or E) and 2 L; its outputs are the posterior means and log-deviations.
     decoder : NetworkFactory
-        Called with L and D; its outputs are the locations of the observation.
+        Called with L and D (or E); its outputs are the locations of the observation.
     observation : Observation
         p(x | location).
-    features : int
-        Columns D.
+    features : int or tuple of int
+        Columns D, or the shape E of images.
     n_components : int
         Latent dimensions L.
     """
@@ -84,7 +86,7 @@ class VAEModel(nn.Module):
         decoder: NetworkFactory,
         observation: Observation,
         *,
-        features: int,
+        features: Shape,
         n_components: int,
     ) -> None:
         super().__init__()
@@ -92,33 +94,35 @@ class VAEModel(nn.Module):
         self.decoder = decoder(n_components, features)
         self.observation = observation
         self.features = features
+        self.event_shape = (features,) if isinstance(features, int) else tuple(features)
         self.n_components = n_components
 
     def encode(self, x: torch.Tensor) -> Posterior:
-        """Return q(z | x) of rows ``(B, D)``."""
+        """Return q(z | x) of rows ``(B, *E)``."""
         seen = self.observation.coordinates(x).clamp(-ENCODER_BOUND, ENCODER_BOUND)
-        mean, raw = self._checked("encoder", self.encoder(seen), 2 * self.n_components).chunk(2, dim=1)
+        mean, raw = self._checked("encoder", self.encoder(seen), (2 * self.n_components,)).chunk(2, dim=1)
         return Posterior(mean, LOG_STD_RANGE * torch.tanh(raw / LOG_STD_RANGE))
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Location ``(B, D)`` of the observation for latent vectors ``(B, L)``."""
-        return self._checked("decoder", self.decoder(z), self.features)
+        """Location ``(B, *E)`` of the observation for latent vectors ``(B, L)``."""
+        return self._checked("decoder", self.decoder(z), self.event_shape)
 
     @staticmethod
-    def _checked(name: str, output: torch.Tensor, width: int) -> torch.Tensor:
+    def _checked(name: str, output: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         # A narrower output would broadcast and go unnoticed.
-        if output.ndim != 2 or output.shape[1] != width:
+        if output.shape[1:] != shape:
+            needed = ", ".join(map(str, shape))
             raise ValueError(
-                f"The {name} returned a tensor of shape {tuple(output.shape)}; (rows, {width}) is needed."
+                f"The {name} returned a tensor of shape {tuple(output.shape)}; (rows, {needed}) is needed."
             )
         return output
 
     def log_likelihood(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Return log p(x | z), ``(B,)``, of rows ``(B, D)`` and latent vectors ``(B, L)``."""
+        """Return log p(x | z), ``(B,)``, of rows ``(B, *E)`` and latent vectors ``(B, L)``."""
         return self.observation.log_prob(x, self.decode(z))
 
     def kl(self, x: torch.Tensor) -> torch.Tensor:
-        """KL(q(z | x) || N(0, I)) of rows ``(B, D)``, in nats, ``(B,)``."""
+        """KL(q(z | x) || N(0, I)) of rows ``(B, *E)``, in nats, ``(B,)``."""
         return self.encode(x).kl().sum(1)
 
     def elbo(self, x: torch.Tensor, noise: torch.Tensor, posterior: Posterior | None = None) -> torch.Tensor:
@@ -126,7 +130,7 @@ class VAEModel(nn.Module):
 
         Parameters
         ----------
-        x : Tensor of shape (B, D)
+        x : Tensor of shape (B, *E)
         noise : Tensor of shape (B, L) or (L,)
             Standard normal; of shape (L,) all rows share it.
         posterior : Posterior, optional
@@ -175,9 +179,9 @@ class VAEModel(nn.Module):
         return torch.logsumexp(log_weights, 0) - math.log(len(noise))
 
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
-        """Decode the posterior means of rows ``(B, D)``, in the units of x."""
+        """Decode the posterior means of rows ``(B, *E)``, in the units of x."""
         return self.observation.centre(self.decode(self.encode(x).mean))
 
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """Draw ``(n, D)`` rows."""
+        """Draw ``(n, *E)`` rows."""
         return self.observation.sample(self.decode(self.draw_noise(n, generator)), generator)

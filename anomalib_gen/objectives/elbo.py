@@ -24,6 +24,7 @@ import torch
 
 from anomalib_gen._component import Component
 from anomalib_gen._runtime import normal_like
+from anomalib_gen.objectives._smoothing import dequantise
 
 VALIDATION_DRAWS = 4
 """Draws of z a held-out row is judged by."""
@@ -76,6 +77,7 @@ class EvidenceLowerBound(Component):
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, D)``, as ``(B,)``."""
         self._check()
+        x = dequantise(model, x, generator)
         q = model.encode(x)
         if self.n_draws == 1:
             log_likelihood = model.log_likelihood(x, q.draw(normal_like(q.mean, generator)))
@@ -90,6 +92,7 @@ class EvidenceLowerBound(Component):
 
     def validate(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss by which training is judged, ``(B,)``: minus the bound, with as many draws as it has in training."""
+        x = dequantise(model, x, generator)
         q = model.encode(x)
         draws = max(VALIDATION_DRAWS, self.n_draws)
         noise = [normal_like(q.mean, generator) for _ in range(draws)]

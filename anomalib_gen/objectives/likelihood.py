@@ -19,12 +19,14 @@ import torch
 from anomalib_gen._component import Component
 from anomalib_gen._runtime import expand_as_rows, normal_like
 from anomalib_gen.objectives._scores import draw_levels
+from anomalib_gen.objectives._smoothing import dequantise
 
 
 class MaximumLikelihood(Component):
     """Minus the log-density of noised rows (equation 1).
 
-    A model with a `grain` first gets noise of that width on each column (dequantisation). A model that is
+    A model with a `grain` first gets noise of that width on each column (dequantisation), and one of discrete rows, of
+    `cell` > 0, uniform noise over the cells and no other. A model that is
     conditional on noise levels gets a level of its own for each row, log-uniform over the range
     the model was built for; any other model gets rows with `noise`.
 
@@ -45,16 +47,18 @@ class MaximumLikelihood(Component):
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, D)``, as ``(B,)``."""
-        grain = getattr(model, "grain", None)
-        if grain is not None:
-            x = x + grain * normal_like(x, generator)
+        if getattr(model, "cell", 0.0):
+            x = dequantise(model, x, generator)
+        elif getattr(model, "grain", None) is not None:
+            x = x + model.grain * normal_like(x, generator)
         noise = draw_levels(model, x, generator)
         if noise is not None:
             return -model.log_prob(x + expand_as_rows(noise, x) * normal_like(x, generator), noise)
-        if self.noise == 0:
+        # (Uniform noise over cells is all that discrete rows need.)
+        if self.noise == 0 or getattr(model, "cell", 0.0) > 0:
             return -model.log_prob(x)
         return -model.log_prob(x + self.noise * normal_like(x, generator))
 
     def validate(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss by which training is judged: minus the log-density of the rows as they are, ``(B,)``."""
-        return -model.log_prob(x)
+        return -model.log_prob(dequantise(model, x, generator))

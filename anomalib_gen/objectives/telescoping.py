@@ -78,7 +78,8 @@ class Telescoping(Component):
         x = smooth(model, x, self.data_noise, generator)
         with torch.no_grad():
             noise = self.noise_.sample(n, generator)
-        alpha = (torch.arange(k + 1, dtype=x.dtype, device=x.device) / k).pow(self.power)[:, None, None]
+        alpha = (torch.arange(k + 1, dtype=x.dtype, device=x.device) / k).pow(self.power)
+        alpha = alpha.reshape(-1, *[1] * x.ndim)
         waymarks = (1 - alpha.square()).sqrt() * x + alpha * noise
         # (K + 1, B, K): every head at every waymark. A bridge meets its own two.
         heads = model.head_energies(waymarks.flatten(0, 1)).reshape(k + 1, n, k)

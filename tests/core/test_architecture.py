@@ -30,7 +30,7 @@ LAYERS = [
     {"_inputs", "_outlier", "_scoring"},
     {"_base"},
     {"detectors"},
-    {"calibration", "explain", "inspection"},
+    {"calibration", "explain", "heatmaps", "images", "inspection", "persistence"},
     {"datasets", "benchmark", "scoring", "cli"},
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
@@ -96,13 +96,13 @@ def test_datasets_stand_alone(name):
         assert not imported.startswith(NAME) or imported.startswith(f"{NAME}.datasets")
 
 
-def test_only_the_flow_model_knows_nflows():
+def test_only_the_flow_models_know_nflows():
     users = {
         name
         for name, path in MODULES.items()
         if any(part_of(imported) == "nflows" for imported in imported_modules(name, path))
     }
-    assert users == {"models.flow"}
+    assert users == {"models.flow", "models.glow"}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name and LAYER.get(part_of(name), 99) < BORDER])
@@ -178,6 +178,7 @@ def test_import_is_light_and_changes_nothing_global():
         "calibration.typicality",
         "explain.contributions",
         "explain.counterfactual",
+        "images",
     ],
 )
 def test_examples_run(name):

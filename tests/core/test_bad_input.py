@@ -235,9 +235,10 @@ def test_rounding_error_is_no_spread(tiny, X):
         ({"contamination": 0.6}, r"'contamination' .*\(0.0, 0.5\].* Got 0.6"),
         ({"contamination": "much"}, r"'contamination' .*\(0.0, 0.5\] or .*'auto'.* Got 'much'"),
         (
-            {"transform": "glow"},
-            "'transform' (?=.*'maf')(?=.*'nsf-autoregressive')(?=.*'nsf-coupling')(?=.*'realnvp').*'glow'",
+            {"transform": "iaf"},
+            "'transform' (?=.*'maf')(?=.*'nsf-autoregressive')(?=.*'nsf-coupling')(?=.*'realnvp').*'iaf'",
         ),
+        ({"transform": "glow"}, "transform='glow' is for images"),
         ({"transform": None}, "'transform' .*callable. Got None"),
         ({"noise": 1.0}, r"noise=1.0 must be positive and below max_noise=1.0\. .*set max_noise=None"),
         ({"noise": 0.0}, r"noise=0.0 must be positive and below max_noise=1.0"),

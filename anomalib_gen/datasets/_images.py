@@ -1,0 +1,153 @@
+"""Image collections as anomaly detection tasks: MNIST and CIFAR-10, from files that are on the machine."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.utils import Bunch
+
+from anomalib_gen.datasets._adbench import _DATA_VARIABLE
+from anomalib_gen.datasets._builtin import _class_numbers
+from anomalib_gen.datasets._manifest import resolve_name
+
+_FILES = {
+    "mnist": {"train": "mnist.npz", "test": "mnist.npz"},
+    "cifar10": {"train": "cifar10-train.parquet", "test": "cifar10-test.parquet"},
+}
+_CLASSES = {
+    "mnist": list("0123456789"),
+    "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+}
+_DESCRIPTIONS = {
+    "mnist": "MNIST: 28 x 28 grey images of handwritten digits, 60,000 to train and 10,000 to test (LeCun et al. "
+    "1998).",
+    "cifar10": "CIFAR-10: 32 x 32 colour images of ten classes, 50,000 to train and 10,000 to test (Krizhevsky 2009). "
+    "The files hold JPEG-coded copies: compare them with images of the same coding only.",
+}
+
+
+def load_images(
+    name: str,
+    *,
+    normal: Any,
+    subset: str = "train",
+    data_home: str | os.PathLike[str] | None = None,
+    return_X_y: bool = False,
+) -> Any:
+    """Load a collection of images with some classes as normal and all others as anomalies.
+
+    Files are looked for in ``data_home`` and in the folder named by the environment variable ``ANOMALIB_GEN_DATA``,
+    directly and in their subfolder ``images``. Nothing is downloaded.
+
+    Parameters
+    ----------
+    name : {"mnist", "cifar10"}
+        The collection, in any case. MNIST is ``mnist.npz`` with arrays X_train, y_train, X_test and y_test; CIFAR-10 is
+        ``cifar10-train.parquet`` and ``cifar10-test.parquet`` with columns ``image`` (coded files) and ``label``, and
+        needs pyarrow and Pillow.
+    normal : int, str or sequence of these
+        The normal classes, by number or by name.
+    subset : {"train", "test"}, default="train"
+        The collection's own split.
+    data_home : str or path-like, optional
+        First folder to look in.
+    return_X_y : bool, default=False
+        Return ``(data, target)`` instead of a `Bunch`.
+
+    Returns
+    -------
+    sklearn.utils.Bunch
+        - data : uint8 array of shape (n_samples, channels, height, width)
+        - target : int array of shape (n_samples,), +1 inlier, -1 anomaly
+        - classes : int array of shape (n_samples,), the class of each image
+        - class_names : list of str
+        - name, DESCR, path
+
+    Raises
+    ------
+    ValueError
+        Unknown name or subset, or ``normal`` names a class that does not exist, no class, or all of them.
+    FileNotFoundError
+        If the file is not there; the message lists where it was looked for.
+    """
+    name = resolve_name(name, _FILES, listing="its documentation")
+    if subset not in ("train", "test"):
+        raise ValueError(f"subset must be 'train' or 'test', got {subset!r}.")
+    names = _CLASSES[name]
+    chosen = _class_numbers(normal, names)
+    path = find_image_file(_FILES[name][subset], data_home)
+    if name == "mnist":
+        with np.load(path, allow_pickle=False) as archive:
+            X, classes = archive[f"X_{subset}"][:, None], archive[f"y_{subset}"]
+    else:
+        X, classes = _read_parquet(path)
+    classes = classes.astype(np.int64)
+    target = np.where(np.isin(classes, chosen), 1, -1)
+    if return_X_y:
+        return X, target
+    return Bunch(
+        data=X,
+        target=target,
+        classes=classes,
+        class_names=names,
+        name=name,
+        DESCR=f"{_DESCRIPTIONS[name]} Normal: {', '.join(names[k] for k in chosen)}; all others are anomalies.",
+        path=path,
+    )
+
+
+def find_image_file(file: str, data_home: str | os.PathLike[str] | None = None) -> Path:
+    """Return the path of a file of images, or say where it was looked for.
+
+    Parameters
+    ----------
+    file : str
+        Name of the file.
+    data_home : str or path-like, optional
+        First folder to look in.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is nowhere.
+    """
+    looked = list(_candidates(file, data_home))
+    for path in looked:
+        if path.is_file():
+            return path
+    where = "".join(f"\n  {path}" for path in looked) or "\n  nowhere, because no folder is known"
+    raise FileNotFoundError(
+        f"{file} was not found. Looked for:{where}\nPut it into one of these folders; data_home or the environment "
+        f"variable {_DATA_VARIABLE} names a folder of yours."
+    )
+
+
+def _candidates(file: str, data_home: str | os.PathLike[str] | None) -> Iterator[Path]:
+    for home in (data_home, os.environ.get(_DATA_VARIABLE)):
+        if home:
+            yield Path(home).expanduser() / "images" / file
+            yield Path(home).expanduser() / file
+
+
+def _read_parquet(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images ``(n, 3, 32, 32)`` and classes of a file with columns ``image`` and ``label``."""
+    try:
+        import pyarrow.parquet as pq
+        from PIL import Image
+    except ImportError as error:  # pragma: no cover
+        raise ModuleNotFoundError(
+            "Reading CIFAR-10 needs pyarrow and Pillow: pip install 'anomalib_gen[benchmark]'."
+        ) from error
+
+    table = pq.read_table(path, columns=["image", "label"])
+    X = np.empty((table.num_rows, 3, 32, 32), dtype=np.uint8)
+    for k, coded in enumerate(table["image"]):
+        with Image.open(io.BytesIO(coded.as_py())) as image:
+            X[k] = np.moveaxis(np.asarray(image.convert("RGB")), 2, 0)
+    return X, table["label"].to_numpy()

@@ -1,0 +1,443 @@
+"""Images on their way to and from detectors: layout, files, and bits per dimension.
+
+Detectors take arrays ``(n, channels, height, width)`` and nothing else: of uint8, which stand for whole numbers from 0
+to 255, or of floating-point numbers. What comes otherwise is brought into that form by one of two transformers, each of
+which is told what it gets and guesses nothing: `ChannelsFirst` for arrays with the channels at the end or without any,
+`ImageReader` for files. Both drop into a pipeline.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator, TransformerMixin, _fit_context, clone
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+
+from anomalib_gen._base import GenerativeDetector
+from anomalib_gen._runtime import row_blocks
+from anomalib_gen._scaling import rows_per_block
+from anomalib_gen.detectors import ComposedDetector
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+"""Endings by which the images of a folder are told from its other files."""
+SHOWN = 5
+"""Files named in a message; the others are counted."""
+CHANNELS = {"L": 1, "RGB": 3}
+
+
+def bits_per_dimension(log_prob: Any, event_shape: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Turn log-densities of images of whole numbers into bits per dimension.
+
+    Of a detector fitted on uint8 images `log_prob` and `elbo` are densities of whole numbers spread over cells of
+    width one. On average over the cells they are below log-probabilities, so this is an upper bound on the length of
+    the shortest code, in bits for each value of a pixel (Theis et al. 2016, arXiv:1511.01844, section 3.1).
+
+    Parameters
+    ----------
+    log_prob : array-like of shape (n_samples,)
+        In nats, in units of grey levels. A detector fitted on images scaled to [0, 1] reports larger densities: take
+        ``log(255)`` off for each value first.
+    event_shape : sequence of int
+        Shape of one image, the detector's `event_shape_`.
+
+    Returns
+    -------
+    ndarray of shape (n_samples,)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from anomalib_gen.images import bits_per_dimension
+    >>> bits_per_dimension([-64 * np.log(256)], (1, 8, 8))  # all values of 8 bits alike
+    array([8.])
+    """
+    n = int(np.prod(tuple(event_shape)))
+    bits: npt.NDArray[np.float64] = -np.asarray(log_prob, dtype=np.float64) / (n * np.log(2))
+    return bits
+
+
+def mutate_pixels(X: npt.NDArray[Any], *, rate: float = 0.2, random_state: Any = None) -> npt.NDArray[Any]:
+    """Replace some values of images by random ones, uniform over the range of X.
+
+    Parameters
+    ----------
+    X : ndarray of shape (n_samples, channels, height, width)
+    rate : float, default=0.2
+        Share of the values that are replaced, each independently.
+    random_state : int, RandomState instance or None, default=None
+
+    Returns
+    -------
+    ndarray of shape (n_samples, channels, height, width)
+        A copy, in the type of X.
+
+    Raises
+    ------
+    ValueError
+        If the rate does not lie between 0 and 1.
+    """
+    if not 0 < rate <= 1:
+        raise ValueError(f"rate must lie in (0, 1], got {rate!r}.")
+    random = check_random_state(random_state)
+    X = np.asarray(X)
+    low, high = float(X.min()), float(X.max())
+    mutated = X.copy()
+    for rows in row_blocks(len(X), rows_per_block(int(np.prod(X.shape[1:])))):
+        block = mutated[rows]
+        chosen = random.random_sample(block.shape) < rate
+        if X.dtype == np.uint8:
+            block[chosen] = random.randint(int(low), int(high) + 1, size=int(chosen.sum()))
+        else:
+            block[chosen] = random.uniform(low, high, size=int(chosen.sum()))
+    return mutated
+
+
+def likelihood_ratio(
+    detector: GenerativeDetector, X: Any, *, rate: float = 0.2, random_state: Any = None
+) -> ComposedDetector:
+    """Compare a detector's likelihood with that of a background model (Ren et al. 2019).
+
+    The background model is a clone of the detector, fitted to images some of whose pixels are random. It learns what is
+    common to all images (grey backgrounds, smoothness) and loses what normal ones show. The anomaly is
+
+        -log p(x) + log p_background(x),
+
+    in which what both know cancels: a composition of the two energies with weights 1 and -1.
+
+    It helps where likelihoods are led by the background, as on grey or flat images of another source. It fails where
+    the mutations leave nothing to learn, or too much; the rate is then to be chosen on images of a third kind. Both
+    models must be good: the difference of two bounds is as wrong as the bounds are loose in different ways.
+
+    Parameters
+    ----------
+    detector : detector
+        A fitted detector of images.
+    X : ndarray of shape (n_samples, channels, height, width)
+        The images it was fitted on.
+    rate : float, default=0.2
+        Share of the values that are replaced by random ones.
+    random_state : int, RandomState instance or None, default=None
+        Draws the mutations.
+
+    Returns
+    -------
+    ComposedDetector
+        A fitted one, whose members are named "normal" and "background".
+
+    References
+    ----------
+    Ren, J., Liu, P. J., Fertig, E., Snoek, J., Poplin, R., DePristo, M. A., Dillon, J. V., Lakshminarayanan, B. (2019).
+    Likelihood ratios for out-of-distribution detection. NeurIPS. arXiv:1906.02845.
+    """
+    background = clone(detector).fit(mutate_pixels(X, rate=rate, random_state=random_state))
+    return ComposedDetector([("normal", detector), ("background", background)], weights=[1, -1]).fit(X)
+
+
+class ChannelsFirst(TransformerMixin, BaseEstimator):
+    """Bring images with channels at the end, or grey ones without, into the layout of detectors.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from anomalib_gen.images import ChannelsFirst
+    >>> ChannelsFirst().fit_transform(np.zeros((5, 32, 24, 3))).shape
+    (5, 3, 32, 24)
+    >>> ChannelsFirst().fit_transform(np.zeros((5, 32, 24))).shape
+    (5, 1, 32, 24)
+    """
+
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Check the number of dimensions; there is nothing to learn.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, height, width, channels) or (n_samples, height, width)
+        y : ignored
+
+        Returns
+        -------
+        self
+        """
+        self._check(X)
+        return self
+
+    def transform(self, X: Any) -> npt.NDArray[Any]:
+        """Move the channels, without a copy.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, height, width, channels) or (n_samples, height, width)
+
+        Returns
+        -------
+        ndarray of shape (n_samples, channels, height, width)
+            A view of X, in its type.
+
+        Raises
+        ------
+        ValueError
+            If X has neither three nor four dimensions.
+        """
+        X = self._check(X)
+        return X[:, None] if X.ndim == 3 else np.moveaxis(X, 3, 1)
+
+    def inverse_transform(self, X: Any) -> npt.NDArray[Any]:
+        """Move the channels of images to the end, to show them or to hand them on.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, channels, height, width)
+
+        Returns
+        -------
+        ndarray of shape (n_samples, height, width, channels)
+        """
+        return np.moveaxis(np.asarray(X), 1, 3)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    @staticmethod
+    def _check(X: Any) -> npt.NDArray[Any]:
+        X = np.asarray(X)
+        if X.ndim not in (3, 4):
+            raise ValueError(
+                "Images (n, height, width, channels) or (n, height, width) are needed, got an array of shape "
+                f"{X.shape}."
+            )
+        return X
+
+
+class ImageReader(TransformerMixin, BaseEstimator):
+    """Read image files into the arrays that detectors take.
+
+    Files are decoded one after the other, so that no more than one is held beside the result. A result beyond
+    `max_bytes` is written to a temporary file that is mapped into memory; detectors read such arrays in blocks, and the
+    file goes with the array.
+
+    Parameters
+    ----------
+    size : int, tuple of int or None, default=None
+        Height and width that images are resized to, one number for both. None keeps them as they are, and then all must
+        have the size of the first one that is read in `fit`.
+    mode : {"RGB", "L"}, default="RGB"
+        Colour, three channels, or grey, one. Transparency is dropped.
+    on_error : {"raise", "skip"}, default="raise"
+        What to do about files that cannot be read: refuse them all by name before anything is returned, or warn and
+        leave them out. The result then has fewer images than files; `skipped_` says which are missing.
+    max_bytes : int, default=2**30
+        Largest result that is kept in memory.
+
+    Attributes
+    ----------
+    event_shape_ : tuple of int
+        ``(channels, height, width)`` of every image.
+    skipped_ : list of str
+        Files that the last call could not read.
+
+    Notes
+    -----
+    Resizing is bilinear with antialiasing, after decoding. Compare images only after the same resizing and coding:
+    a difference in either is easier to detect than any anomaly.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> from anomalib_gen.images import ImageReader
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for grey in range(3):
+    ...         Image.new("L", (20, 10), 80 * grey).save(f"{folder}/{grey}.png")
+    ...     images = ImageReader(size=8, mode="L").fit_transform(folder)
+    >>> images.shape, images.dtype, images[1, 0, 0, 0]
+    ((3, 1, 8, 8), dtype('uint8'), np.uint8(80))
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "size": [Interval(Integral, 1, None, closed="left"), tuple, list, None],
+        "mode": [StrOptions(set(CHANNELS))],
+        "on_error": [StrOptions({"raise", "skip"})],
+        "max_bytes": [Interval(Integral, 1, None, closed="left")],
+    }
+
+    def __init__(
+        self,
+        *,
+        size: int | tuple[int, int] | None = None,
+        mode: str = "RGB",
+        on_error: str = "raise",
+        max_bytes: int = 2**30,
+    ) -> None:
+        self.size = size
+        self.mode = mode
+        self.on_error = on_error
+        self.max_bytes = max_bytes
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Find the size of images: `size`, or that of the first file that can be read.
+
+        Parameters
+        ----------
+        X : path of a folder, or sequence of paths of files
+        y : ignored
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            If there is no file, or none that can be read.
+        """
+        paths = list_images(X)
+        if self.size is None:
+            errors = []
+            for path in paths:
+                try:
+                    first = self._decode(path, None)
+                    break
+                except (OSError, ValueError, SyntaxError) as error:
+                    errors.append(f"{path} ({error})")
+                    if self.on_error == "raise":
+                        break
+            else:
+                first = None
+            if errors and (self.on_error == "raise" or first is None):
+                raise ValueError(f"No size can be told from {_named(errors)}.")
+            assert first is not None
+            height, width = first.shape[1:]
+        else:
+            sides: list[Any] = [self.size] * 2 if isinstance(self.size, Integral) else list(self.size)  # type: ignore[arg-type]
+            if len(sides) != 2 or not all(isinstance(side, Integral) and side > 0 for side in sides):  # type: ignore[operator]
+                raise ValueError(
+                    f"size must be a positive integer or a pair (height, width), got {self.size!r}."
+                )
+            height, width = (int(side) for side in sides)
+        self.event_shape_ = (CHANNELS[self.mode], height, width)
+        return self
+
+    def transform(self, X: Any) -> npt.NDArray[np.uint8]:
+        """Read files.
+
+        Parameters
+        ----------
+        X : path of a folder, or sequence of paths of files
+            A folder is read with all below it, in the order of the paths.
+
+        Returns
+        -------
+        ndarray of shape (n_images, channels, height, width)
+            uint8; a `numpy.memmap` beyond `max_bytes`.
+
+        Raises
+        ------
+        ValueError
+            If files cannot be read, or have another size where none was asked for, and `on_error` is "raise"; if none
+            can be read.
+
+        Warns
+        -----
+        UserWarning
+            If files were skipped.
+        """
+        paths = list_images(X)
+        images = self._allocate(len(paths))
+        errors: list[str] = []
+        skipped: list[str] = []
+        n = 0
+        for path in paths:
+            try:
+                images[n] = self._decode(path, self.event_shape_)
+                n += 1
+            except (OSError, ValueError, SyntaxError) as error:
+                errors.append(f"{path} ({error})")
+                skipped.append(path)
+        self.skipped_ = skipped
+        if errors and (self.on_error == "raise" or n == 0):
+            raise ValueError(
+                f"{len(errors)} of {len(paths)} files cannot be read: {_named(errors)}. Remove them, or set "
+                "on_error='skip'."
+            )
+        if errors:
+            warnings.warn(
+                f"{len(errors)} of {len(paths)} files cannot be read and are left out: {_named(errors)}. "
+                "See skipped_ for all of them.",
+                stacklevel=2,
+            )
+        return images[:n]
+
+    def _allocate(self, n: int) -> npt.NDArray[np.uint8]:
+        shape = (n, *self.event_shape_)
+        if int(np.prod(shape)) <= self.max_bytes:
+            return np.empty(shape, dtype=np.uint8)
+        # The mapping keeps the data of a file that has no name any more (where the system allows that) alive.
+        with tempfile.TemporaryFile(prefix="anomalib_gen-", suffix=".images") as file:
+            return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+
+    def _decode(self, path: str, event_shape: tuple[int, int, int] | None) -> npt.NDArray[np.uint8]:
+        """One file as ``(channels, height, width)``."""
+        try:
+            from PIL import Image
+        except ImportError as error:  # pragma: no cover
+            raise ModuleNotFoundError(
+                "Reading image files needs Pillow: pip install 'anomalib_gen[images]'."
+            ) from error
+
+        with Image.open(path) as file:
+            image = file.convert(self.mode)
+        if event_shape is not None and image.size != (event_shape[2], event_shape[1]):
+            if self.size is None:
+                raise ValueError(
+                    f"{image.height} x {image.width} pixels in place of {event_shape[1]} x {event_shape[2]}; set size"
+                )
+            image = image.resize((event_shape[2], event_shape[1]), Image.Resampling.BILINEAR)
+        pixels = np.asarray(image, dtype=np.uint8)
+        return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
+
+
+def list_images(X: Any) -> list[str]:
+    """Paths of image files: those in a folder and below it, sorted, or the given ones in their order.
+
+    Parameters
+    ----------
+    X : path of a folder, or sequence of paths of files
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
+    if isinstance(X, str | os.PathLike):
+        folder = Path(X)
+        if not folder.is_dir():
+            raise ValueError(
+                f"X={os.fspath(X)!r} is no folder. Give a folder, or a list of the paths of files."
+            )
+        paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not paths:
+            raise ValueError(f"There are no image files ({', '.join(SUFFIXES)}) in {folder}.")
+        return paths
+    paths = [os.fspath(path) for path in np.asarray(X, dtype=object).ravel()]
+    if not paths:
+        raise ValueError("X names no files.")
+    return paths
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,106 @@
+"""Heat maps add up to what they explain, and point at what was changed."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.metrics import roc_auc_score
+
+from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
+from anomalib_gen.anomaly import ReconstructionError
+from anomalib_gen.heatmaps import _average, explain_images
+
+FAMILIES = [DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector]
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return (load_digits().images[:300, None] * 15).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    fitted = {}
+
+    def get(family):
+        if family not in fitted:
+            sizes = {"n_layers": 4} if family is FlowDetector else {}
+            fitted[family] = family(
+                max_iter=80, hidden_features=48, random_state=0, device="cpu", batch_size=32, **sizes
+            ).fit(digits[:250])
+        return fitted[family]
+
+    return get
+
+
+@each_family
+def test_a_bright_square_in_a_corner_is_pointed_at(trained, digits, family):
+    detector = trained(family)
+    changed = digits[250:].copy()
+    changed[:, :, :3, :2] = 255
+    inside = np.zeros((8, 8), dtype=bool)
+    inside[:3, :2] = True
+    maps = explain_images(detector, changed, smooth=1, subtract=digits[:100])
+    assert maps.shape == (50, 8, 8)
+    assert maps.dtype == np.float64
+    areas = [roc_auc_score(inside.ravel(), one.ravel()) for one in maps]
+    # The slope of a flow without noise levels is rough.
+    assert np.mean(areas) > (0.55 if family is FlowDetector else 0.75)
+
+
+@each_family
+def test_a_map_is_that_of_its_image(trained, digits, family):
+    detector = trained(family)
+    maps = explain_images(detector, digits[:9])
+    np.testing.assert_allclose(
+        explain_images(detector, digits[4:5]), maps[4:5], rtol=1e-3, atol=1e-3 * maps.max()
+    )
+    assert np.isfinite(maps).all()
+    assert (maps >= 0).all()
+
+
+def test_residuals_add_up_to_the_reconstruction_error(trained, digits):
+    detector = trained(VAEDetector)
+    errors = -detector.with_anomaly(ReconstructionError(), digits[:250]).score_samples(digits[:20])
+    maps = explain_images(detector, digits[:20], kind="residual", smooth=1)
+    np.testing.assert_allclose(maps.mean(axis=(1, 2)), errors, rtol=1e-4)
+
+
+def test_likelihoods_add_up_to_that_of_the_decoder(trained, digits):
+    detector = trained(VAEDetector)
+    maps = explain_images(detector, digits[:20], kind="likelihood", smooth=1)
+    model = detector.model_
+    x = torch.from_numpy(detector._scaler.transform(digits[:20])).float()
+    with torch.no_grad():
+        expected = -model.log_likelihood(x, model.encode(x).mean)
+    np.testing.assert_allclose(maps.sum(axis=(1, 2)), expected.numpy(), rtol=1e-3, atol=1e-2)
+
+
+def test_scores_are_the_energy_s_slope(trained, digits):
+    detector = trained(FlowDetector)
+    maps = explain_images(detector, digits[:3], kind="score", smooth=1)
+    model = detector._model_on(torch.device("cpu"))
+    x = torch.from_numpy(detector._scaler.transform(digits[:3])).float().requires_grad_()
+    (slope,) = torch.autograd.grad(model.energy(x).sum(), x)
+    np.testing.assert_allclose(maps, slope[:, 0].square().numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_windows_keep_constants_and_means():
+    maps = torch.rand(2, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(_average(torch.ones_like(maps), 3), torch.ones_like(maps))
+    torch.testing.assert_close(_average(maps, 3)[:, 4, 4], maps[:, 3:6, 3:6].mean((1, 2)))
+    assert _average(maps, 4).shape == maps.shape
+    torch.testing.assert_close(_average(maps, 1), maps)
+
+
+def test_what_there_is_no_map_of_is_refused(trained, digits):
+    with pytest.raises(ValueError, match="kind='heat' is unknown"):
+        explain_images(trained(VAEDetector), digits, kind="heat")
+    with pytest.raises(ValueError, match="smooth must be"):
+        explain_images(trained(VAEDetector), digits, smooth=0)
+    with pytest.raises(TypeError, match="kind='residual' does not work with FlowModel"):
+        explain_images(trained(FlowDetector), digits[:2], kind="residual")
+    table = VAEDetector(max_iter=2, device="cpu").fit(np.random.default_rng(0).normal(size=(50, 3)))
+    with pytest.raises(ValueError, match="Heat maps are for detectors of images"):
+        explain_images(table, digits[:2])
