@@ -356,12 +356,11 @@ def library_detectors() -> tuple[Detector, ...]:
     -------
     tuple of Detector
     """
-    import anomalib_gen
+    from anomalib_gen import detectors
     from anomalib_gen._base import GenerativeDetector
 
     found = []
-    for name in anomalib_gen.__all__:
-        family = getattr(anomalib_gen, name)
+    for name, family in sorted(vars(detectors).items()):
         if not (isinstance(family, type) and issubclass(family, GenerativeDetector)):
             continue
         path = f"anomalib_gen.{name}"

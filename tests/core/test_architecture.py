@@ -30,7 +30,7 @@ LAYERS = [
     {"_inputs", "_outlier", "_scoring"},
     {"_base"},
     {"detectors"},
-    {"calibration", "explain", "heatmaps", "images", "inspection", "persistence"},
+    {"calibration", "explain", "heatmaps", "images", "inspection"},
     {"datasets", "benchmark", "scoring", "cli"},
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
