@@ -80,7 +80,8 @@ class DiffusionTime(Component):
             return level
         flat, memory = x.flatten(1), getattr(model, "memory", None)
         if memory is not None:
-            squares = nearest_rows(flat, memory.rows[0], min(self.n_neighbors, len(memory))).squared.to(x)
+            standard = memory.coordinates(flat)[0]
+            squares = nearest_rows(standard, memory.rows[0], min(self.n_neighbors, len(memory))).squared.to(x)
         else:
             squares = nearest_square_distances(flat, self.rows_.to(x).flatten(1), self.n_neighbors)
         return squares.mean(1).sqrt() / math.sqrt(x[0].numel())

@@ -68,9 +68,10 @@ def combinations():
         for argument, constraints in family._parameter_constraints.items():
             if argument in ("max_iter", "contamination"):
                 continue
-            for name in {name for option in constraints for name in getattr(option, "options", ())}:
-                if isinstance(name, str):
-                    yield pytest.param(family, {argument: name}, id=f"{family.__name__}-{argument}-{name}")
+            names = {name for option in constraints for name in getattr(option, "options", ())}
+            # In order: processes that share the tests must agree on it.
+            for name in sorted(name for name in names if isinstance(name, str)):
+                yield pytest.param(family, {argument: name}, id=f"{family.__name__}-{argument}-{name}")
 
 
 def assert_same(one, other, X):
