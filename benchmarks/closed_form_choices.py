@@ -1,10 +1,10 @@
 """What a choice among closed-form residuals is worth: all averages of the six, chosen on half of the tables.
 
 `anomaly="closed_form"` averages six surprises: at the residuals of two closed-form denoisers, each in three
-coordinates. Any subset of them could have been taken. Here all 63 are computed on the one-class splits of the benchmark's suite
-`clean`. Then, many times, the tables are halved at random; the subset with the best mean on one half, and the better
-of kNN(1) and kNN(5) there, are compared on the other. This is the gain that remains of a choice among 63, and beside
-it stands that of the average of all six, which leaves nothing to choose.
+coordinates. Any subset of them could have been taken. Here all 63 are computed on the one-class splits of the
+benchmark's suite `clean`. Then, many times, the tables are halved at random; the subset with the best mean on one
+half, and the better of kNN(1) and kNN(5) there, are compared on the other. This is the gain that remains of a choice
+among 63, and beside it stands that of the average of all six, which leaves nothing to choose.
 
 Run (some minutes)::
 

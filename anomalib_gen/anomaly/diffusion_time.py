@@ -25,7 +25,6 @@ import torch
 
 from anomalib_gen._component import Component
 from anomalib_gen.anomaly._feature_density import keep_rows, nearest_square_distances
-from anomalib_gen.models import nearest_rows
 
 ESTIMATORS = ("learned", "non-parametric")
 
@@ -80,8 +79,7 @@ class DiffusionTime(Component):
             return level
         flat, memory = x.flatten(1), getattr(model, "memory", None)
         if memory is not None:
-            standard = memory.coordinates(flat)[0]
-            squares = nearest_rows(standard, memory.rows[0], min(self.n_neighbors, len(memory))).squared.to(x)
+            squares = memory.nearest(flat, self.n_neighbors).square().to(x)
         else:
             squares = nearest_square_distances(flat, self.rows_.to(x).flatten(1), self.n_neighbors)
         return squares.mean(1).sqrt() / math.sqrt(x[0].numel())

@@ -365,7 +365,11 @@ def _score(detector: Any, X: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64],
         if getattr(model, "noise_levels", None) is None:
             return _shares(stretch * model.score(x))
         levels = level_ladder(model, part.noise_levels, part.n_levels)
-        shares = [_shares(stretch * model.score(x, x.new_full((len(x),), level))) for level in levels]
+        units = levels if part.weighting == "noise" else [1.0] * len(levels)
+        shares = [
+            unit * _shares(stretch * model.score(x, x.new_full((len(x),), level)))
+            for level, unit in zip(levels, units, strict=True)
+        ]
         return torch.stack(shares).mean(0)
 
     values = detector._map(components, X, X.shape[1:], detector._scaler)

@@ -130,6 +130,16 @@ class Memory(Stored):
         low = scores.gather(1, right - 1)
         return (low + share * (scores.gather(1, right) - low)).T
 
+    def nearest(self, x: torch.Tensor, n_neighbors: int) -> torch.Tensor:
+        """Distances ``(B, k)`` of rows ``(B, D)`` to the nearest stored ones, in deviations.
+
+        Rows farther out than `FARTHEST` keep their order: what is beyond is counted on top, as a logarithm.
+        """
+        found = nearest_rows(self.coordinates(x)[0], self.rows[0], min(n_neighbors, len(self)))
+        limit = TAIL_START + math.log1p(FARTHEST - TAIL_START)
+        beyond = (x.abs() - limit).clamp(min=0).sum(1, keepdim=True)
+        return found.squared.sqrt() * (1 + beyond)
+
     @torch.no_grad()
     def residuals(self, x: torch.Tensor, *, exclude: torch.Tensor | None = None) -> torch.Tensor:
         """Residuals of both denoisers in all coordinates.

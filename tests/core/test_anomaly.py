@@ -99,8 +99,8 @@ def test_only_a_density_has_the_units_of_the_data():
         **dict.fromkeys(("likelihood", "energy", "elbo", "iwae", "reconstruction_probability"), nats),
         **dict.fromkeys(("typicality", "score_norm", "kl", "likelihood_regret", "reconstruction_error"), 0.0),
     }
-    # Those of denoisers have no detector yet, see test_diffusion_anomaly.
-    denoising = {"denoising_error", "diffusion_time", "path", "reconstruction"}
+    # Those of denoisers have tests of their own: test_diffusion_anomaly, test_hybrid.
+    denoising = {"closed_form", "combined", "denoising_error", "diffusion_time", "path", "reconstruction"}
     assert shift.keys() == ANOMALIES.keys() - denoising
     for name, expected in shift.items():
         family = next(f for f in (FlowDetector, EnergyDetector, VAEDetector) if name in f._anomalies)

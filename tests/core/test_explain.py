@@ -15,6 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer, OneHotEncoder, StandardScaler
 
 from anomalib_gen import ComposedDetector, DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
+from anomalib_gen.anomaly import ScoreNorm
 from anomalib_gen.calibration import SplitConformalDetector
 from anomalib_gen.explain import feature_contributions, nearest_normal_rows
 from anomalib_gen.explain._columns import invert, names_of, sources
@@ -113,13 +114,15 @@ def test_the_path_integral_alone_meets_its_tolerance(fitted, rows, monkeypatch):
     assert (np.abs(default - fine) / scale).max() <= (np.abs(coarse - fine) / scale).max()
 
 
+@pytest.mark.parametrize("anomaly", ["score_norm", ScoreNorm(weighting="noise")], ids=["score", "noise"])
 @pytest.mark.parametrize("name", ["energy", "diffusion"])
-def test_score_components_add_up_to_the_anomaly(fitted, rows, name):
+def test_score_components_add_up_to_the_anomaly(fitted, rows, name, anomaly):
     X = rows[400:] * 1.5
     X[0] = 1e4
-    found = feature_contributions(fitted[name], X)
+    detector = fitted[name].with_anomaly(anomaly, rows[:400])
+    found = feature_contributions(detector, X)
     assert found.method == "score"
-    np.testing.assert_allclose(found.values.sum(1), -fitted[name].score_samples(X), rtol=1e-6)
+    np.testing.assert_allclose(found.values.sum(1), -detector.score_samples(X), rtol=1e-6)
     assert (found.values >= 0).all()
 
 

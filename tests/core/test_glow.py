@@ -18,7 +18,7 @@ def make(shape, seed=0, **parameters):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in glow.parameters():
-            p.add_(0.2 * torch.randn(p.shape, generator=generator))
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
     return glow.double().eval()
 
 
