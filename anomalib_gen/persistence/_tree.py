@@ -20,6 +20,7 @@ Objects, arrays and tensors that are shared stay shared.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import re
 import types
@@ -508,6 +509,7 @@ class Decoder:
         if is_module and not _TORCH_OWN.isdisjoint(state):
             raise ModelFolderError(f"The attributes of a {node['class']} are not its own.")
         # Into the dictionary: neither properties nor `__setattr__` of the class run.
+        vars(made).update(_new_parameters(cls))
         vars(made).update(state)
         return made
 
@@ -531,6 +533,18 @@ class Decoder:
             yield name, self.decode(part)
 
     _makers: dict[str, Callable[[Decoder, dict[str, Any]], Any]]
+
+
+def _new_parameters(cls: type) -> dict[str, Any]:
+    """Parameters of an estimator or component at their defaults.
+
+    A folder that was written before a class had a parameter does not tell its value. Its default is to do what was
+    done without it.
+    """
+    if not issubclass(cls, BaseEstimator):
+        return {}
+    parameters = inspect.signature(cls).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
 Decoder._makers = {

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 import anomalib_gen
-from anomalib_gen import load, persistence, save
+from anomalib_gen import EnergyDetector, load, persistence, save
+from anomalib_gen.anomaly import ScoreNorm
 from anomalib_gen.persistence import ModelFolderError, _document, _files
 
 FOLDERS = Path(__file__).parent / "folders"
@@ -159,6 +160,16 @@ def test_folders_of_the_first_format_are_read(name, tmp_path):
     np.testing.assert_allclose(model.score_samples(rows), expected[name], rtol=1e-9)
     save(model, tmp_path / "again")
     assert json.loads((tmp_path / "again" / "model.json").read_text())["version"] == _document.VERSION
+
+
+def test_a_parameter_that_is_new_since_the_folder_was_written_has_its_default(X, tmp_path):
+    part = ScoreNorm()
+    del part.weighting  # as if the class had not known it then
+    detector = EnergyDetector(anomaly=part, max_iter=5, hidden_features=4, random_state=0, device="cpu")
+    detector.anomaly_, detector.event_shape_ = part, (3,)
+    save(detector, tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert loaded.anomaly.weighting == loaded.anomaly_.weighting == "score"
 
 
 def test_a_format_is_upgraded_step_by_step(fitted, X, tmp_path, monkeypatch):
