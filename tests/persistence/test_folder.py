@@ -11,7 +11,7 @@ import pytest
 import anomalib_gen
 from anomalib_gen import EnergyDetector, load, persistence, save
 from anomalib_gen.anomaly import ScoreNorm
-from anomalib_gen.persistence import ModelFolderError, _document, _files
+from anomalib_gen.persistence import ModelFolderError, _document, _files, _tree
 
 FOLDERS = Path(__file__).parent / "folders"
 
@@ -162,14 +162,24 @@ def test_folders_of_the_first_format_are_read(name, tmp_path):
     assert json.loads((tmp_path / "again" / "model.json").read_text())["version"] == _document.VERSION
 
 
-def test_a_parameter_that_is_new_since_the_folder_was_written_has_its_default(X, tmp_path):
-    part = ScoreNorm()
-    del part.weighting  # as if the class had not known it then
-    detector = EnergyDetector(anomaly=part, max_iter=5, hidden_features=4, random_state=0, device="cpu")
-    detector.anomaly_, detector.event_shape_ = part, (3,)
+def test_a_parameter_that_is_new_since_the_folder_was_written_has_its_default(X, tmp_path, monkeypatch):
+    part = ScoreNorm(summary="neighbors")
+    detector = EnergyDetector(anomaly=part, max_iter=5, hidden_features=4, random_state=0, device="cpu").fit(
+        X
+    )
+
+    def without_it(value):
+        state = vars(value)
+        return {k: v for k, v in state.items() if k != "weighting"} if isinstance(value, ScoreNorm) else state
+
+    # As the class was before it had the parameter.
+    monkeypatch.setattr(_tree, "vars", without_it, raising=False)
     save(detector, tmp_path / "model")
+    assert '"weighting"' not in (tmp_path / "model" / "model.json").read_text()
+    monkeypatch.undo()
     loaded = load(tmp_path / "model")
-    assert loaded.anomaly.weighting == loaded.anomaly_.weighting == "score"
+    assert loaded.anomaly_.weighting == "score"
+    np.testing.assert_array_equal(loaded.score_samples(X), detector.score_samples(X))
 
 
 def test_a_format_is_upgraded_step_by_step(fitted, X, tmp_path, monkeypatch):
