@@ -109,8 +109,13 @@ def describe_rows(model: Any, X: Any) -> dict[str, Any]:
     dict
         "named" (bool), "n_rows" (int or None), and "columns": a list with, for each column, its "name", "type"
         ("float", "integer", "boolean", "text", "time", or None where no rows were given), "min" and "max" of numbers,
-        "missing" (bool) and "categories" of text; or None if nothing is known.
+        "missing" (bool) and "categories" of text; or None if nothing is known, or the rows are images.
     """
+    shape = tuple(getattr(model, "event_shape_", ()))
+    if len(shape) > 1:
+        if X is not None and np.shape(X)[1:] != shape:
+            raise ValueError(f"X has the shape {np.shape(X)}, and the model was fitted to rows of {shape}.")
+        return {"named": False, "n_rows": None if X is None else len(X), "columns": None}
     names = getattr(model, "feature_names_in_", None)
     count = getattr(model, "n_features_in_", None)
     if X is None:
