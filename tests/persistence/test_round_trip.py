@@ -30,6 +30,7 @@ from anomalib_gen import ComposedDetector, EnergyDetector, FlowDetector, VAEDete
 from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._component import Component
 from anomalib_gen.anomaly import Energy
+from anomalib_gen.images import ChannelsFirst
 from anomalib_gen.models import KernelDenoiser
 from anomalib_gen.paths import EDM
 from anomalib_gen.persistence import ModelFolderError, _tree
@@ -124,6 +125,13 @@ def test_nothing_is_said_of_the_columns_of_images(tmp_path):
         detector.save(tmp_path / "model", X=images[:, :, ::2, ::2], overwrite=True)
     with pytest.raises(ValueError, match="must be a table"):
         small(VAEDetector).fit(images[:, 0, 0]).save(tmp_path / "model", X=images, overwrite=True)
+
+
+def test_images_in_another_layout(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, size=(40, 8, 8), dtype=np.uint8)
+    pipeline = make_pipeline(ChannelsFirst(), small(VAEDetector)).fit(images)
+    save(pipeline, tmp_path / "model")
+    assert_same(load(tmp_path / "model"), pipeline, images)
 
 
 def test_parameters_that_were_changed_after_fitting_change_nothing(X, tmp_path):
