@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,9 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
+
+from anomalib_gen.calibration._wrapped import innermost, is_pyod
+from anomalib_gen.calibration._wrapped import score_rows as score_by_direction
 
 __all__ = [
     "DEEP_PEERS",
@@ -284,26 +286,8 @@ def score_rows(estimator: Any, X: NDArray[np.float64]) -> NDArray[np.float64]:
     ndarray of shape (n_rows,)
         Scores, lower = more abnormal.
     """
-    if _is_pyod(estimator):
-        scores = -np.asarray(estimator.decision_function(X), dtype=np.float64)
-    elif hasattr(estimator, "score_samples"):
-        scores = np.asarray(estimator.score_samples(X), dtype=np.float64)
-    elif hasattr(estimator, "decision_function"):
-        scores = np.asarray(estimator.decision_function(X), dtype=np.float64)
-    else:
-        hint = ""
-        if type(estimator).__name__ == "LocalOutlierFactor":
-            hint = " LocalOutlierFactor scores new rows with novelty=True only."
-        raise TypeError(
-            f"{type(estimator).__name__} has neither score_samples nor decision_function, so it cannot score "
-            f"new rows.{hint}"
-        )
-    if scores.shape != (len(X),):
-        raise ValueError(
-            f"{type(estimator).__name__} returned scores of shape {scores.shape} for {len(X)} rows; "
-            "one score a row is needed."
-        )
-    return scores
+    high = "abnormal" if is_pyod(innermost(estimator)) else "normal"
+    return score_by_direction(estimator, X, high)
 
 
 def _named(name: str, path: str, **arguments: Any) -> Detector:
@@ -410,8 +394,3 @@ def _dotted(node: ast.expr) -> str | None:
         base = _dotted(node.value)
         return None if base is None else f"{base}.{node.attr}"
     return None
-
-
-def _is_pyod(estimator: Any) -> bool:
-    base = sys.modules.get("pyod.models.base")
-    return base is not None and isinstance(estimator, base.BaseDetector)

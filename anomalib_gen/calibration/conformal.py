@@ -211,8 +211,13 @@ def _simes_bounds(n: int, delta: float) -> npt.NDArray[np.float64]:
 
 def _check_scores(scores: Any, name: str) -> npt.NDArray[np.float64]:
     values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 1 or np.isnan(values).any():
-        raise ValueError(f"{name} must be one number a row and not NaN, got shape {values.shape}.")
+    if values.ndim != 1:
+        raise ValueError(f"{name} must be one number a row, got shape {values.shape}.")
+    if np.isnan(values).any():
+        raise ValueError(
+            f"{name} must not be NaN, and {int(np.isnan(values).sum())} of {len(values)} are, the first at "
+            f"{int(np.isnan(values).argmax())}."
+        )
     return values
 
 

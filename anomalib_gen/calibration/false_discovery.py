@@ -71,8 +71,10 @@ def adjust_p_values(
     array([0.04      , 0.04      , 0.66666667, 0.9       ])
     """
     p = np.asarray(p_values, dtype=np.float64)
-    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
-        raise ValueError(f"p_values must be one-dimensional, each in [0, 1], got shape {p.shape}.")
+    if p.ndim != 1:
+        raise ValueError(f"p_values must be one-dimensional, got shape {p.shape}.")
+    if (outside := ~((p >= 0) & (p <= 1))).any():
+        raise ValueError(f"p_values must lie in [0, 1], got {p[outside][0]:g} at {int(outside.argmax())}.")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
     if not 0 < lambda_ < 1:

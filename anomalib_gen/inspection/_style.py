@@ -51,6 +51,11 @@ def check_labels(y: Any, n: int) -> npt.NDArray[np.int64]:
 def check_scores(scores: Any, name: str = "scores") -> npt.NDArray[np.float64]:
     """Finite numbers ``(n,)``."""
     values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"{name} must be one finite number a row, got shape {values.shape}.")
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"{name} must be one number a row, of one row at least, got shape {values.shape}.")
+    odd = ~np.isfinite(values)
+    if odd.any():
+        raise ValueError(
+            f"{name} must be finite, and {int(odd.sum())} of {len(values)} are not, the first at {int(odd.argmax())}."
+        )
     return values

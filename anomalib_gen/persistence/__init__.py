@@ -87,7 +87,8 @@ def save(
     folder : str or path
         The folder to make; it appears when it is complete.
     X : array-like or data frame of shape (n_samples, n_features), optional
-        Rows as `fit` saw them: their types and ranges become the folder's schema. None leaves those open.
+        Rows as `fit` saw them: their types and ranges become the folder's schema. None leaves those open. Of images
+        only the number is kept.
     overwrite : bool, default=False
         Whether to replace a model folder of that name.
     trusted : list of str, default=()
@@ -220,7 +221,7 @@ def inspect(folder: str | PathLike[str]) -> dict[str, Any]:
     Returns
     -------
     dict
-        "class", "hash", "version", "versions", "schema", "training" and "files".
+        "format", "class", "hash", "version", "versions", "schema", "training" and "files".
 
     Raises
     ------

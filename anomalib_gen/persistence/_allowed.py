@@ -27,6 +27,7 @@ PARTS = frozenset(
         "calibration",
         "detectors",
         "explain",
+        "images",
         "models",
         "networks",
         "objectives",

@@ -17,11 +17,47 @@ from anomalib_gen.persistence._allowed import is_ours
 from anomalib_gen.persistence._errors import ModelFolderError
 
 FORMAT = "anomalib_gen model folder"
-VERSION = 1
+VERSION = 2
 LIBRARIES = ("anomalib-gen", "numpy", "scipy", "scikit-learn", "torch", "nflows", "safetensors", "skops")
 MAX_CATEGORIES = 50
 """Of a column; with more, it is text."""
-UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+def _objects(node: Any) -> Iterator[dict[str, Any]]:
+    """All objects in a tree, with their classes and states."""
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, dict):
+            if node.get("is") in ("object", "module"):
+                yield node
+            stack.extend(node.values())
+        elif isinstance(node, list):
+            stack.extend(node)
+
+
+def _before_images(document: dict[str, Any]) -> dict[str, Any]:
+    """From version 1, when all rows were columns of real numbers, and norms of the score had one weighting."""
+    for node in _objects(document["model"]):
+        state, (module, _, name) = node["state"], node["class"].partition(":")
+        if module.startswith("anomalib_gen.detectors."):
+            if name == "ComposedDetector":
+                if "n_features_in_" in state:
+                    state.setdefault("event_shape_", {"is": "tuple", "items": [state["n_features_in_"]]})
+            elif "model_" in state:
+                state.setdefault("_eight_bit", False)
+        elif module.startswith("anomalib_gen.models.") and "features" in state:
+            state.setdefault("cell", 0.0)
+            if name in ("FlowModel", "VAEModel"):
+                state.setdefault("event_shape", {"is": "tuple", "items": [state["features"]]})
+        elif node["class"] == "anomalib_gen._scaling:Standardizer":
+            state.setdefault("cell", 0.0)
+        elif node["class"] == "anomalib_gen.anomaly.score_norm:ScoreNorm":
+            state.setdefault("weighting", "score")
+    return document
+
+
+UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _before_images}
 """From each earlier version of the format a function that makes a document of the next one. The hash is checked first,
 so an upgrade sees what was saved. Moved or renamed classes and attributes are an upgrade, too."""
 
@@ -109,8 +145,13 @@ def describe_rows(model: Any, X: Any) -> dict[str, Any]:
     dict
         "named" (bool), "n_rows" (int or None), and "columns": a list with, for each column, its "name", "type"
         ("float", "integer", "boolean", "text", "time", or None where no rows were given), "min" and "max" of numbers,
-        "missing" (bool) and "categories" of text; or None if nothing is known.
+        "missing" (bool) and "categories" of text; or None if nothing is known, or the rows are images.
     """
+    shape = tuple(getattr(model, "event_shape_", ()))
+    if len(shape) > 1:
+        if X is not None and np.shape(X)[1:] != shape:
+            raise ValueError(f"X has the shape {np.shape(X)}, and the model was fitted to rows of {shape}.")
+        return {"named": False, "n_rows": None if X is None else len(X), "columns": None}
     names = getattr(model, "feature_names_in_", None)
     count = getattr(model, "n_features_in_", None)
     if X is None:

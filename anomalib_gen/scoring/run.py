@@ -42,12 +42,15 @@ def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
     Raises
     ------
     DataError
-        If there is none, or it is damaged.
+        If there is none, or it is damaged or scores no rows.
     """
     try:
-        return persistence.load_described(folder)
+        model, facts = persistence.load_described(folder)
     except (ModelFolderError, OSError) as error:
         raise DataError(str(error)) from None
+    if not hasattr(model, "score_samples"):
+        raise DataError(f"{folder} holds a {type(model).__name__}, which scores no rows.")
+    return model, facts
 
 
 def threshold_of(model: Any) -> float:
@@ -165,6 +168,7 @@ def score_files(options: ScoreOptions, log: Log) -> Summary:
         raise UsageError(f"--key {clash[0]} has the name of a column that is added. Rename it in the input.")
     model, facts = load_model(options.model)
     inputs = find_inputs(options.input)
+    _refuse_overlap(options, output, inputs)
     wanted = wanted_by(facts["schema"], options.key, model)
     plan = {
         "columns": [list(options.key), wanted.names and list(wanted.names)],
@@ -180,6 +184,36 @@ def score_files(options: ScoreOptions, log: Log) -> Summary:
             return _Run(options, output, model, facts["hash"], wanted, inputs, plan, log).run()
     except OSError as error:
         raise explain_os_error(error, f"writing {output}") from error
+
+
+def _record_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.run.json")
+
+
+def _quarantine_of(options: ScoreOptions, output: Path) -> Path:
+    return Path(options.quarantine or output.with_name(f"{output.name}.quarantine.jsonl"))
+
+
+def _refuse_overlap(options: ScoreOptions, output: Path, inputs: list[Input]) -> None:
+    """Refuse to write over what is read, and a quarantine over the output.
+
+    Raises
+    ------
+    UsageError
+    """
+    place = output.resolve()
+    quarantine = _quarantine_of(options, output).resolve()
+    if quarantine in (place, _record_of(place)):
+        raise UsageError(f"--quarantine {options.quarantine} is written by the run itself. Choose another.")
+    for item in inputs:
+        read = Path(item.path.removeprefix("file://")).resolve()
+        # (An output that is a folder has the files that were written before.)
+        if place in (read, *read.parents) or quarantine == read:
+            what = "--quarantine" if quarantine == read else f"--output {options.output}"
+            raise UsageError(
+                f"{what} would replace {item.path}, which is one of the inputs. Choose another, in a folder that is "
+                "not read."
+            )
 
 
 class _Run:
@@ -201,8 +235,8 @@ class _Run:
         self.model_hash = model_hash[:HASH_DIGITS]
         self.threshold = threshold_of(model)
         self.parts = Parts(output.with_name(f".{output.name}.parts"))
-        self.record = output.with_name(f"{output.name}.run.json")
-        self.quarantine = Path(options.quarantine or output.with_name(f"{output.name}.quarantine.jsonl"))
+        self.record = _record_of(output)
+        self.quarantine = _quarantine_of(options, output)
         self.summary = Summary()
         self.key_types: dict[str, pa.DataType] | None = None
 

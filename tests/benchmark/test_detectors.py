@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
-from sklearn.base import clone
+from sklearn.base import BaseEstimator, clone
 from sklearn.ensemble import IsolationForest
+from sklearn.frozen import FrozenEstimator
 from sklearn.neighbors import LocalOutlierFactor
+from sklearn.pipeline import make_pipeline
 from sklearn.svm import OneClassSVM
 
 from anomalib_gen.benchmark import (
@@ -155,6 +157,20 @@ def test_unscorable_detectors_say_so(cloud):
     train, test, _ = cloud
     with pytest.raises(TypeError, match="novelty=True"):
         score_rows(LocalOutlierFactor().fit(train), test)
+
+
+def test_a_high_decision_is_normal_but_for_pyod(cloud):
+    """Unlike the detectors of `calibration`, a benchmark cannot ask for the direction."""
+    train, test, _ = cloud
+
+    class Decisions(BaseEstimator):
+        def decision_function(self, X):
+            return X[:, 0]
+
+    np.testing.assert_array_equal(score_rows(Decisions(), test), test[:, 0])
+    ecod = pytest.importorskip("pyod.models.ecod").ECOD().fit(train)
+    for estimator in (ecod, make_pipeline(FrozenEstimator(ecod))):
+        np.testing.assert_array_equal(score_rows(estimator, test), -ecod.decision_function(test))
 
 
 def test_knn_distance_by_hand():

@@ -132,8 +132,10 @@ def test_simes_bounds_by_hand():
 def test_functions_refuse_what_they_cannot_use():
     with pytest.raises(ValueError, match="calibration_scores is empty"):
         conformal_p_values([1.0], [])
-    with pytest.raises(ValueError, match="scores must be one number a row and not NaN"):
-        conformal_p_values([np.nan], [1.0])
+    with pytest.raises(ValueError, match="scores must not be NaN, and 1 of 2 are, the first at 1"):
+        conformal_p_values([0.0, np.nan], [1.0])
+    with pytest.raises(ValueError, match=r"scores must be one number a row, got shape \(1, 1\)"):
+        conformal_p_values([[1.0]], [1.0])
     with pytest.raises(ValueError, match="belong together"):
         conformal_p_values([1.0], [1.0], weights=[1.0])
     with pytest.raises(ValueError, match="calibration_weights must be 1 finite"):

@@ -235,8 +235,10 @@ def test_wrong_labels_and_scores_are_refused(fitted, X):
         DetectionCurveDisplay.from_estimator(fitted, X, np.ones(200, dtype=int))
     with pytest.raises(ValueError, match="kind must be 'roc' or 'precision-recall', got 'lift'"):
         DetectionCurveDisplay.from_predictions([1, -1], [0.0, 1.0], kind="lift")
-    with pytest.raises(ValueError, match="scores must be one finite number a row"):
-        ScoreHistogramDisplay.from_predictions([np.nan])
+    with pytest.raises(ValueError, match="scores must be finite, and 2 of 3 are not, the first at 1"):
+        ScoreHistogramDisplay.from_predictions([0.0, np.nan, np.inf])
+    with pytest.raises(ValueError, match=r"scores must be one number a row, .*got shape \(0,\)"):
+        ScoreHistogramDisplay.from_predictions([])
 
 
 @pytest.mark.parametrize("name", inspection.__all__)

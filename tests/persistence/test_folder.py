@@ -184,19 +184,19 @@ def test_a_parameter_that_is_new_since_the_folder_was_written_has_its_default(X,
 
 def test_a_format_is_upgraded_step_by_step(fitted, X, tmp_path, monkeypatch):
     """Two later formats, each with other names, read what the present one wrote."""
-    content = fitted.save(tmp_path / "model")
+    content, now = fitted.save(tmp_path / "model"), _document.VERSION
 
     def rename(document):
         document["object"] = document.pop("model")
         return document
 
     def rename_back(document):
-        assert document["version"] == 2
+        assert document["version"] == now + 1
         document["model"] = document.pop("object")
         return document
 
-    monkeypatch.setattr(_document, "VERSION", 3)
-    monkeypatch.setattr(_document, "UPGRADES", {1: rename, 2: rename_back})
+    monkeypatch.setattr(_document, "VERSION", now + 2)
+    monkeypatch.setattr(_document, "UPGRADES", {now: rename, now + 1: rename_back})
     np.testing.assert_array_equal(load(tmp_path / "model").score_samples(X), fitted.score_samples(X))
     assert persistence.verify(tmp_path / "model") == content
 
@@ -206,7 +206,7 @@ def test_there_is_an_upgrade_from_every_version():
 
 
 def test_a_later_format_says_so(fitted, tmp_path, monkeypatch):
-    monkeypatch.setattr(anomalib_gen.persistence, "VERSION", 2)
+    monkeypatch.setattr(anomalib_gen.persistence, "VERSION", _document.VERSION + 1)
     fitted.save(tmp_path / "model")
     with pytest.raises(ModelFolderError, match="Install a newer anomalib_gen"):
         load(tmp_path / "model")

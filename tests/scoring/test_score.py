@@ -14,8 +14,9 @@ import pyarrow.feather
 import pyarrow.parquet as papq
 import pytest
 from filelock import FileLock
+from sklearn.pipeline import make_union
 
-from anomalib_gen import persistence
+from anomalib_gen import VAEDetector, persistence, save
 from anomalib_gen.scoring import run as running
 from anomalib_gen.scoring import sources
 
@@ -368,6 +369,40 @@ def test_outputs_that_may_not_be_made(run, rows, model, tmp_path):
     assert result.exit_code == 1
     assert "--overwrite" in result.stderr
     assert (tmp_path / "out.csv").read_text() == "earlier"
+
+
+@pytest.mark.parametrize("name", ["incoming/a.parquet", "incoming"])
+def test_an_input_is_never_replaced(run, rows, model, tmp_path, monkeypatch, name):
+    (tmp_path / "incoming").mkdir()
+    source = write(rows(20, 0), tmp_path / "incoming" / "part-000000.parquet")
+    if name.endswith(".parquet"):
+        source = source.rename(tmp_path / name)
+    before = source.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    for path in (name, tmp_path / name):
+        result = run("score", "incoming", "-m", model, "-o", path, "--overwrite")
+        assert result.exit_code == 1
+        assert "one of the inputs" in result.stderr
+    for path, message in (
+        (source, "one of the inputs"),
+        ("out.csv", "by the run"),
+        ("out.csv.run.json", "by the run"),
+    ):
+        result = run("score", "incoming", "-m", model, "-o", "out.csv", "--quarantine", path)
+        assert result.exit_code == 1
+        assert message in result.stderr
+    assert source.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["incoming"]
+    assert run("score", "incoming", "-m", model, "-o", "incoming.csv").exit_code == 0
+
+
+def test_a_model_that_scores_no_rows_is_code_2(run, rows, tmp_path, fitted):
+    save(make_union(VAEDetector(max_iter=5).fit(rows(50, 0)[["x", "n"]])), tmp_path / "model")
+    result = run(
+        "score", write(rows(20, 0), tmp_path / "a.csv"), "-m", tmp_path / "model", "-o", tmp_path / "out.csv"
+    )
+    assert result.exit_code == 2
+    assert "scores no rows" in result.stderr
 
 
 def test_two_runs_on_one_output_are_refused(run, rows, model, tmp_path):
