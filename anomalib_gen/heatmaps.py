@@ -20,6 +20,7 @@ without noise. `subtract` takes off what is usual at each pixel.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -94,11 +95,16 @@ def explain_images(
         )
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown. Known kinds: {', '.join(map(repr, KINDS))}.")
+    if hasattr(detector.model_, "estimate_level"):
+        raise TypeError(
+            f"A {type(detector.model_).__name__} tells how much noise is in a whole image, and nothing of its pixels. "
+            "Fit the detector with another objective than 'diffusion-time'."
+        )
     height, width = detector.event_shape_[1:]
     if smooth == "auto":
         window = max(3, max(height, width) // 16 // 2 * 2 + 1)
-    elif isinstance(smooth, int) and smooth >= 1:
-        window = smooth
+    elif isinstance(smooth, Integral) and not isinstance(smooth, bool) and smooth >= 1:
+        window = int(smooth)
     else:
         raise ValueError(f"smooth must be a positive integer or 'auto', got {smooth!r}.")
 
@@ -148,7 +154,7 @@ def _mean(parts: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _average(maps: torch.Tensor, window: int) -> torch.Tensor:
-    """Mean over windows of maps ``(B, H, W)``; at the border over what there is of them."""
+    """Mean over windows of maps ``(B, H, W)``; beyond the border the pixels at the border are repeated."""
     if window == 1:
         return maps
     padded = F.pad(maps.unsqueeze(1), [window // 2, (window - 1) // 2] * 2, mode="replicate")

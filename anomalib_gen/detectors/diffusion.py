@@ -20,7 +20,7 @@ on what it leaves (models.hybrid), and averages two views of a row, each on the 
 - how far the row is from what its nearest stored rows make of it, by two closed forms in three coordinates each;
 - how much noise the model finds in it, over a ladder of noise levels.
 
-The second counts N / (N + 1000) times as much as the first, for N stored rows: what few rows cannot teach, they can
+The second counts N / (N + 2000) times as much as the first, for N stored rows: what few rows cannot teach, they can
 still show.
 
 Rows are standardised, and compressed beyond five deviations, so that all of this is finite for every finite row.
@@ -161,7 +161,7 @@ class DiffusionDetector(GenerativeDetector):
         rows, where none were held out): about one normal row in twenty is flagged.
     warm_start : bool, default=False
         Whether `fit` continues from the weights, and in the scaling, of the previous call. Parameters that shape the
-        model (`path`, `network`, its sizes, `parametrization`) then keep the values of the first call.
+        model (`path`, `denoiser`, `network`, its sizes, `parametrization`) then keep the values of the first call.
     random_state : int, RandomState instance or None, default=None
         Seeds weights, row order and noise. An int gives the same detector at every call on the same machine.
     device : str or torch.device, default="auto"

@@ -53,7 +53,9 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.n_heads = max(1, channels // 32)
+        # (About 32 channels a head, and the same number for all.)
+        most = max(1, channels // 32)
+        self.n_heads = next(n for n in range(most, 0, -1) if channels % n == 0)
         self.norm = _norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.output = nn.Conv2d(channels, channels, 1)

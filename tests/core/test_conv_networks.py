@@ -169,3 +169,9 @@ def test_impossible_networks_are_refused():
         make_network(5, 2, kind="convolutional")
     with pytest.raises(ValueError, match="network='unet' is unknown"):
         make_network(5, 2, kind="unet")
+
+
+@pytest.mark.parametrize("channels", [8, 25, 33])
+def test_any_number_of_channels_is_shared_among_heads(channels):
+    network = make_network((1, 28, 28), (1, 28, 28), hidden_features=16 * channels, context_features=2)
+    assert network(torch.zeros(2, 1, 28, 28), torch.zeros(2, 2)).shape == (2, 1, 28, 28)

@@ -104,3 +104,31 @@ def test_what_there_is_no_map_of_is_refused(trained, digits):
     table = VAEDetector(max_iter=2, device="cpu").fit(np.random.default_rng(0).normal(size=(50, 3)))
     with pytest.raises(ValueError, match="Heat maps are for detectors of images"):
         explain_images(table, digits[:2])
+
+
+@pytest.mark.parametrize("scale", [1, 1 / 255], ids=["uint8", "float"])
+@pytest.mark.parametrize("denoiser", ["network", "closed-form", "hybrid"])
+def test_every_denoiser_has_maps_of_images(digits, denoiser, scale):
+    images = digits[:60] if scale == 1 else digits[:60] * scale
+    detector = DiffusionDetector(
+        denoiser=denoiser, max_iter=3, hidden_features=8, n_blocks=1, random_state=0, device="cpu"
+    ).fit(images)
+    for kind in ("residual", "score"):
+        maps = explain_images(detector, images[:2], kind=kind, smooth=np.int64(3))
+        assert maps.shape == (2, 8, 8)
+        assert np.isfinite(maps).all()
+        assert np.ptp(maps) > 0
+    if denoiser != "network":
+        # The stored rows' own anomaly does not depend on units.
+        changed = 255 * scale - images[:2]
+        changed = changed.astype(images.dtype)
+        other = detector.with_anomaly("closed_form", images)
+        assert other.score_samples(changed).max() < other.score_samples(images).min()
+
+
+def test_a_model_that_tells_noise_levels_has_no_maps(digits):
+    detector = DiffusionDetector(
+        objective="diffusion-time", max_iter=2, hidden_features=8, n_blocks=1, random_state=0, device="cpu"
+    ).fit(digits[:40])
+    with pytest.raises(TypeError, match="nothing of its pixels"):
+        explain_images(detector, digits[:2])
