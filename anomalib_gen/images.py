@@ -394,8 +394,11 @@ class ImageReader(TransformerMixin, BaseEstimator):
                 "Reading image files needs Pillow: pip install 'anomalib_gen[images]'."
             ) from error
 
-        with Image.open(path) as file:
-            image = file.convert(self.mode)
+        try:
+            with Image.open(path) as file:
+                image = file.convert(self.mode)
+        except Image.DecompressionBombError as error:
+            raise ValueError(str(error)) from error
         if event_shape is not None and image.size != (event_shape[2], event_shape[1]):
             if self.size is None:
                 raise ValueError(

@@ -127,7 +127,7 @@ class DiffusionDetector(GenerativeDetector):
         "closed_form" for the closed form, for a network ``ScoreNorm(weighting="noise")``, and for the objective
         "diffusion-time" ``DiffusionTime(estimator="learned")``.
 
-        - ``"combined"``: the mean of "closed_form" and the norms of the noise that the model finds, on one scale;
+        - ``"combined"``: the weighted mean of "closed_form" and of the noise that the model finds, on one scale;
         - ``"closed_form"``: distance from what the nearest stored rows make of a row, in three coordinates;
         - ``"score_norm"``: norms of the score over a ladder of noise levels;
         - ``"reconstruction"``: distance to the row after a way to noise and back;

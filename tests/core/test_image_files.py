@@ -110,3 +110,14 @@ def test_layouts():
 
 def test_bits_per_dimension():
     np.testing.assert_allclose(bits_per_dimension([-np.log(2) * 3 * 8 * 8 * 5.0], (3, 8, 8)), 5.0)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_files_that_would_unpack_to_too_much_are_named_too(folder, monkeypatch):
+    reader = ImageReader(size=(10, 12)).fit(folder)
+    Image.new("L", (40, 40)).save(folder / "a" / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    with pytest.raises(ValueError, match=r"1 of 13 files .*huge\.png \(Image size \(1600 pixels\)"):
+        reader.transform(folder)
+    assert len(reader.set_params(on_error="skip").transform(folder)) == 12
+    assert [path.endswith("huge.png") for path in reader.skipped_] == [True]
