@@ -82,7 +82,7 @@ def test_every_kind_of_failure_is_recorded(tables, tmp_path, helpers):
     assert results.loc["Sleeps", "error"] == "time limit of 4 s exceeded"
     assert "exit code 3" in results.loc["Exits", "error"]
     assert "SIGKILL" in results.loc["Killed", "error"]
-    assert "not finite for 1 of" in results.loc["NotFinite", "error"]
+    assert "returned NaN for row 0" in results.loc["NotFinite", "error"]
     assert results.loc[results["status"] != "ok", "auroc"].isna().all()
     # A detector that overwrites its input leaves the next one's alone.
     alone = run_benchmark([KNN], suite="clean", datasets=tables[:1], seeds=(0,), output=tmp_path / "alone")
