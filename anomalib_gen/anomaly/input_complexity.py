@@ -49,8 +49,11 @@ class InputComplexity(Component):
     Attributes
     ----------
     low_, width_ : float
-        Value of the darkest grey level and distance between levels, in the units of the model's input: the levels of
-        images of 8 bits, or 256 of them between the least and the largest value of normal images.
+        Value of the darkest grey level and distance between levels, in the units of the model's input: 256 levels
+        between the least and the largest value of normal images, to which other values are clamped.
+    eight_bit_ : bool
+        Whether images have 8 bits. Then levels are their own, and those darker than in any normal image count modulo
+        256, as the differences between pixels do that a codec looks at.
 
     Raises
     ------
@@ -78,6 +81,7 @@ class InputComplexity(Component):
             low, high = min(low, float(x.min())), max(high, float(x.max()))
         cell = float(getattr(model, "cell", 0.0))
         self.low_ = low
+        self.eight_bit_ = cell > 0
         self.width_ = cell if cell > 0 else max(high - low, 1e-12) / (GREY_LEVELS - 1)
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -96,7 +100,9 @@ class InputComplexity(Component):
                 "Input complexity is the code length of images; rows of shape "
                 f"{tuple(x.shape[1:])} are none. Choose another anomaly."
             )
-        levels = ((x - self.low_) / self.width_).round().clamp(0, GREY_LEVELS - 1).to(torch.uint8).cpu()
+        levels = ((x - self.low_) / self.width_).round()
+        levels = levels.remainder(GREY_LEVELS) if self.eight_bit_ else levels.clamp(0, GREY_LEVELS - 1)
+        levels = levels.to(torch.uint8).cpu()
         bits = [8.0 * self._count_bytes(image) for image in levels]
         return math.log(2) * torch.tensor(bits, dtype=torch.float64)
 

@@ -73,6 +73,16 @@ def test_complexity_is_the_likelihood_less_the_code(flow, nature):
     np.testing.assert_allclose(corrected.score_samples(normal), expected, atol=8 * math.log(2) * 4)
 
 
+def test_images_darker_than_any_in_training_keep_their_detail(digits):
+    bright = digits // 2 + 100  # from 100 to 207: what is darker has never been seen
+    detector = small(VAEDetector, anomaly="input_complexity").fit(bright)
+    complexity, z = detector.anomaly_, detector._scaler.transform
+    lengths = [complexity.code_lengths(torch.from_numpy(z(images))) for images in (bright, bright - 90)]
+    flat = complexity.code_lengths(torch.from_numpy(z(np.full_like(bright[:1], 10))))
+    np.testing.assert_allclose(lengths[1], lengths[0], atol=8 * math.log(2) * 15)
+    assert float(lengths[1].min()) > float(flat[0]) + 8 * math.log(2) * 10
+
+
 @pytest.mark.parametrize("codec", ["png", "webp"])
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_code_lengths(codec, channels):
