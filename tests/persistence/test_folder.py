@@ -148,12 +148,12 @@ def test_a_failure_at_any_moment_leaves_what_was_there(
 # Formats ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["format-1-composed", "format-1-pipeline"])
+@pytest.mark.parametrize("name", ["format-1-composed", "format-1-pipeline", "format-2-diffusion"])
 @pytest.mark.filterwarnings("ignore:The folder's transformers were written")
-def test_folders_of_the_first_format_are_read(name, tmp_path):
+def test_folders_of_every_format_are_read(name, tmp_path):
     """These folders stay as they are, whatever becomes of the format."""
     expected = json.loads((FOLDERS / "expected.json").read_text())
-    assert json.loads((FOLDERS / name / "model.json").read_text())["version"] == 1
+    assert json.loads((FOLDERS / name / "model.json").read_text())["version"] == int(name.split("-")[1])
     rows = pd.DataFrame(expected["rows"], columns=["x", "y", "z"])
     model = load(FOLDERS / name)
     # (Another processor rounds differently.)
