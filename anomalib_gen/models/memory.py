@@ -42,12 +42,12 @@ MAX_STORED_ROWS = 1_000_000
 """Rows kept; of more, an even choice."""
 RANK_KNOTS = 1000
 """Values of a column that its ranks are kept for, at most; between them they are interpolated."""
+EXTREME_KNOTS = 100
+"""Of these the least and the greatest values, this many each, which are far apart where ranks differ most."""
 FARTHEST = 1e15
 """Bound on standardised values, whose squares single precision still has room for."""
 LEAST_VARIANCE = 1e-5
 """Keeps the local-linear solve defined where neighbours are equal."""
-EXTREME_KNOTS = 100
-"""Of these the least and the greatest values, this many each, which are far apart where ranks differ most."""
 
 
 class Memory(Stored):
