@@ -208,9 +208,9 @@ def measure_training(
             case, validation_fraction=0.1 if held_out else 0.0, n_iter_no_change=10**6, random_state=repeat
         )
         n_train = len(X) - (min(round(0.1 * len(X)), 2048) if held_out else 0)
-        per_epoch = -(-n_train // detector.batch_size)
+        detector.n_features_in_, detector.event_shape_ = X.shape[1], X.shape[1:]
+        per_epoch = detector._training_options(n_train, one_pass=True).max_iter
         detector.set_params(max_iter=(epochs + 3) * per_epoch)
-        detector.n_features_in_ = X.shape[1]
         options = detector._training_options(n_train, one_pass=False)
         turns = Turns(n_train, options)
         watch_training(detector, turns)
