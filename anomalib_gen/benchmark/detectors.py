@@ -197,9 +197,14 @@ def parse_detectors(detectors: Iterable[str | Detector]) -> list[Detector]:
     """
     found: dict[str, Detector] = {}
     for item in detectors:
-        members = _SETS[item]() if isinstance(item, str) and item in _SETS else ()
-        members = (item,) if isinstance(item, Detector) else members
-        for detector in members or (parse_detector(item),):  # type: ignore[arg-type]
+        members: tuple[Detector, ...]
+        if isinstance(item, Detector):
+            members = (item,)
+        elif item in _SETS:
+            members = _SETS[item]()
+        else:
+            members = (parse_detector(item),)
+        for detector in members:
             known = found.setdefault(detector.name, detector)
             if known != detector:
                 raise ValueError(

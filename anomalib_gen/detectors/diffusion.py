@@ -94,7 +94,7 @@ class DiffusionDetector(GenerativeDetector):
         A name takes that path's published defaults. None takes a path that suits the objective: discrete cosine steps
         for "improved-ddpm", "linear" for "flow-matching", and otherwise ``EDM(sigma_min=0.01, sigma_max=20)``. For
         images the last is ``EDM()``: their many pixels hang together, and it takes more noise to hide them.
-    denoiser : {"hybrid", "network", "closed-form"}, default=None
+    denoiser : {"hybrid", "network", "closed-form"} or None, default=None
         What takes noise away.
 
         - ``"network"``: a network that learns to;
