@@ -7,13 +7,14 @@ no level preferred, p(s) ~ 1 / s, the squared level would have an inverse-gamma 
 
 whose density over log s is highest at s = sqrt(b / a) = r / sqrt(D). Many clean rows give a mixture of these
 (Livernoche et al. 2024, arXiv:2305.18593, who let p(s^2) be constant, which makes a = D / 2 - 1 and needs three
-columns; the estimate r / sqrt(D), the mode of s^2, is the same). Two models learn p(s^2 | x) from rows with noise of
-levels drawn log-uniformly from a range:
+columns; the estimate r / sqrt(D), the mode of s^2, is the same). Two models learn p(s | x) from rows with noise of
+levels drawn uniformly from a range, which is about what the reference's 400 steps are:
 
-- `InverseGammaTime`: (1) with b(x) from a network;
-- `TimeClassifier`: probabilities of bins of log s.
+- `InverseGammaTime`: (1) with b(x) from a network. Whatever the distribution of levels and whatever a, the likelihood
+  is highest at a / b(x) = E[1 / s^2 | x], so a only says how much a row counts;
+- `TimeClassifier`: probabilities of bins of s.
 
-Time is the place of log s in its range, from 0 to 1. An anomaly looks like a row with much noise.
+Time is the place of a level in the range, from 0 to 1. An anomaly looks like a row with much noise.
 
 The range ends at s_max, so no estimate inside would tell far rows apart. A network therefore sees rows clipped to the
 box of half-side c = 4 sqrt(1 + s_max^2) that noised data hardly leave, scaled by arsinh so that clean and noisy data
@@ -55,14 +56,17 @@ class _TimeModel(nn.Module):
 
     def _beyond(self, time: torch.Tensor, square_excess: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Levels ``(B,)`` of rows `x` whose time inside the box is known."""
-        low, high = self.noise_levels
-        inside = low * torch.exp(time * math.log(high / low))
-        return (inside.square() + square_excess / x[0].numel()).sqrt()
+        return (self.level(time).square() + square_excess / x[0].numel()).sqrt()
 
     def time(self, level: torch.Tensor) -> torch.Tensor:
-        """Place of the logarithm of levels in the range: 0 at its start and 1 at its end."""
+        """Place of levels in the range: 0 at its start and 1 at its end."""
         low, high = self.noise_levels
-        return (level / low).log() / math.log(high / low)
+        return (level - low) / (high - low)
+
+    def level(self, time: torch.Tensor) -> torch.Tensor:
+        """Levels at given places, the inverse of `time`."""
+        low, high = self.noise_levels
+        return low + (high - low) * time
 
     @abstractmethod
     def log_prob_level(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
@@ -78,14 +82,15 @@ class _TimeModel(nn.Module):
 
 
 class TimeClassifier(_TimeModel):
-    """Probabilities of bins of the noise level, of equal width in log s.
+    """Probabilities of bins of the noise level, of equal width in s.
 
     Parameters
     ----------
     network : module
         ``forward(y: (B, *E)) -> (B, n_bins)``, logits: the one softmax is here.
-    noise_levels : tuple of float, default=(0.02, 5.0)
-        Range of the bins and of the noise in training, in standard deviations of the data.
+    noise_levels : tuple of float, default=(0.01, 0.93)
+        Range of the bins and of the noise in training, in standard deviations of the data. The default is that of the
+        reference, where the levels of 400 steps are sqrt(1 - abar_t) with betas from 1e-4 to 1e-2.
     n_bins : int, default=7
         Bins; the network's outputs.
 
@@ -96,7 +101,7 @@ class TimeClassifier(_TimeModel):
     """
 
     def __init__(
-        self, network: nn.Module, *, noise_levels: tuple[float, float] = (0.02, 5.0), n_bins: int = 7
+        self, network: nn.Module, *, noise_levels: tuple[float, float] = (0.01, 0.93), n_bins: int = 7
     ) -> None:
         super().__init__(network, noise_levels)
         self.n_bins = n_bins
@@ -128,8 +133,8 @@ class InverseGammaTime(_TimeModel):
     network : module
         ``forward(y: (B, *E)) -> (B, 1)``, the logit of the time of sqrt(b / a): at the optimum b / a is the harmonic
         mean of s^2 given x, which lies in the range of s^2.
-    noise_levels : tuple of float, default=(0.02, 5.0)
-        Range of the noise in training, in standard deviations of the data.
+    noise_levels : tuple of float, default=(0.01, 0.93)
+        Range of the noise in training, in standard deviations of the data; as for `TimeClassifier`.
 
     References
     ----------
@@ -137,7 +142,7 @@ class InverseGammaTime(_TimeModel):
     arXiv:2305.18593.
     """
 
-    def __init__(self, network: nn.Module, *, noise_levels: tuple[float, float] = (0.02, 5.0)) -> None:
+    def __init__(self, network: nn.Module, *, noise_levels: tuple[float, float] = (0.01, 0.93)) -> None:
         super().__init__(network, noise_levels)
 
     def estimate_level(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 r"""Diffusion time estimation: learn to tell how much noise is in a row,
 
-    L(x) = -log q(s | x + s e),     e ~ N(0, I),   log s uniform over the model's range,                     (1)
+    L(x) = -log q(s | x + s e),     e ~ N(0, I),   s uniform over the model's range,                           (1)
 
 with q a model's distribution of the level (models.diffusion_time): cross-entropy for bins, minus the log-density for an
 inverse-gamma distribution. The minimum is the posterior of the level under the noised data. (Livernoche et al. 2024,
@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from anomalib_gen._component import Component
+from anomalib_gen._runtime import expand_as_rows, normal_like
 from anomalib_gen.models import InverseGammaTime, TimeClassifier
-from anomalib_gen.objectives._scores import noised_rows
-from anomalib_gen.objectives.denoising_score_matching import JUDGED_ROWS
+from anomalib_gen.objectives._levels import JUDGED_ROWS, places
+from anomalib_gen.objectives._smoothing import smooth
 
 
 class DiffusionTimeEstimation(Component):
@@ -60,8 +61,11 @@ class DiffusionTimeEstimation(Component):
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""
-        noised, levels = noised_rows(model, x, 0.0, generator)
-        return -model.log_prob_level(noised, levels)
+        levels = model.level(places(len(x), x, generator))
+        x = smooth(model, x, 0.0, generator)
+        noised = x + expand_as_rows(levels, x) * normal_like(x, generator)
+        log_prob: torch.Tensor = model.log_prob_level(noised, levels)
+        return -log_prob
 
     def validate(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss by which training is judged, ``(B,)``: the same over more draws, where there are few rows."""

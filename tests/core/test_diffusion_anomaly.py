@@ -447,13 +447,13 @@ def test_an_inverse_gamma_s_log_density():
 
 
 class Posterior(torch.nn.Module):
-    """For N(0, v) data: logits of the exact posterior of bins, or of the time of E[1 / s^2]^(-1/2); and a bias."""
+    """For N(0, v) data: logits of the exact posterior of bins of s, or of the time of E[1 / s^2]^(-1/2); and a bias."""
 
-    def __init__(self, v, n_bins=None, low=0.02, high=5.0):
+    def __init__(self, v, n_bins=None, low=0.01, high=0.93):
         super().__init__()
         self.v, self.n_bins, self.low, self.high = v, n_bins, low, high
-        edge = torch.linspace(math.log(low), math.log(high), 7 * 40 + 1, dtype=torch.float64)
-        self.s = ((edge[1:] + edge[:-1]) / 2).exp()
+        edge = torch.linspace(low, high, 7 * 40 + 1, dtype=torch.float64)
+        self.s = (edge[1:] + edge[:-1]) / 2
         self.bias = torch.nn.Parameter(torch.zeros(n_bins or 1, dtype=torch.float64))
 
     def forward(self, y):
@@ -462,7 +462,7 @@ class Posterior(torch.nn.Module):
         log_p = -0.5 * (x.square().sum(1, keepdim=True) / variance + x.shape[1] * variance.log())
         if self.n_bins is None:
             mean = (log_p.softmax(1) / self.s.square()).sum(1, keepdim=True)
-            time = (-0.5 * mean.log() - math.log(self.low)) / math.log(self.high / self.low)
+            time = (mean.rsqrt() - self.low) / (self.high - self.low)
             return time.logit() + self.bias
         return log_p.unflatten(1, (self.n_bins, -1)).logsumexp(2) + self.bias
 
@@ -491,9 +491,9 @@ def test_the_posterior_of_the_level_is_where_the_objective_is_flat(model, error)
     assert judged.shape == (40,)
 
 
-def test_bins_cut_the_range_evenly_in_the_logarithm():
+def test_bins_cut_the_range_evenly():
     model = TimeClassifier(Posterior(0.3, 7))
-    level = torch.tensor([0.001, 0.02, 0.0201, math.sqrt(0.1), 4.99, 5.0, 70.0], dtype=torch.float64)
+    level = torch.tensor([0.001, 0.01, 0.0101, 0.47, 0.92, 0.93, 70.0], dtype=torch.float64)
     assert model.bins(level).tolist() == [0, 0, 0, 3, 6, 6, 6]
     assert float(model.time(level[3])) == pytest.approx(0.5)
     x = draw(30, 3)
@@ -502,7 +502,18 @@ def test_bins_cut_the_range_evenly_in_the_logarithm():
     expected = log_p.exp() @ ((torch.arange(7) + 0.5) / 7).double()
     torch.testing.assert_close(model.expected_time(x), expected)
     a = DiffusionTime(estimator="learned")(model, x, generator())
-    torch.testing.assert_close(a, 0.02 * 250**expected)
+    torch.testing.assert_close(a, 0.01 + 0.92 * expected)
+
+
+@pytest.mark.parametrize("make", [TimeClassifier, InverseGammaTime])
+def test_levels_and_times_are_each_other_s_inverse(make):
+    model = make(torch.nn.Identity(), noise_levels=(0.1, 2.0))
+    time = torch.linspace(0, 1, 9, dtype=torch.float64)
+    level = model.level(time)
+    assert level[0] == pytest.approx(0.1)
+    assert level[-1] == pytest.approx(2.0)
+    torch.testing.assert_close(model.time(level), time)
+    torch.testing.assert_close(level.diff(), level.diff()[:1].expand(8))
 
 
 @pytest.mark.parametrize("model", [TimeClassifier, InverseGammaTime])
@@ -519,10 +530,10 @@ def test_a_trained_model_tells_the_level(model):
         objective(model, x, rng).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimiser.step()
-    levels = torch.logspace(-0.5, 0.5, 9)
-    noised = levels[:, None, None] * torch.randn(9, 64, features, generator=rng)
+    levels = torch.linspace(0.25, 0.8, 8)
+    noised = levels[:, None, None] * torch.randn(8, 64, features, generator=rng)
     with torch.inference_mode():
-        a = DiffusionTime(estimator="learned")(model, noised.flatten(0, 1), rng).reshape(9, 64)
+        a = DiffusionTime(estimator="learned")(model, noised.flatten(0, 1), rng).reshape(8, 64)
     ratio = (a.log().mean(1) - levels.log()).exp()
     assert float((ratio.log().abs()).max()) < 0.3
     assert (a.mean(1).diff() > 0).all()
