@@ -361,7 +361,8 @@ class DetectionCurveDisplay:
         )
         ax.legend(
             loc="lower right" if roc else "lower left",
-            frameon=False,
+            # Over the line of chance, which is low where anomalies are rare.
+            edgecolor="none",
             fontsize="small",
             title=f"{self.confidence:.0%} bootstrap intervals",
             title_fontsize="small",
