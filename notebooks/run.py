@@ -76,7 +76,9 @@ def execute(path, *, fast=False, timeout=1800):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="*", help="as 01 or 01_first_look; all if none is given")
     options = parser.parse_args()

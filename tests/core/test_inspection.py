@@ -156,6 +156,9 @@ def test_landscape_is_the_score_over_the_plane(tiny, plane):
     assert display.threshold == detector.offset_
     energy = LandscapeDisplay.from_estimator(detector, plane, response_method="energy", resolution=10)
     assert energy.threshold is None
+    exact = LandscapeDisplay.from_estimator(detector, plane, response_method="log_prob", resolution=10)
+    np.testing.assert_allclose(exact.values, -energy.values)
+    assert exact.figure_.axes[-1].get_ylabel() == "log-density in nats"
     frame = pd.DataFrame(plane, columns=["speed", "fuel"])
     named = LandscapeDisplay.from_estimator(tiny().fit(frame), frame, resolution=10)
     assert (named.ax_.get_xlabel(), named.ax_.get_ylabel()) == ("speed", "fuel")
