@@ -262,7 +262,7 @@ class TopAnomaliesDisplay:
 
         heads, rows, shades = self._text()
         # Named by position: heads repeat.
-        shown: Any = pd.DataFrame(rows, columns=heads[:], index=self.frame_.index).drop(columns="rank")
+        shown: Any = pd.DataFrame(rows, columns=heads[:], index=list(self.frame_.index)).drop(columns="rank")
         shown.columns = range(shown.shape[1])
         red, green, blue = (int(ANOMALY[i : i + 2], 16) for i in (1, 3, 5))
         css = pd.DataFrame(
@@ -279,10 +279,10 @@ class TopAnomaliesDisplay:
             .format(escape="html")
             .format_index(lambda j: heads[1:][j], axis="columns", escape="html")
             .set_caption(caption)
-            .set_properties(**{"text-align": "left"})
+            .set_properties(**{"text-align": "left", "white-space": "nowrap", "padding": "2px 8px"})
             .set_table_styles(
                 [
-                    {"selector": "th", "props": "text-align: left"},
+                    {"selector": "th", "props": "text-align: left; white-space: nowrap; padding: 2px 8px"},
                     {"selector": "caption", "props": "text-align: left; white-space: nowrap"},
                 ]
             )
