@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint types clean
+.PHONY: setup demo test notebooks lint types clean
 
 setup: $(STAMP)
 
@@ -12,7 +12,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmark,scoring,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmark,scoring,notebooks,dev]'
 	@touch $(STAMP)
 
 demo: setup
@@ -22,6 +22,10 @@ demo: setup
 # the tests, and takes over some of another's when it is done with its own.
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+# At full settings, with their figures, as HTML; minutes each on two cores.
+notebooks: setup
+	$(BIN)/python notebooks/run.py anomalib-gen-notebooks
 
 lint: setup
 	$(BIN)/ruff check .

@@ -119,11 +119,16 @@ def explain_images(
     return maps if subtract is None else maps - maps_of(subtract).mean(axis=0)
 
 
+def resolve_kind(model: Any, kind: str) -> str:
+    """The kind that "auto" stands for with a model; any other is returned as it is."""
+    if kind != "auto":
+        return kind
+    return "residual" if hasattr(model, "denoise") or hasattr(model, "reconstruct") else "score"
+
+
 def _pixels(model: Any, x: torch.Tensor, kind: str) -> torch.Tensor:
     """The quantity of each value of images ``(B, C, H, W)``, of the same shape."""
-    reconstructs = hasattr(model, "denoise") or hasattr(model, "reconstruct")
-    if kind == "auto":
-        kind = "residual" if reconstructs else "score"
+    kind = resolve_kind(model, kind)
     try:
         if kind == "residual":
             return _mean(r.square() for r in MultiScaleReconstruction().residuals(model, x))

@@ -43,7 +43,8 @@ def load_images(
     """Load a collection of images with some classes as normal and all others as anomalies.
 
     Files are looked for in ``data_home`` and in the folder named by the environment variable ``ANOMALIB_GEN_DATA``,
-    directly and in their subfolder ``images``. Nothing is downloaded.
+    directly and in their subfolder ``images``. Nothing is downloaded. Images keep the order of the file, which may be
+    sorted by class: shuffle them before you take a part.
 
     Parameters
     ----------

@@ -4,6 +4,7 @@ matplotlib is imported when something is drawn; ``pip install 'anomalib-gen[benc
 """
 
 from anomalib_gen.inspection.contributions import FeatureContributionsDisplay
+from anomalib_gen.inspection.images import ImageHeatmapDisplay
 from anomalib_gen.inspection.models import (
     LandscapeDisplay,
     LatentSpaceDisplay,
@@ -11,14 +12,17 @@ from anomalib_gen.inspection.models import (
     SamplesDisplay,
 )
 from anomalib_gen.inspection.scores import DetectionCurveDisplay, PValueDisplay, ScoreHistogramDisplay
+from anomalib_gen.inspection.table import TopAnomaliesDisplay
 
 __all__ = [
     "DetectionCurveDisplay",
     "FeatureContributionsDisplay",
+    "ImageHeatmapDisplay",
     "LandscapeDisplay",
     "LatentSpaceDisplay",
     "LossCurveDisplay",
     "PValueDisplay",
     "SamplesDisplay",
     "ScoreHistogramDisplay",
+    "TopAnomaliesDisplay",
 ]

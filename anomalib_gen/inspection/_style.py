@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
+from anomalib_gen.calibration._wrapped import innermost
+
 NORMAL, ANOMALY, THIRD = "#2B8CC4", "#E0641A", "#009E73"
 """Blue, vermilion and green after Okabe and Ito (2008), the first two between their shades for light and for dark."""
 
@@ -28,6 +30,14 @@ def ink() -> str:
     import matplotlib as mpl
 
     return str(mpl.rcParams["text.color"])
+
+
+def threshold_of(estimator: Any) -> float | None:
+    """Score below which a fitted detector flags rows, None if it has no threshold."""
+    inner = innermost(estimator)
+    if not hasattr(inner, "offset_") and hasattr(inner, "threshold_"):  # pyod
+        return -float(inner.threshold_)
+    return getattr(inner, "offset_", None)
 
 
 def check_labels(y: Any, n: int) -> npt.NDArray[np.int64]:

@@ -89,7 +89,7 @@ class LandscapeDisplay:
         y : array-like of shape (n_rows,), optional
             +1 for normal rows, -1 for anomalies.
         response_method : str, default="score_samples"
-            ``"score_samples"``, ``"energy"`` or ``"p_values"``, where the detector has it.
+            ``"score_samples"``, ``"energy"``, ``"log_prob"``, ``"elbo"`` or ``"p_values"``, where the detector has it.
         resolution : int, default=150
             Points of the grid along either column.
         margin : float, default=0.15
@@ -129,6 +129,8 @@ class LandscapeDisplay:
             response={
                 "score_samples": "score (lower = more abnormal)",
                 "energy": "energy in nats",
+                "log_prob": "log-density in nats",
+                "elbo": "bound on the log-density in nats",
                 "p_values": "p-value",
             }.get(response_method, response_method),
             name=type(innermost(estimator)).__name__,

@@ -11,7 +11,15 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from sklearn.utils import check_random_state
 
 from anomalib_gen.calibration._wrapped import innermost, score_rows
-from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_labels, check_scores, ink, start
+from anomalib_gen.inspection._style import (
+    ANOMALY,
+    NORMAL,
+    check_labels,
+    check_scores,
+    ink,
+    start,
+    threshold_of,
+)
 
 GRID = np.linspace(0, 1, 201)
 
@@ -76,15 +84,11 @@ class ScoreHistogramDisplay:
         -------
         ScoreHistogramDisplay
         """
-        inner = innermost(estimator)
-        threshold = getattr(inner, "offset_", None)
-        if threshold is None and hasattr(inner, "threshold_"):  # pyod
-            threshold = -inner.threshold_
         return cls.from_predictions(
             score_rows(estimator, X, score_direction),
             y,
-            threshold=threshold,
-            name=type(inner).__name__,
+            threshold=threshold_of(estimator),
+            name=type(innermost(estimator)).__name__,
             ax=ax,
             **kwargs,
         )
@@ -357,7 +361,8 @@ class DetectionCurveDisplay:
         )
         ax.legend(
             loc="lower right" if roc else "lower left",
-            frameon=False,
+            # Over the line of chance, which is low where anomalies are rare.
+            edgecolor="none",
             fontsize="small",
             title=f"{self.confidence:.0%} bootstrap intervals",
             title_fontsize="small",

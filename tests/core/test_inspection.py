@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from sklearn.base import clone
 from sklearn.ensemble import IsolationForest
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.pipeline import make_pipeline
@@ -15,15 +16,19 @@ from sklearn.preprocessing import StandardScaler
 from anomalib_gen import VAEDetector, inspection
 from anomalib_gen.calibration import SplitConformalDetector
 from anomalib_gen.explain import feature_contributions
+from anomalib_gen.heatmaps import explain_images
+from anomalib_gen.images import ChannelsFirst
 from anomalib_gen.inspection import (
     DetectionCurveDisplay,
     FeatureContributionsDisplay,
+    ImageHeatmapDisplay,
     LandscapeDisplay,
     LatentSpaceDisplay,
     LossCurveDisplay,
     PValueDisplay,
     SamplesDisplay,
     ScoreHistogramDisplay,
+    TopAnomaliesDisplay,
 )
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -151,6 +156,9 @@ def test_landscape_is_the_score_over_the_plane(tiny, plane):
     assert display.threshold == detector.offset_
     energy = LandscapeDisplay.from_estimator(detector, plane, response_method="energy", resolution=10)
     assert energy.threshold is None
+    exact = LandscapeDisplay.from_estimator(detector, plane, response_method="log_prob", resolution=10)
+    np.testing.assert_allclose(exact.values, -energy.values)
+    assert exact.figure_.axes[-1].get_ylabel() == "log-density in nats"
     frame = pd.DataFrame(plane, columns=["speed", "fuel"])
     named = LandscapeDisplay.from_estimator(tiny().fit(frame), frame, resolution=10)
     assert (named.ax_.get_xlabel(), named.ax_.get_ylabel()) == ("speed", "fuel")
@@ -226,6 +234,139 @@ def test_latent_space_shows_posterior_means(X):
         LatentSpaceDisplay.from_estimator(IsolationForest().fit(X), X)
 
 
+def test_the_table_names_the_most_abnormal_rows(fitted, labelled):
+    rows, y = labelled
+    frame = pd.DataFrame(rows, columns=["a", "b", "c"], index=[f"id-{i}" for i in range(len(rows))])
+    detector = SplitConformalDetector(clone(fitted), random_state=0)
+    detector.fit(frame[y == 1])
+    display = TopAnomaliesDisplay.from_estimator(detector, frame, y, n_top=6, n_columns=2, background=frame)
+    table = display.frame_
+    scores = detector.score_samples(frame)
+    order = np.argsort(scores, kind="stable")[:6]
+    assert list(table["key"]) == [f"id-{i}" for i in order]
+    assert list(table.index) == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_array_equal(table["score"], scores[order])
+    np.testing.assert_array_equal(table["p_value"], detector.p_values(frame)[order])
+    np.testing.assert_array_equal(table["flagged"], scores[order] < detector.offset_)
+    np.testing.assert_array_equal(table["label"], y[order])
+    found = feature_contributions(detector, frame.iloc[order], background=frame)
+    first = np.argmax(found.values, axis=1)
+    assert list(table["column_1"]) == [found.feature_names[j] for j in first]
+    np.testing.assert_allclose(table["contribution_1"], found.values.max(axis=1))
+    np.testing.assert_array_equal(table["value_1"], rows[order, first])
+    assert "contribution_3" not in table
+    assert display.name == "FlowDetector"
+    # The figure says the same.
+    cells = {place: cell.get_text().get_text() for place, cell in display.ax_.tables[0].get_celld().items()}
+    assert cells[0, 1] == "row"
+    assert [cells[i, 1] for i in range(1, 7)] == list(table["key"])
+    assert cells[1, 6].startswith(f"{table['column_1'][1]} = ")
+    assert "6 most abnormal of 80 rows" in display.ax_.get_title(loc="left")
+
+
+def test_the_table_of_a_notebook_takes_the_place_of_the_figure(fitted, labelled):
+    import matplotlib.pyplot as plt
+
+    pytest.importorskip("jinja2")
+    rows, _ = labelled
+    keys = [f"<b>{i}</b>" for i in range(len(rows))]
+    display = TopAnomaliesDisplay.from_estimator(fitted, rows, keys=keys, n_top=3)
+    assert plt.fignum_exists(display.figure_.number)
+    html = display._repr_html_()
+    assert not plt.fignum_exists(display.figure_.number)
+    assert "<b>" not in html
+    assert "&lt;b&gt;" in html
+    assert "the 3 most abnormal of 80 rows" in html
+    assert "rgba(224, 100, 26" in html
+    # Axes that somebody else made are theirs to close.
+    ax = new_axes()
+    TopAnomaliesDisplay.from_estimator(fitted, rows, ax=ax)._repr_html_()
+    assert plt.fignum_exists(ax.figure.number)
+
+
+def test_the_table_takes_scores_of_any_detector(fitted, X):
+    forest = IsolationForest(random_state=0).fit(X)
+    display = TopAnomaliesDisplay.from_estimator(forest, X, n_top=4)
+    assert list(display.frame_) == ["key", "score", "flagged"]
+    assert list(display.frame_["key"]) == list(np.argsort(forest.score_samples(X))[:4])
+    found = feature_contributions(fitted, X, background=X)
+    scores = -found.anomaly
+    display = TopAnomaliesDisplay.from_predictions(
+        scores, p_values=np.linspace(0, 1, 200), contributions=found, n_top=2
+    )
+    lowest = int(np.argmin(scores))
+    assert display.frame_.loc[1, "p_value"] == np.linspace(0, 1, 200)[lowest]
+    assert display.frame_.loc[1, "contribution_1"] == found.values[lowest].max()
+    assert len(TopAnomaliesDisplay.from_predictions([2.0, 1.0, 1.0]).frame_) == 3
+    tied = TopAnomaliesDisplay.from_predictions([2.0, 1.0, 1.0], keys=["a", "b", "c"]).frame_
+    assert list(tied["key"]) == ["b", "c", "a"]
+    assert "flagged" not in tied
+    with pytest.raises(
+        ValueError, match="contributions must be of the 3 rows that have scores, got those of 200"
+    ):
+        TopAnomaliesDisplay.from_predictions([1.0, 2.0, 3.0], contributions=found)
+    with pytest.raises(ValueError, match="keys must be one for each of 2 rows, got 3"):
+        TopAnomaliesDisplay.from_predictions([1.0, 2.0], keys=["a", "b", "c"])
+    with pytest.raises(ValueError, match="n_top must be a positive integer, got 0"):
+        TopAnomaliesDisplay.from_predictions([1.0, 2.0], n_top=0)
+
+
+@pytest.fixture(scope="module")
+def image_detector():
+    from sklearn.datasets import load_digits
+
+    digits = (load_digits().images * 15).astype(np.uint8)
+    vae = VAEDetector(max_iter=10, hidden_features=16, random_state=0, device="cpu")
+    return make_pipeline(ChannelsFirst(), vae).fit(digits[:100]), digits[100:]
+
+
+def test_heat_maps_lie_over_their_images(image_detector):
+    pipeline, digits = image_detector
+    masks = np.zeros((5, 8, 8), dtype=bool)
+    masks[:, 2:4, 1:3] = True
+    display = ImageHeatmapDisplay.from_estimator(
+        pipeline, digits[:5], masks=masks, smooth=1, subtract=digits, n_columns=2
+    )
+    images = ChannelsFirst().transform(digits)
+    expected = explain_images(pipeline[-1], images[:5], smooth=1, subtract=images)
+    np.testing.assert_array_equal(display.maps, expected)
+    np.testing.assert_array_equal(display.scores, pipeline.score_samples(digits[:5]))
+    # Three pictures for each of five images, in three rows of two pairs; the outline lies on the second picture.
+    pictures = display.ax_.images
+    assert len(pictures) == 15
+    np.testing.assert_array_equal(pictures[5].get_array(), expected[1])
+    left, right, bottom, top = pictures[5].get_extent()
+    assert (left, right, top, bottom) == (26, 34, 0, 8)
+    outline = np.concatenate([path.vertices for path in display.ax_.collections[1].get_paths()])
+    np.testing.assert_allclose([outline.min(axis=0), outline.max(axis=0)], [[27, 2], [29, 4]], atol=0.1)
+    # One scale for all.
+    assert len({(p.norm.vmin, p.norm.vmax) for p in pictures[2::3]}) == 1
+    texts = [text.get_text() for text in display.ax_.texts]
+    assert texts == [f"score {score:.4g}" for score in display.scores]
+    assert "above normal" in display.figure_.axes[-1].get_ylabel()
+
+
+def test_heat_maps_of_colour_images_and_what_is_refused():
+    random = np.random.default_rng(0)
+    images = random.uniform(size=(2, 3, 4, 6))
+    display = ImageHeatmapDisplay.from_predictions(images, np.zeros((2, 4, 6)))
+    shown = np.asarray(display.ax_.images[0].get_array())
+    expected = (images - images.min()) / (images.max() - images.min())
+    np.testing.assert_allclose(shown, expected[0].transpose(1, 2, 0))
+    with pytest.raises(ValueError, match=r"images must have the shape .* with 1 or 3 channels, got \(4, 6\)"):
+        ImageHeatmapDisplay.from_predictions(images[0, 0], np.zeros((4, 6)))
+    with pytest.raises(
+        ValueError, match=r"maps must have the shape \(2, 4, 6\) of the images, got \(2, 4, 4\)"
+    ):
+        ImageHeatmapDisplay.from_predictions(images, np.zeros((2, 4, 4)))
+    with pytest.raises(ValueError, match="maps must be finite, and 48 values are not"):
+        ImageHeatmapDisplay.from_predictions(images, np.full((2, 4, 6), np.nan))
+    with pytest.raises(ValueError, match="scores must be one for each of 2 images, got 1"):
+        ImageHeatmapDisplay.from_predictions(images, np.zeros((2, 4, 6)), scores=[1.0])
+    with pytest.raises(ValueError, match="n_columns must be a positive integer, got 0"):
+        ImageHeatmapDisplay.from_predictions(images, np.zeros((2, 4, 6)), n_columns=0)
+
+
 def test_wrong_labels_and_scores_are_refused(fitted, X):
     with pytest.raises(ValueError, match=r"y must hold 200 labels.*values \[0\]"):
         ScoreHistogramDisplay.from_estimator(fitted, X, np.zeros(200, dtype=int))
@@ -242,21 +383,26 @@ def test_wrong_labels_and_scores_are_refused(fitted, X):
 
 
 @pytest.mark.parametrize("name", inspection.__all__)
-def test_every_display_draws_on_light_and_dark(name, fitted, X, tiny, plane, labelled):
+def test_every_display_draws_on_light_and_dark(name, fitted, X, tiny, plane, labelled, image_detector):
     """Neutral lines take the colour of the text, so that none vanishes in the background."""
     import matplotlib.pyplot as plt
 
     rows, y = labelled
+    image_pipeline, digits = image_detector
     vae = VAEDetector(max_iter=10, hidden_features=8, random_state=0, device="cpu")
     draw = {
         "DetectionCurveDisplay": lambda: DetectionCurveDisplay.from_estimator(fitted, rows, y, n_resamples=5),
         "FeatureContributionsDisplay": lambda: FeatureContributionsDisplay.from_estimator(fitted, X),
+        "ImageHeatmapDisplay": lambda: ImageHeatmapDisplay.from_estimator(
+            image_pipeline, digits[:2], masks=digits[:2] > 200
+        ),
         "LandscapeDisplay": lambda: LandscapeDisplay.from_estimator(tiny().fit(plane), plane, resolution=8),
         "LatentSpaceDisplay": lambda: LatentSpaceDisplay.from_estimator(vae.fit(X), X),
         "LossCurveDisplay": lambda: LossCurveDisplay.from_estimator(fitted),
         "PValueDisplay": lambda: PValueDisplay.from_predictions(np.linspace(0.01, 1, 100)),
         "SamplesDisplay": lambda: SamplesDisplay.from_estimator(fitted, X, n_samples=20),
         "ScoreHistogramDisplay": lambda: ScoreHistogramDisplay.from_estimator(fitted, rows, y),
+        "TopAnomaliesDisplay": lambda: TopAnomaliesDisplay.from_estimator(fitted, rows, y, n_top=3),
     }[name]
     for style in ("default", "dark_background"):
         with plt.style.context(style):
@@ -265,5 +411,8 @@ def test_every_display_draws_on_light_and_dark(name, fitted, X, tiny, plane, lab
             background = matplotlib.colors.to_rgb(display.figure_.get_facecolor())
             for ax in display.figure_.axes:
                 assert ax.get_xlabel() or ax.get_ylabel() or ax is not display.ax_ or not ax.axison
+                texts = [cell.get_text() for table in ax.tables for cell in table.get_celld().values()]
+                for text in [*ax.texts, *texts]:
+                    assert matplotlib.colors.to_rgb(text.get_color()) != background
                 for line in ax.lines:
                     assert matplotlib.colors.to_rgb(line.get_color()) != background
