@@ -434,8 +434,9 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     def energy(self, X: Any) -> npt.NDArray[np.float64]:
         """Energy of rows, E(x) = -log p(x) up to a constant, whatever the detector's anomaly.
 
-        For a flow it is minus the exact log-likelihood, for a variational autoencoder minus the evidence lower bound.
-        The energies of different families are on one scale and compose, see `ComposedDetector`.
+        For a flow it is minus the exact log-likelihood, for a variational autoencoder minus the evidence lower bound,
+        and for a diffusion model minus its variational bound in a few steps, which is the roughest of them. The
+        energies of different families are on one scale and compose, see `ComposedDetector`.
 
         Parameters
         ----------

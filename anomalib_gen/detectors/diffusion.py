@@ -108,9 +108,10 @@ class DiffusionDetector(GenerativeDetector):
         The network. "convolutional", for images only, is a residual U-Net with attention, with an eighth of
         `hidden_features` as channels at its finest level; "auto" takes it for images, and "residual" for tables.
         "energy" is the same with a scalar output (`ConvNet` for images) whose gradient is the score: the model is then
-        an energy, too (see `energy`). A callable ``factory(n_inputs, n_outputs, context_features)`` returns a
-        `torch.nn.Module` with ``forward(x, context) -> (B, n_outputs)``; for images both numbers are shapes. A hybrid's
-        has two inputs a column.
+        an energy, too, ``model_.model.energy(x, level)`` at every noise level, for standardised rows. A callable
+        ``factory(n_inputs, n_outputs, context_features)`` returns a `torch.nn.Module` with
+        ``forward(x, context) -> (B, n_outputs)``; for images both numbers are shapes. A hybrid's has two inputs a
+        column.
     parametrization : {"edm", "v", "eps", "x0"}, default="edm"
         What the network predicts; see `anomalib_gen.models.NetworkDenoiser`. For ``denoiser="network"`` alone, and not
         for ``network="energy"``.
