@@ -17,8 +17,9 @@ sys.path.insert(0, str(HERE / "_ext"))
 # Pages are made by one process: threads of the libraries under torch would only stand in its way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import anomalib_gen  # noqa: E402
 import pages  # noqa: E402
+
+import anomalib_gen  # noqa: E402
 
 pages.write_pages()
 

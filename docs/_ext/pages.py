@@ -156,9 +156,9 @@ def write_api(folder: Path) -> None:
     index = [
         *_heading("API reference", "="),
         "A name is public if it stands in the ``__all__`` of a module without an underscore in its path, or, in a",
-        "module without ``__all__``, if it is a class or function defined there. Everything that is public is here, and",
-        "nothing else is promised to stay. Classes and functions end with the opening of their module, which is where",
-        "the mathematics of a method is written down.",
+        "module without ``__all__``, if it is a class or function defined there. Everything that is public is here,",
+        "and nothing else is promised to stay. Classes and functions end with the opening of their module, which is",
+        "where the mathematics of a method is written down.",
         "",
         ".. toctree::",
         "   :maxdepth: 1",
