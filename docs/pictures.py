@@ -10,9 +10,19 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-from sklearn.datasets import make_moons
+import pandas as pd
+from sklearn.datasets import load_breast_cancer, make_moons
 
 from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
+from anomalib_gen.calibration import SplitConformalDetector
+from anomalib_gen.inspection import (
+    DetectionCurveDisplay,
+    FeatureContributionsDisplay,
+    LandscapeDisplay,
+    LossCurveDisplay,
+    PValueDisplay,
+    ScoreHistogramDisplay,
+)
 
 FOLDER = Path(__file__).parent / "_static"
 INK = "#7A7A7A"  # of text: as far from white as from the dark of GitHub's and the site's pages
@@ -66,10 +76,42 @@ def draw_families(path: Path) -> None:
         print(
             name, found.sum(), "found;", f"{(detector.predict(normal) == -1).mean():.3f} of the rows flagged"
         )
-    FOLDER.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110, transparent=True, pil_kwargs={"optimize": True})
     plt.close(figure)
 
 
+def draw_displays(path: Path) -> None:
+    """Draw six displays of one detector."""
+    X, y = load_breast_cancer(return_X_y=True, as_frame=True)
+    benign, malignant = X[y == 1], X[y == 0]
+    train, rows = benign[:250], pd.concat([benign[250:], malignant])
+    labels = np.where(np.arange(len(rows)) < len(benign) - 250, 1, -1)
+    flow = FlowDetector(transform="realnvp", random_state=0).fit(train)
+    conformal = SplitConformalDetector(flow, random_state=0).fit(train)
+    pair = ["mean radius", "mean texture"]
+    plane = FlowDetector(random_state=0).fit(train[pair])
+    grey = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+    )
+    mpl.rcParams.update({"font.size": 9, "axes.facecolor": "none", **grey})
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    histogram, curve, p_values, landscape, loss, contributions = axes.ravel()
+    ScoreHistogramDisplay.from_estimator(flow, rows, labels, ax=histogram)
+    DetectionCurveDisplay.from_estimator(flow, rows, labels, ax=curve)
+    PValueDisplay.from_estimator(conformal, benign[250:], ax=p_values)
+    LandscapeDisplay.from_estimator(plane, rows[pair], labels, resolution=80, ax=landscape)
+    LossCurveDisplay.from_estimator(flow, ax=loss)
+    FeatureContributionsDisplay.from_estimator(
+        flow, malignant[:1], background=train, max_columns=6, ax=contributions
+    )
+    # (Six narrow axes side by side: long words are broken.)
+    histogram.set_xlabel(histogram.get_xlabel().replace(" (", "\n(").replace("; ", ";\n"))
+    p_values.set_title("split-conformal p-values")
+    figure.savefig(path, dpi=90, transparent=True, pil_kwargs={"optimize": True})
+    plt.close(figure)
+
+
 if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
     draw_families(FOLDER / "families.png")
+    draw_displays(FOLDER / "displays.png")
