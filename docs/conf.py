@@ -53,6 +53,7 @@ numpydoc_show_inherited_class_members = False
 numpydoc_class_members_toctree = False
 numpydoc_attributes_as_param_list = True
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 default_role = "py:obj"
 nitpicky = True
 # `single backticks` in docstrings may be parameters or names of other libraries; `_resolve` decides.
@@ -70,7 +71,7 @@ html_theme_options = {
     "logo": {"text": "anomalib_gen"},
     "navbar_align": "left",
     "navbar_end": ["theme-switcher"],
-    "header_links_before_dropdown": 7,
+    "header_links_before_dropdown": 5,
     "show_toc_level": 2,
     "navigation_with_keys": False,
     "secondary_sidebar_items": ["page-toc"],
@@ -79,7 +80,9 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
-html_sidebars = {"index": [], "faq": [], "glossary": [], "references": []}
+# Pages without pages below them have nothing to show at the side.
+_ALONE = ("index", "getting_started", "choosing", "benchmark", "extending", "faq", "glossary", "references")
+html_sidebars = {name: [] for name in _ALONE}
 copybutton_exclude = ".linenos, .gp, .go"
 linkcheck_anchors = False
 linkcheck_timeout = 20
@@ -168,9 +171,11 @@ def _escape_shapes(app: Any, what: str, name: str, value: Any, options: Any, lin
 
 
 def _leave_docs(app: Any, docname: str, source: list[str]) -> None:
-    """Links out of the folder of documents, right in the repository, lead to the site's copies."""
-    source[0] = re.sub(r"\]\(\.\./benchmarks/results/([^)]+\.md)\)", r"](results/\1)", source[0])
-    source[0] = re.sub(r"\[([^\]]*)\]\(\.\./[^)]*\)", r"\1", source[0])
+    """Links out of the folder of documents, right in the repository, lead to the site's copies or become text."""
+    inner = "../" * docname.count("/")
+    outer = re.escape(inner + "../")
+    source[0] = re.sub(rf"\]\({outer}benchmarks/results/([^)]+\.md)\)", rf"]({inner}results/\1)", source[0])
+    source[0] = re.sub(rf"\[([^\]]*)\]\({outer}[^)]*\)", r"\1", source[0])
 
 
 def setup(app: Any) -> None:

@@ -7,6 +7,7 @@ draw MathML by themselves, and docutils, on which Sphinx rests, turns LaTeX into
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from docutils import nodes
@@ -14,10 +15,16 @@ from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.errors import ExtensionError
 
+# Browsers set no space after the name of a function; TeX does, but not before a bracket.
+_FUNCTION = re.compile(r"<mo>&ApplyFunction;</mo>(\s*<mo[^>]*>[(\[{])?")
+
 
 def _mathml(node: nodes.Element, *, block: bool) -> str:
     try:
-        return str(tex2mathml(node.astext(), as_block=block))
+        return _FUNCTION.sub(
+            lambda match: match[1] or '<mspace width="0.17em"></mspace>',
+            str(tex2mathml(node.astext(), as_block=block)),
+        )
     except (MathError, SyntaxError) as error:
         raise ExtensionError(f"{node.source}: {node.astext()!r} cannot become MathML: {error}") from error
 
