@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import pkgutil
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -89,6 +91,37 @@ def _literal(text: str) -> list[str]:
     return [".. code-block:: text", "", *(f"   {line}".rstrip() for line in text.splitlines()), ""]
 
 
+def _prose(text: str) -> list[str]:
+    """The opening of a module as reStructuredText: paragraphs and lists, with indented formulas as they stand.
+
+    Openings are written for people who read the file, so whatever might be markup is taken for what it says, but for
+    ``code`` and single *words*; those that are reStructuredText say so by a role.
+    """
+    if ":math:`" in text:
+        return [*text.splitlines(), ""]
+    lines: list[str] = []
+    for block in re.split(r"\n\s*\n", text.strip("\n")):
+        rows = block.splitlines()
+        # A formula may follow its sentence, or be followed by one, without a blank line between them.
+        for indented, group in itertools.groupby(rows, lambda row: row.startswith("    ") or not row.strip()):
+            part = list(group)
+            if indented:
+                lines += [".. code-block:: text", "", *(f"   {row}".rstrip() for row in part), ""]
+            else:
+                # (The rest of a list's item after a formula is indented, and stands by itself here.)
+                rest = list(itertools.takewhile(lambda row: row.startswith(" "), part))
+                lines += [*map(_escape, textwrap.dedent("\n".join(rest)).splitlines()), ""]
+                lines += [*map(_escape, part[len(rest) :]), ""]
+    return lines
+
+
+def _escape(line: str) -> str:
+    start = "- " if line.startswith("- ") else ""
+    parts = re.split(r"(``[^`]+``|`[\w.]+`|(?<![\w*])\*[A-Za-z][\w -]*\*(?![\w*]))", line.removeprefix("- "))
+    escaped = [part if k % 2 else re.sub(r"[\\*`|_]", r"\\\g<0>", part) for k, part in enumerate(parts)]
+    return start + "".join(escaped)
+
+
 def _object_page(full: str, value: Any) -> str:
     kind = {"Classes": "class", "Functions": "function", "Exceptions": "exception"}[group_of(value)]
     lines = [*_heading(full.rpartition(".")[2], "="), f".. auto{kind}:: {full}", ""]
@@ -96,7 +129,7 @@ def _object_page(full: str, value: Any) -> str:
         lines[-1:] = ["   :members:", "   :inherited-members:", ""]
     text = opening(value)
     if text and value.__module__.startswith(PACKAGE):
-        lines += [f".. rubric:: From the head of ``{value.__module__}``", "", *_literal(text)]
+        lines += [f".. rubric:: The opening of {value.__module__}", "", *_prose(text)]
     return "\n".join(lines)
 
 
@@ -129,8 +162,7 @@ def write_api(folder: Path) -> None:
         lines = [*_heading(module_name, "="), f".. module:: {module_name}", ""]
         summary, _, rest = (inspect.getdoc(module) or "").partition("\n\n")
         lines += [" ".join(summary.split()).replace("`", "``").replace("````", "``"), ""]
-        if rest:
-            lines += _literal(rest)
+        lines += _prose(rest)
         pages = []
         for group, names in groups.items():
             if not names:
@@ -215,7 +247,8 @@ def write_results(folder: Path) -> None:
     for page in pages:
         text = re.sub(r"\[([^\]]*)\]\(([^)]*)\)", link, page.read_text(encoding="utf-8"))
         if not text.startswith("# "):
-            text = f"# {page.stem.replace('-', ' ').capitalize()}\n\n{text}"
+            words = page.stem.replace("-", " ").capitalize()
+            text = f"# {words.replace('Ebm', 'EBM').replace('Vae', 'VAE')}\n\n{text}"
         # Some files have several headings of the first order, or begin their sections at the second.
         first, _, rest = text.partition("\n")
         _write(folder / page.name, first + "\n" + re.sub(r"^# ", "## ", rest, flags=re.MULTILINE))

@@ -147,7 +147,9 @@ def test_every_command_is_listed(pages, tmp_path):
 
 
 def test_formulas_become_mathml():
-    converter = pytest.importorskip("docutils.utils.math.latex2mathml", reason="the docs extra is not installed")
+    converter = pytest.importorskip(
+        "docutils.utils.math.latex2mathml", reason="the docs extra is not installed"
+    )
     formulas = []
     for path in GUIDES:
         text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
