@@ -94,7 +94,7 @@ def draw_displays(path: Path) -> None:
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
     )
     mpl.rcParams.update({"font.size": 9, "axes.facecolor": "none", **grey})
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    figure, axes = plt.subplots(3, 2, figsize=(11, 13), layout="constrained")
     histogram, curve, p_values, landscape, loss, contributions = axes.ravel()
     ScoreHistogramDisplay.from_estimator(flow, rows, labels, ax=histogram)
     DetectionCurveDisplay.from_estimator(flow, rows, labels, ax=curve)
@@ -104,7 +104,7 @@ def draw_displays(path: Path) -> None:
     FeatureContributionsDisplay.from_estimator(
         flow, malignant[:1], background=train, max_columns=6, ax=contributions
     )
-    # (Six narrow axes side by side: long words are broken.)
+    # (Narrow axes side by side: long words are broken.)
     histogram.set_xlabel(histogram.get_xlabel().replace(" (", "\n(").replace("; ", ";\n"))
     p_values.set_title("split-conformal p-values")
     figure.savefig(path, dpi=90, transparent=True, pil_kwargs={"optimize": True})

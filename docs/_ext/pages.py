@@ -227,7 +227,7 @@ def write_commands(path: Path) -> None:
         "",
     ]
     for words in walk(get_command(app), ()):
-        result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"})
+        result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "84", "TERMINAL_WIDTH": "84"})
         text = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
         lines += [*_heading(" ".join(["anomalib-gen", *words]), "-"), *_literal(text.strip("\n"))]
     _write(path, "\n".join(lines))
