@@ -146,6 +146,51 @@ def test_every_command_is_listed(pages, tmp_path):
     assert "\x1b" not in text
 
 
+def test_openings_say_what_they_said(pages):
+    text = "A path, x_t = |y|:\n\n    a * b\n\n- *Tails.* As ``c``, `d`\n  and _e.\n\n  The rest* of it."
+    assert [line for line in pages._prose(text) if line] == [
+        "A path, x\\_t = \\|y\\|:",
+        ".. code-block:: text",
+        "       a * b",
+        "- *Tails.* As ``c``, `d`",
+        "  and \\_e.",
+        "The rest\\* of it.",
+    ]
+
+
+def test_links_of_results_lead_to_results_alone(pages, monkeypatch, tmp_path):
+    results = tmp_path / "recorded"
+    results.mkdir()
+    (results / "one.md").write_text(
+        "## Part\n\n[two](two.md#x), [data](one.csv), [out](https://example.org)\n"
+    )
+    (results / "two.md").write_text("# Two\n\n# Three\n")
+    monkeypatch.setattr(pages, "RESULTS", results)
+    pages.write_results(tmp_path / "site")
+    assert "[two](two.md#x), data, [out](https://example.org)" in (tmp_path / "site" / "one.md").read_text()
+    assert (tmp_path / "site" / "one.md").read_text().startswith("# One\n")
+    assert (tmp_path / "site" / "two.md").read_text() == "# Two\n\n## Three\n"
+
+
+@pytest.fixture(scope="module")
+def mathml():
+    pytest.importorskip("sphinx", reason="the docs extra is not installed")
+    sys.path.insert(0, str(DOCS / "_ext"))
+    try:
+        yield importlib.import_module("mathml")
+    finally:
+        sys.path.remove(str(DOCS / "_ext"))
+
+
+def test_functions_are_set_apart_from_letters_and_not_from_brackets(mathml):
+    from docutils import nodes
+
+    assert "<mspace" in mathml._mathml(nodes.math(r"\log p", r"\log p"), block=False)
+    assert "<mspace" not in mathml._mathml(nodes.math(r"\log(p)", r"\log(p)"), block=False)
+    with pytest.raises(Exception, match="cannot become MathML"):
+        mathml._mathml(nodes.math(r"\no", r"\nosuchcommand"), block=False)
+
+
 def test_formulas_become_mathml():
     converter = pytest.importorskip(
         "docutils.utils.math.latex2mathml", reason="the docs extra is not installed"
