@@ -117,7 +117,7 @@ def _prose(text: str) -> list[str]:
 
 def _escape(line: str) -> str:
     start = "- " if line.startswith("- ") else ""
-    parts = re.split(r"(``[^`]+``|`[\w.]+`|(?<![\w*])\*[A-Za-z][\w -]*\*(?![\w*]))", line.removeprefix("- "))
+    parts = re.split(r"(``[^`]+``|`[\w.]+`|(?<![\w*])\*[A-Za-z][\w .,'-]*\*(?![\w*]))", line.removeprefix("- "))
     escaped = [part if k % 2 else re.sub(r"[\\*`|_]", r"\\\g<0>", part) for k, part in enumerate(parts)]
     return start + "".join(escaped)
 
