@@ -40,6 +40,7 @@ extensions = [
 ]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]  # recorded results skip levels of headings
 exclude_patterns = ["_build", "examples"]
 templates_path = []
 

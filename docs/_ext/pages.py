@@ -142,6 +142,8 @@ def _constant(full: str, value: Any) -> list[str]:
         return [*lines, *rows, ""]
     if isinstance(value, Mapping):
         return [*lines, "   Keys: " + ", ".join(f'``"{key}"``' for key in value) + ".", ""]
+    if isinstance(value, tuple) and value and all(hasattr(item, "name") for item in value):
+        return [*lines, "   " + ", ".join(f"``{item.name}``" for item in value) + ".", ""]
     return [*lines, f"   ``{value!r}``", ""]
 
 
