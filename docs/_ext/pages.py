@@ -117,7 +117,13 @@ def _prose(text: str) -> list[str]:
 
 def _escape(line: str) -> str:
     start = "- " if line.startswith("- ") else ""
-    parts = re.split(r"(``[^`]+``|`[\w.]+`|(?<![\w*])\*[A-Za-z][\w .,'-]*\*(?![\w*]))", line.removeprefix("- "))
+    parts = re.split(
+        r"(``[^`]+``|`[^`]+`|(?<![\w*])\*[A-Za-z][\w .,'-]*\*(?![\w*]))", line.removeprefix("- ")
+    )
+    # (What stands between single backticks is a name, or else code.)
+    parts = [
+        re.sub(r"^`([^`]*[^\w.`][^`]*)`$", r"``\1``", part) if k % 2 else part for k, part in enumerate(parts)
+    ]
     escaped = [part if k % 2 else re.sub(r"[\\*`|_]", r"\\\g<0>", part) for k, part in enumerate(parts)]
     return start + "".join(escaped)
 
@@ -163,7 +169,7 @@ def write_api(folder: Path) -> None:
             groups[group_of(getattr(module, name))].append(f"{module_name}.{name}")
         lines = [*_heading(module_name, "="), f".. module:: {module_name}", ""]
         summary, _, rest = (inspect.getdoc(module) or "").partition("\n\n")
-        lines += [" ".join(summary.split()).replace("`", "``").replace("````", "``"), ""]
+        lines += [_escape(" ".join(summary.split())), ""]
         lines += _prose(rest)
         pages = []
         for group, names in groups.items():
@@ -186,7 +192,9 @@ def write_api(folder: Path) -> None:
         path = folder / f"{module_name}.rst"
         _write(path, "\n".join(lines))
         written.add(path)
-        entries.append((module_name, " ".join(summary.split())))
+        entries.append(
+            (module_name, _escape(" ".join(summary.split()).partition(". ")[0].rstrip(".:") + "."))
+        )
     index = [
         *_heading("API reference", "="),
         "A name is public if it stands in the ``__all__`` of a module without an underscore in its path, or, in a",
@@ -194,8 +202,12 @@ def write_api(folder: Path) -> None:
         "and nothing else is promised to stay. Classes and functions end with the opening of their module, which is",
         "where the mathematics of a method is written down.",
         "",
+        *(line for name, summary in entries for line in (f":doc:`{name} <{name}>`", f"   {summary}")),
+        ":doc:`commands`",
+        "   The help of every command.",
+        "",
         ".. toctree::",
-        "   :maxdepth: 1",
+        "   :hidden:",
         "",
         *(f"   {name}" for name, _ in entries),
         "   commands",
