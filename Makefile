@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test notebooks lint types clean
+.PHONY: setup demo test notebooks lint types docs linkcheck clean
 
 setup: $(STAMP)
 
@@ -12,7 +12,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmark,scoring,notebooks,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[benchmark,scoring,notebooks,dev,docs]'
 	@touch $(STAMP)
 
 demo: setup
@@ -34,5 +34,14 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# Strict: a reference that leads nowhere, or a docstring that does not render, is an error.
+docs: setup
+	$(BIN)/python -m sphinx -b html -W --keep-going -n -q docs docs/_build/html
+	@echo "The site is docs/_build/html/index.html"
+
+# Lists links to other sites that do not answer; needs a network, and is for people to read.
+linkcheck: setup
+	$(BIN)/python -m sphinx -b linkcheck -q docs docs/_build/linkcheck
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist docs/_build docs/api docs/results

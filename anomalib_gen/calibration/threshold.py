@@ -142,7 +142,7 @@ class TailProbability(ThresholdRule):
         The probability; it may be far below one by the number of held-out rows, at the risk of extrapolation.
     tail_fraction : float, default=0.1
         Share of the held-out rows that make the tail. Judge it by
-        `anomalib_gen.calibration.tail_stability(-scores)` and ``tail_.goodness_of_fit()``.
+        ``anomalib_gen.calibration.tail_stability(-scores)`` and ``tail_.goodness_of_fit()``.
 
     Attributes
     ----------

@@ -185,7 +185,7 @@ def make_anomalies(
     ----------
     .. [1] Han, Hu, Huang, Jiang, Zhao. "ADBench: Anomaly Detection Benchmark", NeurIPS 2022, Section 3.3.
     .. [2] Steinbuss, Böhm. "Benchmarking Unsupervised Outlier Detection with Realistic Synthetic Data", ACM
-    TKDD 2021.
+       TKDD 2021.
 
     Examples
     --------

@@ -65,7 +65,7 @@ class GaussianEnergy(ClosedFormEnergy):
         return 0.5 * ((x - self.mean) @ self.precision_factor.tril()).square().sum(1)
 
     def log_partition(self) -> torch.Tensor:
-        """D/2 log 2 pi - log |det L|."""
+        """``D/2 log 2 pi - log |det L|``."""
         log_det = self.precision_factor.diagonal().abs().log().sum()
         return 0.5 * len(self.mean) * math.log(2 * math.pi) - log_det
 
@@ -241,8 +241,8 @@ class BinaryRBM(_RestrictedBoltzmannMachine):
 class GaussianBernoulliRBM(_RestrictedBoltzmannMachine):
     """Restricted Boltzmann machine of real visible and binary hidden units.
 
-    E(v, h) = |(v - b) / s|^2 / 2 - c^T h - (v / s^2)^T W h, so v given h is normal with mean b + W h and deviations s
-    (the form of Cho et al. 2011, doi:10.1007/978-3-642-21735-7_2): a mixture of 2^n_hidden normals.
+    ``E(v, h) = |(v - b) / s|^2 / 2 - c^T h - (v / s^2)^T W h``, so v given h is normal with mean b + W h and
+    deviations s (the form of Cho et al. 2011, doi:10.1007/978-3-642-21735-7_2): a mixture of 2^n_hidden normals.
 
     Parameters
     ----------

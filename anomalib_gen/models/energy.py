@@ -51,14 +51,14 @@ def noised_spread(spread: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 class TailedNormal(nn.Module):
-    """The base of equation 2: a normal within five deviations and one of log |x| beyond.
+    """The base of equation 2: a normal within five deviations and one of ``log |x|`` beyond.
 
     Parameters
     ----------
     spread : Tensor of shape E
         Standard deviation of each column, or pixel.
     tail_start : float, default=5.0
-        Where the tails of |x| / spread begin; infinity for a plain normal.
+        Where the tails of ``|x| / spread`` begin; infinity for a plain normal.
     """
 
     spread: torch.Tensor

@@ -99,7 +99,7 @@ def ode_log_prob(
         ``(B, *E)``, of about unit variance.
     levels : tuple of float
         Smallest and largest level. At the largest the data must be lost in the noise: what is left of them is an error
-        that is not estimated, of about |mean| / s_max and |variance - 1| / s_max^2 nats.
+        that is not estimated, of about ``|mean| / s_max`` and ``|variance - 1| / s_max^2`` nats.
     n_steps : int, default=50
         Steps, evenly spaced in log s. Even if the error is estimated.
     method : {"euler", "heun", "rk4"}, default="rk4"

@@ -129,7 +129,8 @@ class ContrastiveDivergence(Component):
     def validate(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss by which training is judged, ``(B,)``.
 
-        Denoising score matching, 1/2 |sigma s(x + sigma e) + e|^2 summed over the columns and averaged over e and -e.
+        Denoising score matching, ``1/2 |sigma s(x + sigma e) + e|^2`` summed over the columns and averaged over e
+        and -e.
         Where chains are by Gibbs sampling, rows may be discrete and have no score: a model that offers
         ``pseudo_log_likelihood(x) -> (B,)`` (Besag 1975, doi:10.2307/2987782) is then judged by minus that.
         """

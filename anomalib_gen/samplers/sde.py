@@ -425,9 +425,9 @@ def predictor_corrector(
 ) -> tuple[torch.Tensor, SamplerInfo]:
     """A reverse step, then Langevin steps that mend what it left, at each time.
 
-    A Langevin step is x' = x + h score + sqrt(2 h) e. The paper chooses h = 2 (r |e| / |score|)^2 with norms averaged
-    over the batch, which couples its rows; here they are those of noise alone, |e| = sqrt(D) and |score| =
-    sqrt(D) / sigma, so that h = 2 r^2 sigma^2.
+    A Langevin step is x' = x + h score + sqrt(2 h) e. The paper chooses ``h = 2 (r |e| / |score|)^2`` with norms
+    averaged over the batch, which couples its rows; here they are those of noise alone, ``|e| = sqrt(D)`` and
+    ``|score| = sqrt(D) / sigma``, so that h = 2 r^2 sigma^2.
 
     Parameters
     ----------
