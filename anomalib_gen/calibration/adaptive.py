@@ -6,7 +6,7 @@ AdaDetect (Marandon et al. 2024) cuts the normal rows into Y_1 and Y_2 and fits 
     Y_1    from    Y_2 and the batch together.
 
 Among the latter it cannot favour normal rows of the batch over those of Y_2, because nothing tells it which is which;
-so their scores are exchangeable, and p-values against those of Y_2 (calibration.conformal) are valid. Anomalies stand
+so their scores are exchangeable, and p-values against those of Y_2 (calibration.p_values) are valid. Anomalies stand
 out the more, the more of them share a direction. Benjamini and Hochberg's procedure on these p-values keeps the
 false-discovery rate.
 """
@@ -21,7 +21,7 @@ from sklearn.utils import _safe_indexing, check_random_state
 from sklearn.utils.validation import _num_samples
 
 from anomalib_gen.calibration._wrapped import seeded_clone
-from anomalib_gen.calibration.conformal import conformal_p_values
+from anomalib_gen.calibration.p_values import conformal_p_values
 
 
 def adaptive_p_values(

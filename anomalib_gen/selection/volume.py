@@ -15,7 +15,7 @@ volumes are shares of the box. Then
 
     MV_s(1 - epsilon) = P(p(X') > epsilon),        int_0^1 MV_s(alpha) d alpha = P(s(X') >= s(X)) = E p(X'),      (3)
 
-where p is the split-conformal p-value (calibration.conformal) up to 1 / (n + 1): (1) at a level is the volume of the
+where p is the split-conformal p-value (calibration.p_values) up to 1 / (n + 1): (1) at a level is the volume of the
 conformal prediction set, its *efficiency*, and the whole area is the mean p-value of uniform points.
 
 In many columns the box is empty: no point falls near the rows, and every detector that knows where they are has volume

@@ -175,6 +175,7 @@ def test_import_is_light_and_changes_nothing_global():
         "calibration.extremes",
         "calibration.false_discovery",
         "calibration.online",
+        "calibration.p_values",
         "calibration.threshold",
         "calibration.typicality",
         "explain.contributions",
