@@ -16,6 +16,7 @@ import numpy.typing as npt
 from sklearn.frozen import FrozenEstimator
 
 from anomalib_gen._component import Component
+from anomalib_gen._inputs import as_pandas
 from anomalib_gen.calibration._wrapped import score_rows, seeded_clone
 
 
@@ -70,13 +71,9 @@ def as_table(X: Any, needs: str) -> Any:
     ValueError
         If X is no table; `needs` begins the message.
     """
+    X = as_pandas(X)
     if hasattr(X, "iloc"):
         return X
-    if hasattr(X, "column_names") or hasattr(X, "columns"):  # pyarrow, polars
-        import pandas as pd
-
-        names = X.column_names if hasattr(X, "column_names") else X.columns
-        return pd.DataFrame({name: np.asarray(X[name]) for name in names})
     X = np.asarray(X)
     if X.ndim != 2:
         raise ValueError(f"{needs} needs a table of shape (n_samples, n_features), got shape {X.shape}.")
