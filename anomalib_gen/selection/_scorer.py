@@ -81,11 +81,8 @@ def as_table(X: Any, needs: str) -> Any:
 
 
 def column_of(X: Any, j: int) -> npt.NDArray[Any]:
-    """Values of a column ``(n,)``; numbers as float64, anything else as it is."""
-    values = np.asarray(X.iloc[:, j] if hasattr(X, "iloc") else X[:, j])
-    if values.dtype.kind in "bOUS":
-        return values
-    return values.astype(np.float64) if values.dtype.kind in "iuf" else values
+    """Values of a column ``(n,)``."""
+    return np.asarray(X.iloc[:, j] if hasattr(X, "iloc") else X[:, j])
 
 
 def varies(values: npt.NDArray[Any]) -> bool:
@@ -94,11 +91,19 @@ def varies(values: npt.NDArray[Any]) -> bool:
 
 
 def draw_uniform(values: npt.NDArray[Any], n: int, random: np.random.RandomState) -> npt.NDArray[Any]:
-    """Draws from the uniform distribution over a column's range, or over its categories."""
+    """Draws from the uniform distribution over a column's range, or over its categories.
+
+    A column of whole numbers may hold counts or codes: draws are rounded to the nearest of its values.
+    """
+    if values.dtype.kind not in "iuf":
+        return random.choice(_distinct(values), size=n)
+    low, high = np.nanmin(values).astype(np.float64), np.nanmax(values).astype(np.float64)
+    drawn = low + (high - low) * random.uniform(size=n)
     if values.dtype.kind == "f":
-        low, high = np.nanmin(values), np.nanmax(values)
-        return low + (high - low) * random.uniform(size=n)
-    return random.choice(_distinct(values), size=n)
+        return drawn
+    known = np.unique(values)
+    middles = (known[:-1].astype(np.float64) + known[1:]) / 2
+    return known[np.searchsorted(middles, drawn)]
 
 
 def _distinct(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -115,7 +120,6 @@ def with_columns(X: Any, columns: Sequence[npt.NDArray[Any]]) -> Any:
     import pandas as pd
 
     made = pd.DataFrame(dict(enumerate(columns)))
-    kinds = {j: kind for j, kind in enumerate(X.dtypes) if column_of(X, j).dtype.kind != "f"}
-    made = made.astype(kinds)
+    made = made.astype(dict(enumerate(X.dtypes)))
     made.columns = X.columns
     return made

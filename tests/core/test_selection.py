@@ -5,6 +5,7 @@ import pandas as pd
 import polars as pl
 import pytest
 from scipy import integrate, stats
+from sklearn import config_context
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.compose import make_column_transformer
 from sklearn.covariance import EllipticEnvelope
@@ -367,6 +368,8 @@ def test_searches_take_them_and_repeat():
             search.cv_results_["mean_test_score"], again.cv_results_["mean_test_score"]
         )
         assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    with config_context(enable_metadata_routing=True):
+        cross_validate(IsolationForest(random_state=0), X, scoring=SCORERS[0], cv=2, error_score="raise")
     together = {f"{k}": scorer for k, scorer in enumerate(SCORERS)}
     found = cross_validate(IsolationForest(random_state=0), X, scoring=together, cv=2)
     assert sum(name.startswith("test_") for name in found) == len(SCORERS)
@@ -411,7 +414,7 @@ def mixed(n=300):
             "kind": kind,
             "level": pd.Categorical(kind),
             "flag": size > 1,
-            "count": np.arange(n) % 4,
+            "count": np.array([0, 1, 5])[np.arange(n) % 3],
         }
     )
 
@@ -456,6 +459,10 @@ def test_reference_points_keep_to_the_range_of_each_column():
     )
     assert points["level"].dtype == frame["level"].dtype
     assert points["flag"].dtype == bool
+    # Whole numbers stay those that occur, each for the part of the range around it.
+    assert set(points["count"]) == {0, 1, 5}
+    assert points["count"].dtype == frame["count"].dtype
+    assert (points["count"] == 5).mean() == pytest.approx(2 / 5, abs=0.05)
     # Categories and flags count alike, however rare.
     assert points["flag"].mean() == pytest.approx(0.5, abs=0.05)
 
