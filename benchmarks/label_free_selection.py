@@ -18,7 +18,7 @@ Likelihood compares densities only, so all criteria are compared a second time o
 
 What this does not show: how the criteria fare if anomalies are among the training rows, and on tables of another kind.
 
-Run (half an hour; cells that are in the output are not computed again)::
+Run (ten minutes a seed; cells that are in the output are not computed again)::
 
     python benchmarks/label_free_selection.py --output benchmarks/results/label-free-selection.json
     python benchmarks/label_free_selection.py --quick              # seconds, without data; figures mean nothing
