@@ -10,8 +10,10 @@ it has not seen:
 - *Would it have ranked rows so, had it seen others?* `RankStability`; a reason to reject.
 - *Do the other candidates agree with it?* `model_centrality`, from the scores of all.
 
-None of them sees an anomaly. A criterion can tell a broken model from a sound one; which of two sound ones
-finds *your* anomalies depends on these. A few labelled anomalies, kept for validation, are worth more than all of this.
+None of them sees an anomaly. A criterion can tell a broken model from a sound one; which of two sound ones finds *your*
+anomalies depends on these. Ma et al. (2023, arXiv:2104.01422) found no such criterion better than a sound detector at
+its defaults, and so it is in this project's figures (``benchmarks/results/label-free-selection.md``). A few labelled
+anomalies, kept for validation, are the better judge.
 """
 
 from anomalib_gen.selection.likelihood import LogLikelihood

@@ -248,8 +248,8 @@ class MassVolume(_VolumeScorer):
     text, flags or categories counts each of its values as one unit of volume. Logarithms of columns change volumes,
     hence the choice, as they change a density's ranks.
 
-    Ma et al. ([2]_) found this criterion, over 297 models of eight kinds, no better than a choice at random; see the
-    figures of this project in ``benchmarks/results/label-free-selection.md`` before you rely on it.
+    Ma et al. ([2]_) found this criterion, over 297 models of eight kinds, no better than a choice at random, and the
+    figures of this project (``benchmarks/results/label-free-selection.md``) say no other.
 
     References
     ----------
