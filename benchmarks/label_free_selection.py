@@ -16,6 +16,8 @@ tables. Beside these, the rank correlation of the criterion with the AUROC over 
 
 Likelihood compares densities only, so all criteria are compared a second time on the candidates that are densities.
 
+Last, detectors that are broken on purpose: where would each criterion place them among the candidates?
+
 What this does not show: how the criteria fare if anomalies are among the training rows, and on tables of another kind.
 
 Run (ten minutes a seed; cells that are in the output are not computed again)::
@@ -37,6 +39,7 @@ import numpy as np
 import pandas as pd
 import typer
 from _measure import environment, markdown, save, show
+from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.ensemble import IsolationForest
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import KFold
@@ -94,58 +97,122 @@ CRITERIA: dict[str, Any] = {
     "replaced columns, marginal": ColumnReplacement(reference="marginal"),
     "stability": RankStability(n_fits=2),
 }
+
+
+class Noise(OutlierMixin, BaseEstimator):
+    """A broken detector: scores that have nothing to do with rows, though the same for the same row."""
+
+    def fit(self, X: np.ndarray, y: Any = None) -> Noise:
+        self.n_features_in_ = X.shape[1]
+        return self
+
+    def score_samples(self, X: np.ndarray) -> np.ndarray:
+        return np.sin(1e6 * X.sum(axis=1))
+
+
+class FirstColumn(Noise):
+    """A broken detector: it looks at one column alone."""
+
+    def score_samples(self, X: np.ndarray) -> np.ndarray:
+        return -np.abs(X[:, 0])
+
+
+class UpsideDown(KNNDistance):
+    """A broken detector: the distance to the nearest row with the wrong sign."""
+
+    def score_samples(self, X: np.ndarray) -> np.ndarray:
+        return -super().score_samples(X)
+
+
+class Shuffled(KNNDistance):
+    """A broken detector: each column of its training rows was shuffled by itself."""
+
+    def fit(self, X: np.ndarray, y: Any = None) -> Shuffled:
+        super().fit(np.random.default_rng(0).permuted(X, axis=0))
+        return self
+
+
+BROKEN: dict[str, Callable[[int], Any]] = {
+    "noise": lambda seed: Noise(),
+    "kNN (1), wrong sign": lambda seed: UpsideDown(n_neighbors=1),
+    "first column alone": lambda seed: FirstColumn(),
+    "kNN (1), columns shuffled": lambda seed: Shuffled(n_neighbors=1),
+}
 # The flow would be fitted for most of the run; nobody would do it for a choice.
 TOO_DEAR = {("flow (small)", "mass-volume, 3 columns")}
 CENTRALITY = "centrality"
 
 
-def measure(table: str, seed: int, quick: bool) -> dict[str, Any] | None:
-    """AUROC and criteria of every candidate on one table; None if it is left out."""
+def rows_of(table: str, seed: int, quick: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Training rows, test rows and their labels; None if the table is left out."""
     load = load_builtin if quick else load_adbench
     split = clean(*load(table, return_X_y=True), seed=seed)
     if len(split.X_train) < FEWEST_ROWS or split.X_train.shape[1] > MOST_COLUMNS:
         return None
     rows = 150 if quick else ROWS
-    X = split.X_train[:rows]
     # Normals come first.
     chosen = np.concatenate([np.flatnonzero(split.y_test == label)[:rows] for label in (1, -1)])
-    test, y = split.X_test[chosen], split.y_test[chosen]
-    found: dict[str, dict[str, float]] = {}
-    left_out: dict[str, np.ndarray] = {}
+    return split.X_train[:rows], split.X_test[chosen], split.y_test[chosen]
+
+
+def judge_detector(
+    name: str, make: Callable[[int], Any], seed: int, X: np.ndarray, test: np.ndarray, y: np.ndarray
+) -> tuple[dict[str, float], np.ndarray]:
+    """AUROC and criteria of a detector, and the ranks of the training rows within the folds that left them out."""
+    found = {"auroc": anomaly_metrics(y, score_rows(make(seed).fit(X), test))[0]}
+    parts: dict[str, list[float]] = {}
+    left_out = np.empty(len(X))
+    for train, held_out in KFold(FOLDS).split(X):
+        fitted = make(seed).fit(X[train])
+        # Folds have scores of different models: what compares are the ranks within.
+        left_out[held_out] = score_rows(fitted, X[held_out]).argsort().argsort() / len(held_out)
+        for criterion, scorer in CRITERIA.items():
+            if (criterion == "log-likelihood" and name not in DENSITIES) or (name, criterion) in TOO_DEAR:
+                continue
+            if getattr(scorer, "n_columns", None) and X.shape[1] <= scorer.n_columns:
+                scorer = CRITERIA["mass-volume"]
+            try:
+                parts.setdefault(criterion, []).append(scorer(fitted, X[held_out]))
+            except ValueError as error:
+                print(f"{name}, {criterion}: {str(error).splitlines()[0]}", flush=True)
+    found.update({c: float(np.mean(values)) for c, values in parts.items() if len(values) == FOLDS})
+    return found, left_out
+
+
+def measure(table: str, seed: int, quick: bool) -> dict[str, Any] | None:
+    """AUROC and criteria of every candidate on one table; None if it is left out."""
+    rows = rows_of(table, seed, quick)
+    if rows is None:
+        return None
     start = time.process_time()
-    for name, make in CANDIDATES.items():
-        found[name] = {"auroc": anomaly_metrics(y, score_rows(make(seed).fit(X), test))[0]}
-        parts: dict[str, list[float]] = {}
-        left_out[name] = np.empty(len(X))
-        for train, held_out in KFold(FOLDS).split(X):
-            fitted = make(seed).fit(X[train])
-            ranks = score_rows(fitted, X[held_out]).argsort().argsort()
-            # Folds have scores of different models: what compares are the ranks within.
-            left_out[name][held_out] = ranks / len(held_out)
-            for criterion, scorer in CRITERIA.items():
-                if (criterion == "log-likelihood" and name not in DENSITIES) or (name, criterion) in TOO_DEAR:
-                    continue
-                if getattr(scorer, "n_columns", None) and X.shape[1] <= scorer.n_columns:
-                    scorer = CRITERIA["mass-volume"]
-                try:
-                    parts.setdefault(criterion, []).append(scorer(fitted, X[held_out]))
-                except ValueError as error:
-                    print(f"{table}, {name}, {criterion}: {str(error).splitlines()[0]}", flush=True)
-        found[name].update({c: float(np.mean(values)) for c, values in parts.items() if len(values) == FOLDS})
+    judged = {name: judge_detector(name, make, seed, *rows) for name, make in CANDIDATES.items()}
+    found = {name: figures for name, (figures, _) in judged.items()}
     for names in (CANDIDATES, DENSITIES):
         key = CENTRALITY if names is CANDIDATES else f"{CENTRALITY}, densities"
-        for name, value in zip(names, model_centrality([left_out[n] for n in names]), strict=True):
+        for name, value in zip(names, model_centrality([judged[n][1] for n in names]), strict=True):
             found[name][key] = float(value)
+    broken = {name: judge_detector(name, make, seed, *rows)[0] for name, make in BROKEN.items()}
     took = time.process_time() - start
     print(f"{table}, seed {seed}: {took:.0f} s of CPU time", flush=True)
     return {
         "table": table,
         "seed": seed,
-        "columns": int(X.shape[1]),
-        "rows": len(X),
+        "columns": int(rows[0].shape[1]),
+        "rows": len(rows[0]),
         "cpu_seconds": round(took, 1),
         "candidates": found,
+        "broken": broken,
     }
+
+
+def passed(cells: list[dict[str, Any]], broken: str, criterion: str) -> float:
+    """Share of the candidates that a broken detector is placed above, ties counting half, in the mean over cells."""
+    shares = []
+    for cell in cells:
+        own = cell["broken"][broken][criterion]
+        others = np.array([c[criterion] for c in cell["candidates"].values() if criterion in c])
+        shares.append(np.mean((own > others) + 0.5 * (own == others)))
+    return float(np.mean(shares))
 
 
 def chosen_auroc(cell: dict[str, Any], names: list[str], criterion: str) -> float:
@@ -247,6 +314,20 @@ def report(judged: dict[str, Any], what: str) -> tuple[str, list[str], list[list
     )
 
 
+def report_broken(cells: list[dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
+    """Title, header and rows of the table of broken detectors."""
+    criteria = [criterion for criterion in CRITERIA if criterion != "log-likelihood"]
+    lines = []
+    for name in BROKEN:
+        auroc = 100 * float(np.mean([cell["broken"][name]["auroc"] for cell in cells]))
+        lines.append([name, f"{auroc:.1f}", *(f"{passed(cells, name, c):.0%}" for c in criteria)])
+    return (
+        f"Broken detectors: share of the {len(CANDIDATES)} candidates that each is placed above, {len(cells)} splits",
+        ["broken detector", "AUROC", *criteria],
+        lines,
+    )
+
+
 def main(
     table: Annotated[
         list[str] | None, typer.Option(help="ADBench tables; by default those on this machine.")
@@ -267,6 +348,7 @@ def main(
         "folds": FOLDS,
         "quick": quick,
         "candidates": list(CANDIDATES),
+        "broken": list(BROKEN),
         "criteria": {name: repr(scorer) for name, scorer in CRITERIA.items()},
     }
     cells: list[dict[str, Any]] = []
@@ -291,7 +373,7 @@ def main(
                 "detectors": judge(cells, list(CANDIDATES), criteria[1:]),
                 "densities": judge(cells, list(DENSITIES), criteria),
             }
-            reports = [report(judged, what) for what, judged in among.items()]
+            reports = [*(report(judged, what) for what, judged in among.items()), report_broken(cells)]
             if output is not None:  # after each table, so that an interrupted run goes on from there
                 figures = {"environment": environment(), "setting": setting, "judged": among, "cells": cells}
                 save(output, figures, "\n".join(markdown(*one) for one in reports))

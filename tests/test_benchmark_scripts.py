@@ -246,6 +246,8 @@ def test_label_free_selection_resumes(tmp_path):
         assert len(ways) == 3 + criteria
         for figures in ways.values():
             assert figures["behind_oracle"]["mean"] >= 0
+    noise = [(cell["broken"]["noise"], cell["candidates"].values()) for cell in found["cells"]]
+    assert all(own["mass-volume"] < max(c["mass-volume"] for c in others) for own, others in noise)
     text = run("label_free_selection.py", "--output", out)
     assert "CPU time" not in text
     assert json.loads(out.read_text())["judged"] == found["judged"]
