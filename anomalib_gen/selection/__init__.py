@@ -3,7 +3,7 @@
 Each is a value for ``scoring=`` of `GridSearchCV` or `cross_validate`, and judges a fitted detector by normal rows that
 it has not seen:
 
-- *Is it the better density of the same rows?* `LogLikelihood`; for densities only, and the one with a proof.
+- *Is it the better density of the same rows?* `LogLikelihood`, for densities only.
 - *Does it leave less room around the normal rows?* `MassVolume` and `ExcessMass`, for any score in few columns: the
   volume of a conformal prediction set. `mass_volume_curve` and `excess_mass_curve` work from scores.
 - *Does it notice a replaced value?* `ColumnReplacement`, for any score and any number of columns.

@@ -1,4 +1,4 @@
-r"""Held-out log-likelihood: the one label-free criterion with a proof behind it.
+r"""Held-out log-likelihood: which of several densities is nearest to that of the normal rows.
 
 For densities q of the same rows in the same units,
 
