@@ -25,6 +25,7 @@ not the fitted model, and sees anomalies of few columns alone.
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from numbers import Integral
 from typing import Any
@@ -188,6 +189,11 @@ class _VolumeScorer(Scorer):
         ------
         ValueError
             If X is no table, or has fewer columns than `n_columns`.
+
+        Warns
+        -----
+        UserWarning
+            If there are too many columns for any uniform point to come near the rows.
         """
         for name in ("n_points", "n_subsets", *(() if self.n_columns is None else ("n_columns",))):
             value = getattr(self, name)
@@ -213,7 +219,16 @@ class _VolumeScorer(Scorer):
     def _beside_points(self, estimator: Any, X: Any, random: np.random.RandomState) -> float:
         """Criterion of a fitted detector on rows and on points drawn uniformly from the box around them."""
         columns = [draw_uniform(column_of(X, j), self.n_points, random) for j in range(X.shape[1])]
-        return self._judge(self._scores(estimator, X), self._scores(estimator, with_columns(X, columns)))
+        scores = self._scores(estimator, X)
+        reference = self._scores(estimator, with_columns(X, columns))
+        if reference.max() < np.quantile(scores, 0.1):
+            warnings.warn(
+                f"None of {self.n_points} uniform points in {X.shape[1]} columns is as normal as nine rows in ten, so "
+                "the volume cannot be told from zero, nor candidates from one another. Give a small n_columns, or take "
+                "ColumnReplacement.",
+                stacklevel=3,
+            )
+        return self._judge(scores, reference)
 
 
 class MassVolume(_VolumeScorer):
