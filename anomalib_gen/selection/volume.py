@@ -221,7 +221,7 @@ class _VolumeScorer(Scorer):
         columns = [draw_uniform(column_of(X, j), self.n_points, random) for j in range(X.shape[1])]
         scores = self._scores(estimator, X)
         reference = self._scores(estimator, with_columns(X, columns))
-        if reference.max() < np.quantile(scores, 0.1):
+        if reference.max() < np.quantile(scores, 0.1, method="lower"):
             warnings.warn(
                 f"None of {self.n_points} uniform points in {X.shape[1]} columns is as normal as nine rows in ten, so "
                 "the volume cannot be told from zero, nor candidates from one another. Give a small n_columns, or take "
