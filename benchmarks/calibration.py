@@ -303,10 +303,16 @@ def report(found: list[dict[str, Any]], splits: int) -> list[tuple[str, list[str
             ],
             first,
         ),
-        (
-            f"False-positive rate in %, nominally 5, of {FEW} rows (* more than two standard errors above)",
-            ["table", "detector", *few],
-            small,
+        *(
+            [
+                (
+                    f"False-positive rate in %, nominally 5, of {FEW} rows (* more than two standard errors above)",
+                    ["table", "detector", *few],
+                    small,
+                )
+            ]
+            if small
+            else []
         ),
         (
             f"False-discovery rate in %, nominally 10, {splits} splits (* more than two standard errors above)",

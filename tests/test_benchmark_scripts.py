@@ -86,6 +86,15 @@ def test_calibration_compares_realised_with_nominal_rates(tmp_path):
     } <= set(rates)
     assert all(0 <= rate["mean"] <= 1 for rate in rates.values())
     assert out.with_suffix(".md").read_text().count("##") == 3
+    # What is there is kept, and the other detector joins it.
+    text = run("calibration.py", "--detector", "isolation forest", "--detector", "Gaussian", "--output", out)
+    assert "digits, isolation forest:" not in text
+    first, second = json.loads(out.read_text())["results"]
+    assert (first, second["detector"]) == (found, "Gaussian")
+    assert {f"false positives: {name}, 100 rows" for name in ("split", "CV+", "jackknife+")} <= set(
+        second["rates"]
+    )
+    assert out.with_suffix(".md").read_text().count("##") == 4
 
 
 @pytest.mark.slow
