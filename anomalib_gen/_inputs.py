@@ -82,6 +82,35 @@ def validate_rows(detector: Any, X: Any, *, reset: bool, min_rows: int) -> npt.N
     return checked
 
 
+def column_names(X: Any) -> list[Any] | None:
+    """Names of the columns of a data frame of pandas, polars or pyarrow; None for anything else."""
+    names = X.column_names if hasattr(X, "column_names") else getattr(X, "columns", None)
+    return None if names is None else list(names)
+
+
+def as_pandas(X: Any) -> Any:
+    """Data frames of other libraries as those of pandas, column by column; anything else as it is."""
+    names = column_names(X)
+    if names is None or hasattr(X, "iloc"):
+        return X
+    import pandas as pd
+
+    return pd.DataFrame({name: np.asarray(X[name]) for name in names})
+
+
+def as_kind_of(rows: Any, X: Any) -> Any:
+    """Rows ``(n, D)`` as a data frame of the library, the names and the index of X; an array if X is one."""
+    names = column_names(X)
+    if names is None:
+        return np.asarray(rows)
+    if hasattr(X, "iloc"):
+        return rows if hasattr(rows, "iloc") else type(X)(rows, columns=X.columns, index=X.index)
+    # Value by value: a library is to find the types of columns out by itself.
+    values = np.asarray(rows).T.tolist()
+    make: Any = getattr(type(X), "from_pydict", type(X))
+    return make(dict(zip(names, values, strict=True)))
+
+
 def count_dimensions(X: Any) -> int:
     """Dimensions of an array, or of a nested list, without a look at more than the first of each."""
     n = 0

@@ -86,6 +86,15 @@ def test_calibration_compares_realised_with_nominal_rates(tmp_path):
     } <= set(rates)
     assert all(0 <= rate["mean"] <= 1 for rate in rates.values())
     assert out.with_suffix(".md").read_text().count("##") == 3
+    # What is there is kept, and the other detector joins it.
+    text = run("calibration.py", "--detector", "isolation forest", "--detector", "Gaussian", "--output", out)
+    assert "digits, isolation forest:" not in text
+    first, second = json.loads(out.read_text())["results"]
+    assert (first, second["detector"]) == (found, "Gaussian")
+    assert {f"false positives: {name}, 100 rows" for name in ("split", "CV+", "jackknife+")} <= set(
+        second["rates"]
+    )
+    assert out.with_suffix(".md").read_text().count("##") == 4
 
 
 @pytest.mark.slow
@@ -233,3 +242,51 @@ def test_image_defects_judges_maps(tmp_path, monkeypatch):
     figures = json.loads(out.read_text())["figures"]
     assert set(figures) == {"distance from the mean", "vae"}
     assert all(0 <= value <= 1 for part in figures.values() for value in part.values())
+
+
+@pytest.mark.slow
+def test_label_free_selection_resumes(tmp_path):
+    pytest.importorskip("pyod")
+    out = tmp_path / "selection.json"
+    run("label_free_selection.py", "--output", out)
+    found = json.loads(out.read_text())
+    for among, criteria in (("detectors", 7), ("densities", 8)):
+        ways = found["judged"][among]["ways"]
+        assert len(ways) == 3 + criteria
+        for figures in ways.values():
+            assert figures["behind_oracle"]["mean"] >= 0
+    noise = [(cell["broken"]["noise"], cell["candidates"].values()) for cell in found["cells"]]
+    assert all(own["mass-volume"] < max(c["mass-volume"] for c in others) for own, others in noise)
+    text = run("label_free_selection.py", "--output", out)
+    assert "CPU time" not in text
+    assert json.loads(out.read_text())["judged"] == found["judged"]
+
+
+def test_choices_without_labels_are_judged(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = importlib.import_module("label_free_selection")
+
+    def cell(table, seed, **auroc):
+        candidates = {
+            name: {"auroc": value, "right": value, "wrong": -value, "blind": 0.0}
+            for name, value in auroc.items()
+        }
+        return {"table": table, "seed": seed, "candidates": candidates}
+
+    cells = [
+        cell("x", 0, a=0.9, b=0.6, c=0.6),
+        cell("x", 1, a=0.7, b=0.8, c=0.6),
+        cell("y", 0, a=0.5, b=0.7, c=0.6),
+        cell("z", 0, a=0.9, b=0.8, c=0.7),
+    ]
+    ways = script.judge(cells, ["a", "b", "c"], ["right", "wrong", "blind"])["ways"]
+    mean = {way: figures["auroc"]["mean"] for way, figures in ways.items()}
+    assert mean["oracle"] == mean["right"] == pytest.approx((85 + 70 + 90) / 3)
+    assert mean["random"] == mean["blind"] == pytest.approx((70 + 60 + 80) / 3)
+    assert mean["wrong"] == pytest.approx((60 + 50 + 70) / 3)
+    # On the tables other than x, y and z the best on average are b, a and b.
+    assert mean["best default"] == pytest.approx((70 + 50 + 80) / 3)
+    assert ways["right"]["rank_correlation"]["mean"] == pytest.approx(1, abs=0.05)
+    assert ways["wrong"]["behind_oracle"]["mean"] == pytest.approx(mean["oracle"] - mean["wrong"])
+    low, high = ways["wrong"]["gain_over_random"]["interval"]
+    assert low <= ways["wrong"]["gain_over_random"]["mean"] <= high < 0

@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
+from scipy.integrate import trapezoid
 from sklearn.metrics import roc_auc_score
 
 __all__ = ["aupro", "pixel_auroc"]
@@ -86,4 +87,4 @@ def aupro(masks: ArrayLike, maps: ArrayLike, *, max_fpr: float = 0.3) -> float:
     pro, fpr = np.append(0.0, pro[last]), np.append(0.0, fpr[last])
     end = np.interp(max_fpr, fpr, pro)
     inside = fpr < max_fpr
-    return float(np.trapezoid(np.append(pro[inside], end), np.append(fpr[inside], max_fpr)) / max_fpr)
+    return float(trapezoid(np.append(pro[inside], end), np.append(fpr[inside], max_fpr)) / max_fpr)

@@ -20,12 +20,11 @@ from anomalib_gen.calibration.conformal import (
     BootstrapConformalDetector,
     CrossConformalDetector,
     SplitConformalDetector,
-    conditional_p_values,
-    conformal_p_values,
 )
 from anomalib_gen.calibration.extremes import TailFit, TailGoodness, fit_tail, tail_stability
 from anomalib_gen.calibration.false_discovery import adjust_p_values
 from anomalib_gen.calibration.online import ADDIS, LORD, SAFFRON
+from anomalib_gen.calibration.p_values import conditional_p_values, conformal_p_values
 from anomalib_gen.calibration.threshold import (
     Contamination,
     ExpectedCost,

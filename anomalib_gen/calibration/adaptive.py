@@ -6,7 +6,7 @@ AdaDetect (Marandon et al. 2024) cuts the normal rows into Y_1 and Y_2 and fits 
     Y_1    from    Y_2 and the batch together.
 
 Among the latter it cannot favour normal rows of the batch over those of Y_2, because nothing tells it which is which;
-so their scores are exchangeable, and p-values against those of Y_2 (calibration.conformal) are valid. Anomalies stand
+so their scores are exchangeable, and p-values against those of Y_2 (calibration.p_values) are valid. Anomalies stand
 out the more, the more of them share a direction. Benjamini and Hochberg's procedure on these p-values keeps the
 false-discovery rate.
 """
@@ -20,8 +20,9 @@ import numpy.typing as npt
 from sklearn.utils import _safe_indexing, check_random_state
 from sklearn.utils.validation import _num_samples
 
+from anomalib_gen._inputs import as_pandas, column_names, name_columns
 from anomalib_gen.calibration._wrapped import seeded_clone
-from anomalib_gen.calibration.conformal import conformal_p_values
+from anomalib_gen.calibration.p_values import conformal_p_values
 
 
 def adaptive_p_values(
@@ -37,7 +38,7 @@ def adaptive_p_values(
     Parameters
     ----------
     X : array-like or data frame of shape (n_rows, n_features)
-        The batch.
+        The batch. Columns of data frames are matched by their names.
     X_normal : array-like or data frame of shape (n_normal, n_features)
         Normal rows, exchangeable with those of the batch.
     classifier : classifier with `predict_proba` or `decision_function`, or None, default=None
@@ -56,7 +57,8 @@ def adaptive_p_values(
     Raises
     ------
     ValueError
-        If there are fewer than two normal rows, or `calibration_fraction` is out of range.
+        If there are fewer than two normal rows, `calibration_fraction` is out of range, one of the two sets of rows is
+        a data frame and the other is not, or they have different columns.
 
     Notes
     -----
@@ -84,6 +86,7 @@ def adaptive_p_values(
     n, m = _num_samples(X_normal), _num_samples(X)
     if n < 2:
         raise ValueError(f"X_normal has {n} rows; at least 2 are needed, and hundreds are better.")
+    X, X_normal = _matched(X, X_normal)
     if classifier is None:
         # Not at the top: importing it draws from Python's global random generator.
         from sklearn.ensemble import RandomForestClassifier
@@ -110,9 +113,35 @@ def _normality(classifier: Any, X: Any) -> npt.NDArray[np.float64]:
     return -np.asarray(classifier.decision_function(X), dtype=np.float64)
 
 
+def _matched(X: Any, X_normal: Any) -> tuple[Any, Any]:
+    """Both sets of rows as frames of pandas with the same columns in the same order, or both as arrays."""
+    names, known = column_names(X), column_names(X_normal)
+    if names is None and known is None:
+        return np.asarray(X), np.asarray(X_normal)
+    if names is None or known is None:
+        frame, array = ("X", "X_normal") if known is None else ("X_normal", "X")
+        raise ValueError(
+            f"{frame} is a data frame and {array} is none, so their columns could be matched by position only. "
+            "Give both as data frames, or both as arrays."
+        )
+    X, X_normal = as_pandas(X), as_pandas(X_normal)
+    if names == known:
+        return X, X_normal
+    if sorted(map(str, names)) != sorted(map(str, known)):
+        alone = {
+            name: [repr(str(column)) for column in columns if column not in others]
+            for name, columns, others in (("X", names, known), ("X_normal", known, names))
+        }
+        listed = " and ".join(f"{name} alone has {name_columns(c)}" for name, c in alone.items() if c)
+        raise ValueError(
+            f"X and X_normal have different columns: {listed or 'some repeat'}. Give the same ones."
+        )
+    return X[known], X_normal
+
+
 def _stack(A: Any, B: Any) -> Any:
-    if hasattr(A, "iloc") and hasattr(B, "iloc"):
+    if hasattr(A, "iloc"):
         import pandas as pd
 
         return pd.concat([A, B], ignore_index=True)
-    return np.concatenate([np.asarray(A), np.asarray(B)])
+    return np.concatenate([A, B])

@@ -1,14 +1,8 @@
-r"""Conformal p-values: what a score is worth, without a word about its distribution.
+r"""Detectors with conformal p-values: every outlier detector, calibrated by rows that it has not seen.
 
-Let s(x) be a detector's score, lower = more abnormal, and s_1 ... s_n the scores of n normal rows that the detector was
-not fitted to. If x is one more such row, its rank among them is uniform, so
-
-    p(x) = (1 + #{i : s_i <= s(x)}) / (n + 1)                                                            (split)
-
-has P(p(x) <= t) = floor((n + 1) t) / (n + 1) <= t whatever the detector and the data, with equality unless scores tie
-(Vovk, Gammerman and Shafer 2005; Laxhammar and Falkman 2010 for anomalies). To hold rows out costs some of them.
-Where every row should both train and calibrate, each is scored by a model that has not seen it, and compared with the
-same model's score of x:
+The plain way holds rows out: calibration.p_values compares the score of a row with theirs. To hold rows out costs some
+of them. Where every row should both train and calibrate, each is scored by a model that has not seen it, and compared
+with the same model's score of x:
 
     p(x) = (1 + #{i : s_{-i}(x_i) <= s_{-i}(x)}) / (n + 1)                    (cross-conformal, CV+, jackknife+)
 
@@ -17,13 +11,6 @@ al. 2021), without it alone (jackknife+), or from the average of those bootstrap
 (jackknife+-after-bootstrap, Kim et al. 2020). The ranks now come from different models, and what is certain for
 jackknife+ is P(p(x) <= t) <= 2 t, with a little more for few folds; in practice it is close to t unless the models
 are unstable.
-
-The guarantee is on average over the calibration rows. For the rows at hand it may be worse; with probability
-1 - delta the p-values
-
-    p'(x) = b_{ceil((n + 1) p(x))},    b_{n+1-j} = 1 - delta^{1/k} (prod_{l<k} (j - l) / (n - l))^{1/k},  k = floor(n/2)
-
-are valid for *this* calibration set and all later rows together (Bates et al. 2023, the Simes bound).
 """
 
 from __future__ import annotations
@@ -36,7 +23,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
 from sklearn.base import _fit_context
 from sklearn.utils import _safe_indexing, check_random_state, indexable
 from sklearn.utils._param_validation import Interval
@@ -49,196 +35,10 @@ from anomalib_gen.calibration._wrapped import (
     require_unfitted,
     seeded_clone,
 )
+from anomalib_gen.calibration.p_values import conformal_p_values, flagged_ranks
 
 COMPARED_VALUES = 2**22
 """Comparisons of rows with calibration rows held in memory at once."""
-
-
-# From scores ----------------------------------------------------------------------------------------------
-
-
-def conformal_p_values(
-    scores: Any,
-    calibration_scores: Any,
-    *,
-    weights: Any = None,
-    calibration_weights: Any = None,
-    smoothed: bool = False,
-    random_state: Any = None,
-) -> npt.NDArray[np.float64]:
-    """Split-conformal p-values from scores.
-
-    Parameters
-    ----------
-    scores : array-like of shape (n_rows,)
-        Scores of the rows in question, lower = more abnormal.
-    calibration_scores : array-like of shape (n_calibration,)
-        Scores of normal rows that the detector was not fitted to.
-    weights, calibration_weights : array-like, default=None
-        Likelihood ratios p_test(x) / p_calibration(x) of either set of rows, up to a constant, where normal rows of
-        today are distributed otherwise than those of calibration (covariate shift, [3]_). Give both or neither.
-    smoothed : bool, default=False
-        Break ties at random, the row itself counted among them: p-values of normal rows are then exactly uniform, not
-        only valid, and no two calls agree without a `random_state`.
-    random_state : int, RandomState instance or None, default=None
-        Used if `smoothed`.
-
-    Returns
-    -------
-    ndarray of shape (n_rows,)
-        In (0, 1]; without weights a multiple of ``1 / (n_calibration + 1)`` unless smoothed.
-
-    Raises
-    ------
-    ValueError
-        If there are no calibration scores, a score is NaN, or the weights do not fit.
-
-    References
-    ----------
-    .. [1] Vovk, V., Gammerman, A., Shafer, G. (2005). Algorithmic learning in a random world. Springer.
-    .. [2] Laxhammar, R., Falkman, G. (2010). Conformal prediction for distribution-independent anomaly detection in
-       streaming vessel data. StreamKDD. doi:10.1145/1833280.1833287.
-    .. [3] Tibshirani, R. J., Barber, R. F., Candès, E. J., Ramdas, A. (2019). Conformal prediction under covariate
-       shift. NeurIPS. arXiv:1904.06019.
-
-    Examples
-    --------
-    >>> from anomalib_gen.calibration import conformal_p_values
-    >>> conformal_p_values([-9.0, 2.5], [1.0, 2.0, 3.0, 4.0])
-    array([0.2, 0.6])
-    """
-    s, reference = _check_scores(scores, "scores"), _check_scores(calibration_scores, "calibration_scores")
-    if not len(reference):
-        raise ValueError("calibration_scores is empty; at least one normal row is needed.")
-    if (weights is None) != (calibration_weights is None):
-        raise ValueError("weights and calibration_weights belong together: give both or neither.")
-    order = np.argsort(reference, kind="stable")
-    reference = reference[order]
-    w = np.ones(len(s)) if weights is None else _check_weights(weights, len(s), "weights")
-    v = np.ones(len(reference))
-    if calibration_weights is not None:
-        v = _check_weights(calibration_weights, len(reference), "calibration_weights")[order]
-    mass = np.concatenate([[0.0], np.cumsum(v)])
-    up_to = mass[np.searchsorted(reference, s, side="right")]
-    if not smoothed:
-        return (up_to + w) / (mass[-1] + w)
-    below = mass[np.searchsorted(reference, s, side="left")]
-    uniform = check_random_state(random_state).uniform(size=len(s))
-    return (below + uniform * (up_to - below + w)) / (mass[-1] + w)
-
-
-def conditional_p_values(
-    p_values: Any, n_calibration: int, *, delta: float = 0.1, method: str = "simes"
-) -> npt.NDArray[np.float64]:
-    """Make split-conformal p-values valid for the calibration rows at hand, not only on average over such rows.
-
-    With probability at least ``1 - delta`` over the calibration rows, a normal row's adjusted p-value is at most t
-    with probability at most t, for all t together. Given the calibration rows the p-values of later rows are then
-    independent, which online control of false discoveries asks for.
-
-    Parameters
-    ----------
-    p_values : array-like of shape (n_rows,)
-        Split-conformal p-values, without weights and not smoothed.
-    n_calibration : int
-        Number of calibration rows that they come from.
-    delta : float, default=0.1
-        Probability that the promise fails.
-    method : {"simes", "dkw"}, default="simes"
-        ``"simes"`` is tight for small p-values, where decisions are made; ``"dkw"`` adds the same to all of them
-        (Dvoretzky-Kiefer-Wolfowitz) and is tighter for large ones.
-
-    Returns
-    -------
-    ndarray of shape (n_rows,)
-        Never below the unadjusted p-values' validity: in (0, 1].
-
-    Raises
-    ------
-    ValueError
-        If a p-value is no multiple of ``1 / (n_calibration + 1)``, or an argument is out of range.
-
-    References
-    ----------
-    .. [1] Bates, S., Candès, E., Lei, L., Romano, Y., Sesia, M. (2023). Testing for outliers with conformal p-values.
-       Annals of Statistics, 51(1). arXiv:2104.08279.
-
-    Examples
-    --------
-    >>> from anomalib_gen.calibration import conditional_p_values
-    >>> conditional_p_values([0.001, 0.05, 1.0], n_calibration=999).round(4)
-    array([0.0046, 0.0723, 1.    ])
-    """
-    if not isinstance(n_calibration, Integral) or n_calibration < 2:
-        raise ValueError(f"n_calibration must be an integer of at least 2, got {n_calibration!r}.")
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must lie between 0 and 1, got {delta!r}.")
-    n = int(n_calibration)
-    p = np.asarray(p_values, dtype=np.float64)
-    ranks = np.rint(p * (n + 1)).astype(np.int64)
-    off = (ranks < 1) | (ranks > n + 1) | (np.abs(p * (n + 1) - ranks) > 1e-3)
-    if off.any():
-        raise ValueError(
-            f"p_values hold {p[off].flat[0]!r}, which is no multiple of 1 / (n_calibration + 1) = {1 / (n + 1):.3g}. "
-            "Give split-conformal p-values without weights and smoothing, and their number of calibration rows."
-        )
-    if method == "simes":
-        bounds = _simes_bounds(n, delta)
-    elif method == "dkw":
-        # At the jth smallest of n uniforms the empirical distribution has just been (j - 1) / n (Massart 1990).
-        slack = np.sqrt(np.log(1 / min(delta, 0.5)) / (2 * n))
-        bounds = np.minimum(1, np.arange(n) / n + slack)
-    else:
-        raise ValueError(f"method must be 'simes' or 'dkw', got {method!r}.")
-    adjusted: npt.NDArray[np.float64] = np.append(bounds, 1.0)[ranks - 1]
-    return adjusted
-
-
-def _simes_bounds(n: int, delta: float) -> npt.NDArray[np.float64]:
-    """Bounds b_1 <= ... <= b_n that n sorted uniforms stay below, all at once, with probability 1 - delta."""
-    k = n // 2
-    j = np.arange(n, k - 1, -1)  # b_{n+1-j}; beyond k factors of the product one is zero, and the bound is 1
-    log_product = (
-        special.gammaln(j + 1)
-        - special.gammaln(j - k + 1)
-        - special.gammaln(n + 1)
-        + special.gammaln(n - k + 1)
-    )
-    bounds = np.ones(n)
-    bounds[: len(j)] = -np.expm1((np.log(delta) + log_product) / k)
-    return bounds
-
-
-def _check_scores(scores: Any, name: str) -> npt.NDArray[np.float64]:
-    values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 1:
-        raise ValueError(f"{name} must be one number a row, got shape {values.shape}.")
-    if np.isnan(values).any():
-        raise ValueError(
-            f"{name} must not be NaN, and {int(np.isnan(values).sum())} of {len(values)} are, the first at "
-            f"{int(np.isnan(values).argmax())}."
-        )
-    return values
-
-
-def _check_weights(weights: Any, n: int, name: str) -> npt.NDArray[np.float64]:
-    values = np.asarray(weights, dtype=np.float64)
-    if values.shape != (n,) or not np.isfinite(values).all() or (values < 0).any() or not values.any():
-        raise ValueError(f"{name} must be {n} finite, non-negative numbers, not all zero.")
-    return values
-
-
-def flagged_ranks(alpha: float, n: int) -> int:
-    """Largest k with k / (n + 1) <= alpha, as floating-point numbers compare."""
-    k = int(np.floor(alpha * (n + 1)))
-    while (k + 1) / (n + 1) <= alpha:
-        k += 1
-    while k > 0 and k / (n + 1) > alpha:
-        k -= 1
-    return min(k, n)
-
-
-# Detectors ------------------------------------------------------------------------------------------------
 
 
 class ConformalDetector(WrappedDetector):

@@ -32,8 +32,8 @@ from sklearn.utils.validation import _num_samples, check_is_fitted
 
 from anomalib_gen._component import Component, resolve_component
 from anomalib_gen.calibration._wrapped import WrappedDetector, fit_and_hold_out, seeded_clone
-from anomalib_gen.calibration.conformal import flagged_ranks
 from anomalib_gen.calibration.extremes import TailFit, fit_tail
+from anomalib_gen.calibration.p_values import flagged_ranks
 
 
 class ThresholdRule(Component):

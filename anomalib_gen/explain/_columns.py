@@ -20,6 +20,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.utils import _safe_indexing
 
+from anomalib_gen._inputs import column_names
 from anomalib_gen.calibration._wrapped import innermost
 
 
@@ -48,8 +49,9 @@ def split_pipeline(detector: Any) -> tuple[Any, Any]:
 
 def names_of(X: Any, detector: Any) -> list[str]:
     """Names of the columns of X: its own, those the detector was fitted with, else x0, x1, ..."""
-    if hasattr(X, "columns"):
-        return [str(name) for name in X.columns]
+    names = column_names(X)
+    if names is not None:
+        return [str(name) for name in names]
     known = getattr(detector, "feature_names_in_", None)
     return [f"x{j}" for j in range(np.shape(X)[1])] if known is None else [str(name) for name in known]
 

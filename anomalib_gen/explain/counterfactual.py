@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.utils.validation import check_is_fitted
 
+from anomalib_gen._inputs import as_kind_of
 from anomalib_gen.explain._columns import invert, names_of, split_pipeline
 
 
@@ -25,7 +26,7 @@ class NormalRows:
     Attributes
     ----------
     rows : array or data frame of shape (n_rows, n_columns)
-        The nearest normal rows, of the kind, units and order of X.
+        The nearest normal rows, of the kind (a data frame of the same library), units and order of X.
     score_before, score_after : ndarray of shape (n_rows,)
         `score_samples` of X and of `rows`, lower = more abnormal.
     feature_names : list of str
@@ -79,9 +80,7 @@ def nearest_normal_rows(detector: Any, X: Any, **options: Any) -> NormalRows:
             f"{type(inner).__name__} reconstructs no rows. Use a VAEDetector or a DiffusionDetector."
         )
     Z = X if front is None else front.transform(X)
-    rows = invert(front, inner.reconstruct(Z, **options), X)
-    if hasattr(X, "iloc") and not hasattr(rows, "iloc"):
-        rows = type(X)(rows, columns=X.columns, index=X.index)
+    rows = as_kind_of(invert(front, inner.reconstruct(Z, **options), X), X)
     return NormalRows(
         rows=rows,
         score_before=detector.score_samples(X),

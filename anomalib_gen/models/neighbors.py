@@ -235,9 +235,7 @@ def _leave_out(found: Neighbors, exclude: torch.Tensor) -> Neighbors:
     return Neighbors(found.squared[keep].reshape(shape), found.positions[keep].reshape(shape))
 
 
-def neighbor_scale(
-    rows: torch.Tensor, *, statistic: str = "mean", grain: torch.Tensor | None = None
-) -> float:
+def neighbor_scale(rows: torch.Tensor, *, statistic: str = "mean") -> float:
     """Bandwidth that the spacing of rows suggests (equation 2).
 
     Parameters
@@ -249,14 +247,11 @@ def neighbor_scale(
     statistic : {"mean", "median"}, default="mean"
         What is taken of the squared distances. The mean follows the sparse parts of the data and a few far rows; the
         median follows the bulk.
-    grain : Tensor of shape E, optional
-        Deviation of the dequantisation noise of each column. The bandwidth is not less than its root mean square:
-        within a cell of the grid that the values lie on there is no spacing to be seen.
 
     Returns
     -------
     float
-        h, in the units of the rows; 1 if all rows are equal and there is no grain, where any bandwidth does.
+        h, in the units of the rows; 1 if all rows are equal, where any bandwidth does.
 
     Raises
     ------
@@ -274,6 +269,4 @@ def neighbor_scale(
         positions = torch.arange(some, device=rows.device) * n // some
         squared = nearest_rows(distinct[positions], distinct, 1, exclude=positions).squared
         variance = float(squared.mean() if statistic == "mean" else squared.median()) / n_columns
-    if grain is not None:
-        variance = max(variance, float(grain.double().square().mean()))
     return variance**0.5 if variance > 0 else 1.0

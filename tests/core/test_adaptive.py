@@ -2,6 +2,8 @@
 
 import numpy as np
 import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KernelDensity
@@ -64,6 +66,30 @@ def test_any_classifier_frames_and_seeds():
         adaptive_p_values(batch, normal, classifier=classifier, random_state=3),
     )
     assert not hasattr(classifier, "coef_")
+
+
+def test_columns_are_matched_by_name():
+    batch, normal = batch_of(0)
+    names = [f"c{j}" for j in range(10)]
+    known = pd.DataFrame(normal, columns=names)
+    turned = pd.DataFrame(batch, columns=names)[names[::-1]]
+    classifier = LogisticRegression()
+
+    def p_values(X, X_normal):
+        return adaptive_p_values(X, X_normal, classifier=classifier, random_state=3)
+
+    p = p_values(batch, normal)
+    np.testing.assert_array_equal(p_values(turned, known), p)
+    np.testing.assert_array_equal(p_values(pl.from_pandas(turned), known), p)
+    np.testing.assert_array_equal(p_values(turned, pa.Table.from_pandas(known)), p)
+    with pytest.raises(ValueError, match="X is a data frame and X_normal is none"):
+        p_values(turned, normal)
+    with pytest.raises(ValueError, match="X_normal is a data frame and X is none"):
+        p_values(batch, known)
+    with pytest.raises(ValueError, match="X alone has column 'other' and X_normal alone has column 'c0'"):
+        p_values(turned.rename(columns={"c0": "other"}), known)
+    with pytest.raises(ValueError, match="X_normal alone has columns 'c8', 'c9'"):
+        p_values(turned[names[:8]], known)
 
 
 def test_errors():

@@ -15,6 +15,7 @@ import anomalib_gen
 import anomalib_gen.calibration
 import anomalib_gen.explain
 import anomalib_gen.inspection
+import anomalib_gen.selection
 
 PACKAGE = Path(anomalib_gen.__file__).parent
 NAME = "anomalib_gen"
@@ -30,7 +31,7 @@ LAYERS = [
     {"_inputs", "_outlier", "_scoring"},
     {"_base"},
     {"detectors"},
-    {"calibration", "explain", "heatmaps", "images", "inspection"},
+    {"calibration", "explain", "heatmaps", "images", "inspection", "selection"},
     {"datasets", "benchmark", "scoring", "cli"},
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
@@ -174,11 +175,16 @@ def test_import_is_light_and_changes_nothing_global():
         "calibration.extremes",
         "calibration.false_discovery",
         "calibration.online",
+        "calibration.p_values",
         "calibration.threshold",
         "calibration.typicality",
         "explain.contributions",
         "explain.counterfactual",
         "images",
+        "selection.likelihood",
+        "selection.replacement",
+        "selection.stability",
+        "selection.volume",
     ],
 )
 def test_examples_run(name):
@@ -188,7 +194,8 @@ def test_examples_run(name):
 
 
 def public_objects():
-    for module in (anomalib_gen, anomalib_gen.calibration, anomalib_gen.explain, anomalib_gen.inspection):
+    parts = (anomalib_gen.calibration, anomalib_gen.explain, anomalib_gen.inspection, anomalib_gen.selection)
+    for module in (anomalib_gen, *parts):
         for name in module.__all__:
             value = getattr(module, name)
             if name.startswith("_"):

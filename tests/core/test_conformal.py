@@ -27,7 +27,7 @@ from anomalib_gen.calibration import (
     conformal,
     conformal_p_values,
 )
-from anomalib_gen.calibration.conformal import flagged_ranks
+from anomalib_gen.calibration.p_values import flagged_ranks
 
 
 class Distance(OutlierMixin, BaseEstimator):

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 from scipy import stats
@@ -331,6 +333,24 @@ def test_nearest_normal_rows_through_a_pipeline(frame, encoder):
     assert (found.rows["price"] < odd["price"]).all()
     assert (found.score_after > found.score_before).all()
     assert found.rows.index.equals(odd.index)
+
+
+@pytest.mark.parametrize("convert", [pl.from_pandas, pa.Table.from_pandas], ids=["polars", "pyarrow"])
+def test_nearest_normal_rows_are_of_the_kind_of_the_input(frame, encoder, convert):
+    names = ["size", "price"]
+    bare = VAEDetector(**SMALL).fit(frame[names])
+    for pipeline, X in (
+        (bare, frame[names].head(5)),
+        (make_pipeline(encoder, VAEDetector(**SMALL)).fit(frame), frame.head(5)),
+    ):
+        if convert is pa.Table.from_pandas and pipeline is not bare:
+            continue  # scikit-learn's ColumnTransformer takes no tables of pyarrow
+        expected, found = nearest_normal_rows(pipeline, X), nearest_normal_rows(pipeline, convert(X))
+        assert type(found.rows) is type(convert(X))
+        assert found.feature_names == list(X.columns)
+        back = found.rows.to_pandas()
+        pd.testing.assert_frame_equal(back, expected.rows, check_dtype=False)
+        np.testing.assert_allclose(found.score_after, expected.score_after)
 
 
 def test_transformers_are_undone(frame, encoder, rows):
