@@ -130,7 +130,7 @@ def test_a_failure_at_any_moment_leaves_what_was_there(
         for name in ("fsync", "rename"):
             patch.setattr(os, name, failing(getattr(os, name)))
         patch.setattr("builtins.open", failing(open))
-        patch.setattr(_files, "_swap", failing(_files._swap))
+        patch.setattr(_files, "swap", failing(_files.swap))
         try:
             fitted.save(folder, overwrite=overwrite)
             failed = False
