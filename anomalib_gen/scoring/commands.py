@@ -261,10 +261,75 @@ def evaluate(
         typer.echo(json.dumps(evaluate_files(options, log), indent=2))
 
 
-def _require() -> None:
+def report(
+    scores: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SCORES", help="Output of `score`, with its .run.json beside it.", show_default=False
+        ),
+    ] = None,
+    model: Model = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Page to make. Default: SCORES.html.", show_default=False
+        ),
+    ] = None,
+    quarantine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="What `score --quarantine` was given, if anything.", show_default=False
+        ),
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            metavar="N",
+            help="Anomalies to list and explain. Default: 100.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    quiet: Quiet = False,
+    log_format: Logs = LogFormat.text,
+) -> None:
+    """Write one HTML page about a scoring run.
+
+    It shows the scores beside those of training, the most abnormal rows with the columns that make them so, drift,
+    data quality and the model card, holds all that it needs, and can be read on a phone and printed. The files that
+    were scored are read again; run it in the same folder as `score`.
+
+    **Exit codes**: 0 done; 1 usage; 2 scores or model that cannot be read, or do not belong together; 4 done, but parts
+    are left out and the page says why, for one because the files have changed; 5 internal error.
+
+    **Example**: `anomalib-gen report scores.parquet -m model -o report.html`
+    """
+    log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
+    with _reported(log):
+        from anomalib_gen.scoring.config import ReportOptions, resolve
+
+        flags: dict[str, Any] = {
+            "scores": scores,
+            "model": model,
+            "output": output,
+            "quarantine": quarantine,
+            "top": top,
+            "overwrite": overwrite,
+        }
+        options = resolve(ReportOptions, "report", flags, config)
+        _require("jinja2", "matplotlib")
+        from anomalib_gen.scoring.reporting import report_run
+
+        raise typer.Exit(report_run(options, log))
+
+
+def _require(*more: str) -> None:
     from anomalib_gen.scoring._extra import require_scoring_extra
 
-    require_scoring_extra()
+    require_scoring_extra(*more)
 
 
 @contextlib.contextmanager
@@ -317,6 +382,6 @@ def card(folder: Path) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for function in (fit, score, evaluate):
+    for function in (fit, score, evaluate, report):
         app.command()(function)
     app.add_typer(models, name="models")

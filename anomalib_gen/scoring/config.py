@@ -99,6 +99,18 @@ class EvaluateOptions:
     overwrite: bool = option("flag", False)
 
 
+@command("report")
+class ReportOptions:
+    """Options of ``report``."""
+
+    scores: str = option("text")
+    model: str = option("text")
+    output: str | None = option("text", None)
+    quarantine: str | None = option("text", None)
+    top: int = option("integer", 100, least=1, most=1000)
+    overwrite: bool = option("flag", False)
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Read a TOML file and check its tables and keys.
 
@@ -159,7 +171,9 @@ def resolve(cls: type[Options], name: str, flags: Mapping[str, Any], config: Pat
         elif field.name in table:
             values[field.name] = _check(table[field.name], field, f"{config}: {name}.{field.name}")
         elif field.default is MISSING:
-            shown = "an INPUT" if field.name == "input" else f"--{field.name.replace('_', '-')}"
+            shown = {"input": "an INPUT", "scores": "SCORES"}.get(
+                field.name, f"--{field.name.replace('_', '-')}"
+            )
             raise UsageError(f"{name} needs {shown}, as an argument or as {field.name!r} in a configuration.")
     return cls(**values)
 

@@ -186,12 +186,18 @@ def score_files(options: ScoreOptions, log: Log) -> Summary:
         raise explain_os_error(error, f"writing {output}") from error
 
 
-def _record_of(output: Path) -> Path:
+def record_beside(output: Path) -> Path:
+    """File that says what an output was made from."""
     return output.with_name(f"{output.name}.run.json")
 
 
+def quarantine_beside(output: Path) -> Path:
+    """File of what was left out of an output, unless the user names another."""
+    return output.with_name(f"{output.name}.quarantine.jsonl")
+
+
 def _quarantine_of(options: ScoreOptions, output: Path) -> Path:
-    return Path(options.quarantine or output.with_name(f"{output.name}.quarantine.jsonl"))
+    return Path(options.quarantine or quarantine_beside(output))
 
 
 def _refuse_overlap(options: ScoreOptions, output: Path, inputs: list[Input]) -> None:
@@ -203,7 +209,7 @@ def _refuse_overlap(options: ScoreOptions, output: Path, inputs: list[Input]) ->
     """
     place = output.resolve()
     quarantine = _quarantine_of(options, output).resolve()
-    if quarantine in (place, _record_of(place)):
+    if quarantine in (place, record_beside(place)):
         raise UsageError(f"--quarantine {options.quarantine} is written by the run itself. Choose another.")
     for item in inputs:
         read = Path(item.path.removeprefix("file://")).resolve()
@@ -235,7 +241,7 @@ class _Run:
         self.model_hash = model_hash[:HASH_DIGITS]
         self.threshold = threshold_of(model)
         self.parts = Parts(output.with_name(f".{output.name}.parts"))
-        self.record = _record_of(output)
+        self.record = record_beside(output)
         self.quarantine = _quarantine_of(options, output)
         self.summary = Summary()
         self.key_types: dict[str, pa.DataType] | None = None
