@@ -39,7 +39,7 @@ from anomalib_gen.scoring._errors import DONE, PARTIAL, DataError, UsageError, e
 from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import ReportOptions
 from anomalib_gen.scoring.parts import write_file
-from anomalib_gen.scoring.run import ADDED, HASH_DIGITS, load_model, quarantine_beside, record_beside
+from anomalib_gen.scoring.run import ADDED, HASH_DIGITS, load_model, quarantine_beside, record_of
 from anomalib_gen.scoring.sources import Input, Reader, find_inputs, rows_per_part
 
 BACKGROUND_ROWS = 1000
@@ -222,7 +222,7 @@ def _read_record(scores: Path) -> dict[str, Any]:
     """The record that `score` left beside its output."""
     if not scores.exists():
         raise DataError(f"{scores} does not exist. Name the output of `anomalib-gen score`.")
-    path = record_beside(scores)
+    path = record_of(scores)
     try:
         record = json.loads(path.read_bytes())
         counts = ("rows", "outliers", "bad_rows", "bad_files")
@@ -279,6 +279,8 @@ def _read_scores(scores: Path, found: RunReport, n_top: int) -> tuple[npt.NDArra
         for table in _batches(scores):
             values, labels = (table.column(name).to_numpy() for name in ("score", "label"))
             keys = tuple(name for name in table.column_names if name not in ADDED)
+            # (A density may be zero.)
+            values = np.maximum(values, np.finfo(np.float64).min)
             sample.add(pd.DataFrame({"score": values}))
             here = drawn[(drawn >= start) & (drawn < start + len(values))] - start
             normal.append(here[labels[here] == 1] + start)
@@ -342,7 +344,9 @@ def _walk(
             for part in Reader(item, wanted).parts(rows_per_part(wanted.count)):
                 names = list(wanted.names or [n for n in part.table.column_names if n not in wanted.keys])
                 frame, _ = to_frame(part.table, names, wanted.types)
-                summariser.add(frame)
+                # (A model without names has a reference without names.)
+                named = wanted.names is not None
+                summariser.add(frame if named else frame.set_axis(map(str, range(len(names))), axis=1))
                 kept = np.flatnonzero(~np.isin(part.rows, bad_rows.get(item.path, [])))
                 for chosen, frames in ((places, odd), (normal, background)):
                     here = chosen[(chosen >= start) & (chosen < start + len(kept))] - start
@@ -367,6 +371,10 @@ def _explain(
 ) -> None:
     rows, normal = (pd.concat(frames, ignore_index=True) for frames in (odd, background))
     given: list[Any] = [part if named else part.to_numpy() for part in (rows, normal)]
+    again = model.score_samples(given[0])
+    scores = {anomaly.row: anomaly.score for anomaly in found.anomalies}
+    if not np.allclose(again, [scores[row] for row in places.tolist()], rtol=1e-5, atol=1e-6):
+        raise DataError("the rows of the files do not have the scores that were written, so they are others.")
     try:
         with warnings.catch_warnings():
             # The integrals of some rows are rough; their contributions still add up.

@@ -10,6 +10,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +29,14 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
+
+# The browser reads from its file 3 and writes to its file 4.
+PUT_PIPES = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+os.dup2(pipes[0], 3), os.dup2(pipes[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def find_chromium():
@@ -49,12 +58,13 @@ class Chromium:
         self._next, self._session, self._buffer, self._loaded = 0, None, b"", 0
         to_read, self._to = os.pipe()
         self._from, to_write = os.pipe()
-        # The browser reads from its file 3 and writes to its file 4; the shell puts the pipes there.
         self._process = subprocess.Popen(
             [
-                "/bin/sh",
+                sys.executable,
                 "-c",
-                f'exec 3<&{to_read} 4>&{to_write}; exec "$0" "$@"',
+                PUT_PIPES,
+                str(to_read),
+                str(to_write),
                 path,
                 *FLAGS,
                 f"--user-data-dir={self._profile}",
