@@ -51,7 +51,7 @@ models = typer.Typer(
 
 
 @contextlib.contextmanager
-def _reported(log: Log, *, resumable: bool = False) -> Iterator[None]:
+def reported(log: Log, *, resumable: bool = False) -> Iterator[None]:
     """Turn errors that are a user's to mend into one message and an exit code."""
     try:
         yield
@@ -98,12 +98,12 @@ def fit(
     **Example**: `anomalib-gen fit history/ --exclude id --model model`
     """
     log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
-    with _reported(log):
+    with reported(log):
         from anomalib_gen.scoring.config import FitOptions, resolve
 
         flags = {"input": input, "model": model, "detector": detector, "columns": columns, "exclude": exclude}
         options = resolve(FitOptions, "fit", {**flags, "seed": seed, "overwrite": overwrite}, config)
-        _require()
+        require()
         from anomalib_gen.scoring.fitting import fit_files
 
         typer.echo(fit_files(options, log))
@@ -188,7 +188,7 @@ def score(
     **Example**: `anomalib-gen score incoming/ -m model -k id -o scores.parquet`
     """
     log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
-    with _reported(log, resumable=True):
+    with reported(log, resumable=True):
         from anomalib_gen.scoring.config import ScoreOptions, resolve
 
         flags: dict[str, Any] = {
@@ -204,7 +204,7 @@ def score(
             "overwrite": overwrite,
         }
         options = resolve(ScoreOptions, "score", flags, config)
-        _require()
+        require()
         from anomalib_gen.scoring.run import score_files
 
         summary = score_files(options, log)
@@ -250,18 +250,19 @@ def evaluate(
     **Example**: `anomalib-gen evaluate labelled.parquet -m model --label fraud --anomaly 1`
     """
     log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
-    with _reported(log):
+    with reported(log):
         from anomalib_gen.scoring.config import EvaluateOptions, resolve
 
         flags = {"input": input, "model": model, "label": label, "anomaly": anomaly, "output": output}
         options = resolve(EvaluateOptions, "evaluate", {**flags, "overwrite": overwrite}, config)
-        _require()
+        require()
         from anomalib_gen.scoring.evaluation import evaluate_files
 
         typer.echo(json.dumps(evaluate_files(options, log), indent=2))
 
 
-def _require() -> None:
+def require() -> None:
+    """Ask for the optional dependencies."""
     from anomalib_gen.scoring._extra import require_scoring_extra
 
     require_scoring_extra()
@@ -317,6 +318,9 @@ def card(folder: Path) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
+    from anomalib_gen.scoring import operations
+
     for function in (fit, score, evaluate):
         app.command()(function)
+    operations.register(app)
     app.add_typer(models, name="models")

@@ -186,7 +186,8 @@ def score_files(options: ScoreOptions, log: Log) -> Summary:
         raise explain_os_error(error, f"writing {output}") from error
 
 
-def _record_of(output: Path) -> Path:
+def record_of(output: Path) -> Path:
+    """Where a run tells what an output was made from."""
     return output.with_name(f"{output.name}.run.json")
 
 
@@ -203,7 +204,7 @@ def _refuse_overlap(options: ScoreOptions, output: Path, inputs: list[Input]) ->
     """
     place = output.resolve()
     quarantine = _quarantine_of(options, output).resolve()
-    if quarantine in (place, _record_of(place)):
+    if quarantine in (place, record_of(place)):
         raise UsageError(f"--quarantine {options.quarantine} is written by the run itself. Choose another.")
     for item in inputs:
         read = Path(item.path.removeprefix("file://")).resolve()
@@ -235,7 +236,7 @@ class _Run:
         self.model_hash = model_hash[:HASH_DIGITS]
         self.threshold = threshold_of(model)
         self.parts = Parts(output.with_name(f".{output.name}.parts"))
-        self.record = _record_of(output)
+        self.record = record_of(output)
         self.quarantine = _quarantine_of(options, output)
         self.summary = Summary()
         self.key_types: dict[str, pa.DataType] | None = None
