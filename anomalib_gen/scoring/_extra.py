@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from anomalib_gen.scoring._errors import UsageError
 
-_MODULES = ("filelock", "pyarrow")
+_MODULES = ("filelock", "prometheus_client", "pyarrow")
 
 
 def require_scoring_extra(*more: str) -> None:

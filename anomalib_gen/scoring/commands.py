@@ -51,7 +51,7 @@ models = typer.Typer(
 
 
 @contextlib.contextmanager
-def _reported(log: Log, *, resumable: bool = False) -> Iterator[None]:
+def reported(log: Log, *, resumable: bool = False) -> Iterator[None]:
     """Turn errors that are a user's to mend into one message and an exit code."""
     try:
         yield
@@ -98,12 +98,12 @@ def fit(
     **Example**: `anomalib-gen fit history/ --exclude id --model model`
     """
     log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
-    with _reported(log):
+    with reported(log):
         from anomalib_gen.scoring.config import FitOptions, resolve
 
         flags = {"input": input, "model": model, "detector": detector, "columns": columns, "exclude": exclude}
         options = resolve(FitOptions, "fit", {**flags, "seed": seed, "overwrite": overwrite}, config)
-        _require()
+        require()
         from anomalib_gen.scoring.fitting import fit_files
 
         typer.echo(fit_files(options, log))
@@ -188,7 +188,7 @@ def score(
     **Example**: `anomalib-gen score incoming/ -m model -k id -o scores.parquet`
     """
     log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
-    with _reported(log, resumable=True):
+    with reported(log, resumable=True):
         from anomalib_gen.scoring.config import ScoreOptions, resolve
 
         flags: dict[str, Any] = {
@@ -204,7 +204,7 @@ def score(
             "overwrite": overwrite,
         }
         options = resolve(ScoreOptions, "score", flags, config)
-        _require()
+        require()
         from anomalib_gen.scoring.run import score_files
 
         summary = score_files(options, log)
@@ -250,12 +250,12 @@ def evaluate(
     **Example**: `anomalib-gen evaluate labelled.parquet -m model --label fraud --anomaly 1`
     """
     log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
-    with _reported(log):
+    with reported(log):
         from anomalib_gen.scoring.config import EvaluateOptions, resolve
 
         flags = {"input": input, "model": model, "label": label, "anomaly": anomaly, "output": output}
         options = resolve(EvaluateOptions, "evaluate", {**flags, "overwrite": overwrite}, config)
-        _require()
+        require()
         from anomalib_gen.scoring.evaluation import evaluate_files
 
         typer.echo(json.dumps(evaluate_files(options, log), indent=2))
@@ -308,7 +308,7 @@ def report(
     **Example**: `anomalib-gen report scores.parquet -m model -o report.html`
     """
     log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
-    with _reported(log):
+    with reported(log):
         from anomalib_gen.scoring.config import ReportOptions, resolve
 
         flags: dict[str, Any] = {
@@ -320,13 +320,14 @@ def report(
             "overwrite": overwrite,
         }
         options = resolve(ReportOptions, "report", flags, config)
-        _require("jinja2", "matplotlib")
+        require("jinja2", "matplotlib")
         from anomalib_gen.scoring.reporting import report_run
 
         raise typer.Exit(report_run(options, log))
 
 
-def _require(*more: str) -> None:
+def require(*more: str) -> None:
+    """Ask for the optional dependencies, and for more modules."""
     from anomalib_gen.scoring._extra import require_scoring_extra
 
     require_scoring_extra(*more)
@@ -382,6 +383,9 @@ def card(folder: Path) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
+    from anomalib_gen.scoring import operations
+
     for function in (fit, score, evaluate, report):
         app.command()(function)
+    operations.register(app)
     app.add_typer(models, name="models")

@@ -111,6 +111,37 @@ class ReportOptions:
     overwrite: bool = option("flag", False)
 
 
+@command("monitor")
+class MonitorOptions:
+    """Options of ``monitor``."""
+
+    scores: str = option("text")
+    model: str = option("text")
+    input: tuple[str, ...] = option("texts", ())
+    key: tuple[str, ...] = option("texts", ())
+    job: str | None = option("text", None)
+    run: str | None = option("text", None)
+    history: str | None = option("text", None)
+    keep_days: float = option("number", 400, least=1)
+    output: str | None = option("text", None)
+    json: bool = option("flag", False)
+    prometheus: str | None = option("text", None)
+    webhook: str | None = option("text", None)
+    webhook_timeout: float = option("number", 10, least=0.01, most=600)
+    webhook_retries: int = option("integer", 3, least=0, most=10)
+    webhook_backoff: float = option("number", 1, least=0, most=60)
+    ignore: tuple[str, ...] = option("texts", ())
+    alpha: float = option("number", 0.01, least=1e-9, most=1)
+    distance: float = option("number", 0.2, least=0, most=1)
+    psi: float = option("number", 0.2, least=0)
+    wasserstein: float = option("number", 0.5, least=0)
+    missing: float = option("number", 0.05, least=0, most=1)
+    unseen: float = option("number", 0.01, least=0, most=1)
+    alert_rate: float = option("number", 2, least=1)
+    volume: float = option("number", 2, least=1)
+    min_runs: int = option("integer", 5, least=1)
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Read a TOML file and check its tables and keys.
 

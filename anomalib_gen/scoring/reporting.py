@@ -299,8 +299,10 @@ def _read_scores(scores: Path, found: RunReport, n_top: int) -> tuple[npt.NDArra
         raise DataError(
             f"{scores} has {start} rows, and its record says {found.rows}. Score the files again."
         )
-    if start:
-        found.scores = sample.columns()[0].distribution
+    if start and (whole := sample.columns()[0].distribution) is not None:
+        # As `monitor` compares them.
+        kept = whole.sample()
+        found.scores = Distribution.of(kept, len(kept) + 1)
     for entry in [] if top is None else top.to_dict("records"):
         shown = {key: entry[key] for key in keys}
         found.anomalies.append(Anomaly(int(entry["row"]), float(entry["score"]), shown))
@@ -346,7 +348,9 @@ def _walk(
                 frame, _ = to_frame(part.table, names, wanted.types)
                 # (A model without names has a reference without names.)
                 named = wanted.names is not None
-                summariser.add(frame if named else frame.set_axis(map(str, range(len(names))), axis=1))
+                summariser.add(
+                    frame if named else frame.set_axis([str(j) for j in range(len(names))], axis=1)
+                )
                 kept = np.flatnonzero(~np.isin(part.rows, bad_rows.get(item.path, [])))
                 for chosen, frames in ((places, odd), (normal, background)):
                     here = chosen[(chosen >= start) & (chosen < start + len(kept))] - start

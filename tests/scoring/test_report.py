@@ -1,6 +1,7 @@
 """The command `report`: what stands on the page is what is in the files, whatever their names; and a page it is."""
 
 import html.parser
+import json
 import re
 from collections import Counter
 from itertools import pairwise
@@ -140,6 +141,17 @@ def test_drift_and_quality_are_on_the_page(run, scored, described, rows, tmp_pat
     assert "Described from 800 rows" in text
     # Bars of the pictures add up to all rows.
     assert len(page.all("svg")) >= 3
+
+
+def test_report_and_monitor_find_the_same(run, scored, described, rows, tmp_path):
+    frame = rows(300, 1)
+    frame["x"] += 1
+    output = scored(frame)
+    found = gather(output, ReportOptions(scores=str(output), model=str(described)))
+    result = run("monitor", output, "-m", described, "--input", tmp_path / "in-0.parquet", "--json", "--quiet")
+    assert result.exit_code == 3
+    assert found.drift.alerts
+    assert json.loads(result.stdout)["report"] == json.loads(json.dumps(found.drift.to_dict()))
 
 
 def test_one_run_gives_one_page(run, scored, described, rows, tmp_path):

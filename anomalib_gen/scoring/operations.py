@@ -1,0 +1,192 @@
+"""The commands around scoring: is the model still right for the data, where is its threshold, and why this row."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from anomalib_gen.scoring._log import Log
+from anomalib_gen.scoring.commands import (
+    Config,
+    LogFormat,
+    Logs,
+    Model,
+    Quiet,
+    reported,
+    require,
+)
+
+
+def _option(*flags: str, **settings: Any) -> Any:
+    return typer.Option(*flags, show_default=False, **settings)
+
+
+def monitor(
+    scores: Annotated[
+        str | None,
+        typer.Argument(metavar="SCORES", help="What `score` wrote: a file, or a folder.", show_default=False),
+    ] = None,
+    model: Model = None,
+    input: Annotated[
+        list[str] | None,
+        _option(
+            "--input",
+            metavar="PATH",
+            help="Files that were scored, to compare their columns too; may be repeated.",
+        ),
+    ] = None,
+    key: Annotated[
+        list[str] | None,
+        _option(
+            "--key",
+            "-k",
+            metavar="NAME",
+            help="Column of the input that is none of the model's, for models that know no names.",
+        ),
+    ] = None,
+    job: Annotated[
+        str | None,
+        _option(metavar="NAME", help="Series that this run belongs to. Default: the model folder."),
+    ] = None,
+    run: Annotated[
+        str | None,
+        _option(
+            metavar="NAME",
+            help="Name of the run, such as a date. Default: made from the model and the files that were scored.",
+        ),
+    ] = None,
+    history: Annotated[
+        str | None, _option(metavar="FILE", help="SQLite file of all runs; tells the usual volume.")
+    ] = None,
+    keep_days: Annotated[
+        float | None, _option(min=1, metavar="DAYS", help="Forget runs that are older. Default: 400.")
+    ] = None,
+    output: Annotated[
+        str | None,
+        _option("--output", "-o", metavar="FILE", help="JSON file with everything that was found."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print that JSON rather than a table.")] = False,
+    prometheus: Annotated[
+        str | None,
+        _option(metavar="FILE", help="Metrics for the node exporter's textfile collector (.prom)."),
+    ] = None,
+    webhook: Annotated[
+        str | None,
+        _option(
+            metavar="URL",
+            envvar="ANOMALIB_GEN_WEBHOOK",
+            help="Address that alerts are posted to, as JSON; better in the variable, where `ps` does not show it.",
+        ),
+    ] = None,
+    webhook_timeout: Annotated[
+        float | None, _option(metavar="SECONDS", help="Of one try. Default: 10.")
+    ] = None,
+    webhook_retries: Annotated[
+        int | None, _option(min=0, metavar="N", help="Tries after the first. Default: 3.")
+    ] = None,
+    webhook_backoff: Annotated[
+        float | None,
+        _option(min=0, metavar="SECONDS", help="Pause, doubled from one try to the next. Default: 1."),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        _option(
+            metavar="NAME", help="Column that raises no alert, such as one of the calendar; may be repeated."
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        _option(help="Largest p-value of an alert, corrected for all columns. Default: 0.01."),
+    ] = None,
+    distance: Annotated[
+        float | None,
+        _option(help="KS distance, or total variation of categories, of an alert. Default: 0.2."),
+    ] = None,
+    psi: Annotated[
+        float | None, _option(help="Population stability index of an alert. Default: 0.2.")
+    ] = None,
+    wasserstein: Annotated[
+        float | None, _option(help="Wasserstein distance of an alert, in standard deviations. Default: 0.5.")
+    ] = None,
+    missing: Annotated[
+        float | None, _option(help="Change of the share of missing values of an alert. Default: 0.05.")
+    ] = None,
+    unseen: Annotated[
+        float | None, _option(help="Share of new categories of an alert. Default: 0.01.")
+    ] = None,
+    alert_rate: Annotated[
+        float | None,
+        _option(help="Share of outliers, as a multiple of that of normal rows, of an alert. Default: 2."),
+    ] = None,
+    volume: Annotated[
+        float | None,
+        _option(help="Rows, as a multiple or fraction of the usual number, of an alert. Default: 2."),
+    ] = None,
+    min_runs: Annotated[
+        int | None, _option(min=1, help="Earlier runs that tell what is usual. Default: 5.")
+    ] = None,
+    config: Config = None,
+    quiet: Quiet = False,
+    log_format: Logs = LogFormat.text,
+) -> None:
+    """Compare a scored batch with what the model was fitted to, and raise an alert if it has drifted.
+
+    Compared are the scores, the share of outliers, the number of rows and, with `--input`, every column. A difference
+    is an alert if it is both large (one of the thresholds) and sure (`--alpha`). What one run found has one entry in
+    the history, however often it is looked at; the webhook is called for an alert until it was reached once.
+
+    **Exit codes**: 0 nothing to see; 1 usage; 2 files that cannot be read or written, or a model without a training
+    reference; 3 alert; 4 done, but for input files that cannot be read or a webhook that was not reached; 5 internal
+    error.
+
+    **Example**: `anomalib-gen monitor scores.parquet -m model --input incoming/ --history monitor.sqlite`
+    """
+    log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
+    with reported(log):
+        from anomalib_gen.scoring.config import MonitorOptions, resolve
+
+        flags = {
+            "scores": scores,
+            "model": model,
+            "input": input,
+            "key": key,
+            "job": job,
+            "run": run,
+            "history": history,
+            "keep_days": keep_days,
+            "output": output,
+            "json": as_json,
+            "prometheus": prometheus,
+            "webhook": webhook,
+            "webhook_timeout": webhook_timeout,
+            "webhook_retries": webhook_retries,
+            "webhook_backoff": webhook_backoff,
+            "ignore": ignore,
+            "alpha": alpha,
+            "distance": distance,
+            "psi": psi,
+            "wasserstein": wasserstein,
+            "missing": missing,
+            "unseen": unseen,
+            "alert_rate": alert_rate,
+            "volume": volume,
+            "min_runs": min_runs,
+        }
+        options = resolve(MonitorOptions, "monitor", flags, config)
+        require()
+        import json
+
+        from anomalib_gen.scoring.monitor import monitor_files, table
+
+        document, code = monitor_files(options, log)
+        if options.json:
+            typer.echo(json.dumps(document, indent=2, allow_nan=False))
+        elif not quiet:
+            typer.echo(table(document))
+        raise typer.Exit(code)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(monitor)
