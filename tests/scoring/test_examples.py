@@ -93,7 +93,10 @@ def test_configurations_are_valid(name):
     )
     assert options.resume
     assert options.overwrite
-    assert found == tomllib.loads((EXAMPLES / "cron" / "score.toml").read_text())
+    common = tomllib.loads((EXAMPLES / "cron" / "score.toml").read_text())
+    assert found["score"] == common["score"]
+    for command, options in (("monitor", config.MonitorOptions), ("report", config.ReportOptions)):
+        config.resolve(options, command, {"scores": "a.parquet", "model": "m"}, path)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -108,16 +111,20 @@ def test_every_file_is_explained(name):
 # cron ------------------------------------------------------------------------------------------------------
 
 
-def test_cron_scores_a_day(place, command):
+def test_cron_scores_a_day(place, command, described):
     path = command()
     for name in ("nightly.sh", "score.toml"):
         shutil.copy(EXAMPLES / "cron" / name, place)
+    shutil.rmtree(place / "model")
+    shutil.copytree(described, place / "model")  # (Drift needs a training reference.)
     text = (place / "score.toml").read_text()
     (place / "score.toml").write_text(text.replace("alert-above = 0.05", "alert-above = 1"))
     done = run_in("/", [place / "nightly.sh"], path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert_scored(place)
-    # The same day by its name, with a threshold that it crosses.
+    assert (place / "scores" / f"{YESTERDAY}.parquet.html").exists()
+    assert (place / "monitor.sqlite").exists()
+    # The same day by its name, with another threshold.
     (place / "score.toml").write_text(text.replace("alert-above = 0.05", "alert-above = 0"))
     done = run_in("/", [place / "nightly.sh", YESTERDAY], path)
     assert done.returncode == 3
@@ -126,26 +133,31 @@ def test_cron_scores_a_day(place, command):
 
 
 @pytest.mark.parametrize(
-    ("codes", "calls", "last"),
+    ("codes", "called", "code", "last"),
     [
-        ((0,), 1, ""),
-        ((3,), 1, "ALERT"),
-        ((4,), 1, "quarantine"),
-        ((1,), 1, "FAILED"),
-        ((2,), 1, "FAILED"),
-        ((137, 0), 2, "going on from there"),
-        ((5, 3), 2, "ALERT"),
-        ((5, 5), 2, "FAILED"),
+        ((0, 0, 0), ["score", "monitor", "report"], 0, None),
+        ((3, 0, 0), ["score", "monitor", "report"], 3, "ALERT"),
+        ((3, 2, 0), ["score", "monitor", "report"], 3, "ALERT"),
+        ((0, 3, 0), ["score", "monitor", "report"], 3, "ALERT"),
+        ((4, 0, 0), ["score", "monitor", "report"], 4, "not all of it"),
+        ((4, 3, 0), ["score", "monitor", "report"], 3, "ALERT"),
+        ((0, 2, 0), ["score", "monitor", "report"], 2, "FAILED"),
+        ((0, 0, 4), ["score", "monitor", "report"], 0, "no whole report (code 4)"),
+        ((1,), ["score"], 1, "FAILED"),
+        ((2,), ["score"], 2, "FAILED"),
+        ((137, 0, 0, 0), ["score", "score", "monitor", "report"], 0, "going on from there"),
+        ((5, 3, 0, 0), ["score", "score", "monitor", "report"], 3, "ALERT"),
+        ((5, 5), ["score", "score"], 5, "FAILED"),
     ],
 )
-def test_cron_acts_on_codes(place, command, codes, calls, last):
+def test_cron_acts_on_codes(place, command, codes, called, code, last):
     path = command(*codes)
     shutil.copy(EXAMPLES / "cron" / "nightly.sh", place)
     done = run_in("/", [place / "nightly.sh"], path)
-    assert done.returncode == codes[-1]
-    made = (place / "bin" / "calls").read_text().splitlines()
-    assert len(made) == calls
-    assert all(f"incoming/{YESTERDAY}" in call for call in made)
+    assert done.returncode == code
+    calls = (place / "bin" / "calls").read_text().splitlines()
+    assert [call.split()[0] for call in calls] == called
+    assert all(f"{YESTERDAY}" in call for call in calls)
     lines = done.stdout.splitlines()
     assert last in lines[-1] if last else not lines
 

@@ -148,7 +148,9 @@ def test_report_and_monitor_find_the_same(run, scored, described, rows, tmp_path
     frame["x"] += 1
     output = scored(frame)
     found = gather(output, ReportOptions(scores=str(output), model=str(described)))
-    result = run("monitor", output, "-m", described, "--input", tmp_path / "in-0.parquet", "--json", "--quiet")
+    result = run(
+        "monitor", output, "-m", described, "--input", tmp_path / "in-0.parquet", "--json", "--quiet"
+    )
     assert result.exit_code == 3
     assert found.drift.alerts
     assert json.loads(result.stdout)["report"] == json.loads(json.dumps(found.drift.to_dict()))
