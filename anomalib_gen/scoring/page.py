@@ -195,10 +195,11 @@ def _weights_figure(run: RunReport) -> str:
     weights = list(run.weights.items())[:MAX_WEIGHTS][::-1]
     if not weights:
         return ""
-    figure, axes = new_figure(WIDE[0], 0.7 + 0.27 * len(weights), fontsize=10)
+    figure, axes = new_figure(WIDE[0], 0.7 + 0.27 * max(len(weights), 3), fontsize=10)
     places = np.arange(len(weights))
     axes.barh(places, [value for _, value in weights], color=ANOMALY, height=0.62)
     axes.set_yticks(places, [_plain(name, 24) for name, _ in weights])
+    axes.set_ylim(-0.6, max(len(weights), 3) - 0.4)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("mean contribution over the anomalies listed")
     top = ", ".join(_plain(name, 24) for name, _ in weights[::-1][:3])
