@@ -161,6 +161,22 @@ def score(
             show_default=False,
         ),
     ] = None,
+    p_values: Annotated[
+        bool,
+        typer.Option(
+            "--p-values",
+            help="Demand the column p_value, which models of `calibrate --method conformal` always add.",
+        ),
+    ] = False,
+    explain: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="K",
+            help="Add the K columns that contribute most to each outlier, with values and contributions. Default: 0.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -176,7 +192,8 @@ def score(
     """Score files with a saved model.
 
     Rows keep their order. The output has the key columns, and for each row its score (lower is more abnormal), label
-    (-1 below the threshold, else +1), the threshold and the first 16 digits of the model's hash. It appears when it is
+    (-1 below the threshold, else +1), the threshold and the first 16 digits of the model's hash; of models that make
+    p-values also the p-value, and with `--explain` the columns that made outliers look odd. It appears when it is
     complete; OUTPUT.run.json says what it was made from. Memory does not grow with the files.
 
     For a nightly job use `--resume --overwrite`: what was killed goes on, what is done is left alone, and other input
@@ -200,6 +217,8 @@ def score(
             "max_bad_files": max_bad_files,
             "quarantine": quarantine,
             "alert_above": alert_above,
+            "p_values": p_values,
+            "explain": explain,
             "resume": resume,
             "overwrite": overwrite,
         }
@@ -275,12 +294,6 @@ def report(
             "--output", "-o", metavar="FILE", help="Page to make. Default: SCORES.html.", show_default=False
         ),
     ] = None,
-    quarantine: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="What `score --quarantine` was given, if anything.", show_default=False
-        ),
-    ] = None,
     top: Annotated[
         int | None,
         typer.Option(
@@ -315,7 +328,6 @@ def report(
             "scores": scores,
             "model": model,
             "output": output,
-            "quarantine": quarantine,
             "top": top,
             "overwrite": overwrite,
         }

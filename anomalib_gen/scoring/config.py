@@ -24,10 +24,17 @@ from typing import Any, TypeVar
 from anomalib_gen.scoring._errors import UsageError
 
 MISSING = dataclasses.MISSING
+METHODS = ("false-positive-rate", "tail", "contamination", "conformal", "keep")
+"""How ``calibrate`` may set a threshold."""
 
 
 def option(
-    kind: str, default: Any = MISSING, *, least: float | None = None, most: float | None = None
+    kind: str,
+    default: Any = MISSING,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    among: tuple[str, ...] | None = None,
 ) -> Any:
     """Declare an option of a command.
 
@@ -38,8 +45,10 @@ def option(
         Without one the option must be given.
     least, most : float, optional
         Range of a number.
+    among : tuple of str, optional
+        Texts that are known.
     """
-    extra = {"kind": kind, "least": least, "most": most}
+    extra = {"kind": kind, "least": least, "most": most, "among": among}
     return dataclasses.field(default=default, metadata=extra)
 
 
@@ -83,6 +92,8 @@ class ScoreOptions:
     max_bad_rows: int = option("integer", 0, least=0)
     max_bad_files: int = option("integer", 0, least=0)
     alert_above: float | None = option("number", None, least=0, most=1)
+    p_values: bool = option("flag", False)
+    explain: int = option("integer", 0, least=0, most=100)
     resume: bool = option("flag", False)
     overwrite: bool = option("flag", False)
 
@@ -106,8 +117,39 @@ class ReportOptions:
     scores: str = option("text")
     model: str = option("text")
     output: str | None = option("text", None)
-    quarantine: str | None = option("text", None)
     top: int = option("integer", 100, least=1, most=1000)
+    overwrite: bool = option("flag", False)
+
+
+@command("calibrate")
+class CalibrateOptions:
+    """Options of ``calibrate``."""
+
+    input: tuple[str, ...] = option("texts")
+    model: str = option("text")
+    output: str | None = option("text", None)
+    method: str = option("text", "false-positive-rate", among=METHODS)
+    rate: float = option("number", 0.05, least=1e-12, most=0.5)
+    confidence: float | None = option("number", None, least=0.01, most=0.9999)
+    tail_fraction: float = option("number", 0.1, least=0.001, most=0.5)
+    overwrite: bool = option("flag", False)
+
+
+@command("explain")
+class ExplainOptions:
+    """Options of ``explain``."""
+
+    input: tuple[str, ...] = option("texts")
+    model: str = option("text")
+    output: str = option("text")
+    key: tuple[str, ...] = option("texts", ())
+    top: int = option("integer", 100, least=1, most=1_000_000)
+    flagged: bool = option("flag", False)
+    features: int | None = option("integer", None, least=1)
+    background: tuple[str, ...] = option("texts", ())
+    method: str = option(
+        "text", "auto", among=("auto", "integrated-gradients", "score", "reconstruction", "conditional")
+    )
     overwrite: bool = option("flag", False)
 
 
@@ -232,4 +274,7 @@ def _check(value: Any, field: dataclasses.Field[Any], key: str) -> Any:
     if (least is not None and not value >= least) or (most is not None and not value <= most):
         span = f"at least {least:g}" if most is None else f"from {least:g} to {most:g}"
         raise UsageError(f"{key} must be {span}, got {value!r}.")
+    among = field.metadata["among"]
+    if among is not None and value not in among:
+        raise UsageError(f"{key} must be one of {', '.join(among)}, got {value!r}.{_guess(value, among)}")
     return tuple(value) if kind == "texts" else value

@@ -9,9 +9,11 @@ import typer
 from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.commands import (
     Config,
+    Inputs,
     LogFormat,
     Logs,
     Model,
+    Overwrite,
     Quiet,
     reported,
     require,
@@ -20,6 +22,155 @@ from anomalib_gen.scoring.commands import (
 
 def _option(*flags: str, **settings: Any) -> Any:
     return typer.Option(*flags, show_default=False, **settings)
+
+
+def calibrate(
+    input: Inputs = None,
+    model: Model = None,
+    output: Annotated[
+        str | None,
+        _option(
+            "--output", "-o", metavar="FOLDER", help="Model folder to make. Default: MODEL, with --overwrite."
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        _option(
+            metavar="NAME",
+            help="false-positive-rate (default), tail (for rates below one by the number of rows), contamination, "
+            "conformal (p-values), or keep (describe the rows, leave the threshold).",
+        ),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        _option(
+            help="Share of normal rows that may be flagged, or the p-value from which on. Default: 0.05."
+        ),
+    ] = None,
+    confidence: Annotated[
+        float | None,
+        _option(
+            help="Probability that a false-positive rate is kept, for these rows. Default: kept on average."
+        ),
+    ] = None,
+    tail_fraction: Annotated[
+        float | None, _option(help="Share of the rows that make a tail. Default: 0.1.")
+    ] = None,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    quiet: Quiet = False,
+    log_format: Logs = LogFormat.text,
+) -> None:
+    """Set the threshold of a saved model by files of normal rows, and describe them for `monitor`.
+
+    The rows must be normal, and others than those of `fit`: scores of training rows look too normal, and promise
+    nothing about new ones. The result is a model folder like any other, with another hash; of `--method conformal`
+    `score` adds a column p_value: of a normal row it is at most t with probability at most t.
+
+    **Exit codes**: 0 done; 1 usage; 2 files that cannot be read or written, do not fit the model, or are too few rows
+    for the rate; 5 internal error.
+
+    **Example**: `anomalib-gen calibrate normal/ -m model --method conformal --rate 0.01 -o calibrated`
+    """
+    log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
+    with reported(log):
+        import json
+
+        from anomalib_gen.scoring.config import CalibrateOptions, resolve
+
+        flags = {
+            "input": input,
+            "model": model,
+            "output": output,
+            "method": method,
+            "rate": rate,
+            "confidence": confidence,
+            "tail_fraction": tail_fraction,
+            "overwrite": overwrite,
+        }
+        options = resolve(CalibrateOptions, "calibrate", flags, config)
+        require()
+        from anomalib_gen.scoring.calibrating import calibrate_files
+
+        typer.echo(json.dumps(calibrate_files(options, log), indent=2, allow_nan=False))
+
+
+def explain(
+    input: Inputs = None,
+    model: Model = None,
+    output: Annotated[
+        str | None,
+        _option("--output", "-o", metavar="PATH", help="File to make, as for `score`."),
+    ] = None,
+    key: Annotated[
+        list[str] | None,
+        _option("--key", "-k", metavar="NAME", help="Column to carry over to the output; may be repeated."),
+    ] = None,
+    top: Annotated[
+        int | None, _option(min=1, metavar="N", help="Explain the N lowest rows, lowest first. Default: 100.")
+    ] = None,
+    flagged: Annotated[
+        bool, typer.Option("--flagged", help="Explain all rows below the threshold, in the files' order.")
+    ] = False,
+    features: Annotated[
+        int | None,
+        _option(
+            min=1, metavar="K", help="Keep the K columns that contribute most to each row. Default: all."
+        ),
+    ] = None,
+    background: Annotated[
+        list[str] | None,
+        _option(
+            metavar="PATH",
+            help="Files of normal rows to start from; may be repeated. Default: the mean of the training rows, which "
+            "is poor where there are several kinds of normal rows.",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        _option(
+            metavar="NAME",
+            help="auto (default), integrated-gradients, score, reconstruction or conditional.",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    quiet: Quiet = False,
+    log_format: Logs = LogFormat.text,
+) -> None:
+    """Say which columns make rows of files anomalous.
+
+    The output has a line for each row and column: the keys, file and row (from 0), score and label, what is explained
+    and from where (anomaly, baseline), and rank, name, value and contribution of the column. Over all columns the
+    contributions add up to the anomaly less the baseline.
+
+    **Exit codes**: 0 done; 1 usage, or a model whose rows cannot be explained; 2 files that cannot be read or written,
+    or do not fit the model; 5 internal error.
+
+    **Example**: `anomalib-gen explain incoming/ -m model -k id --top 20 --background normal/ -o why.csv`
+    """
+    log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
+    with reported(log):
+        from anomalib_gen.scoring.config import ExplainOptions, resolve
+
+        flags = {
+            "input": input,
+            "model": model,
+            "output": output,
+            "key": key,
+            "top": top,
+            "flagged": flagged,
+            "features": features,
+            "background": background,
+            "method": method,
+            "overwrite": overwrite,
+        }
+        options = resolve(ExplainOptions, "explain", flags, config)
+        require()
+        from anomalib_gen.scoring.explaining_files import explain_files
+
+        count = explain_files(options, log)
+        log.info(f"{count} rows explained: {options.output}", rows=count, output=options.output)
 
 
 def monitor(
@@ -189,4 +340,5 @@ def monitor(
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command()(monitor)
+    for function in (calibrate, explain, monitor):
+        app.command()(function)

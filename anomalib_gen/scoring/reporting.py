@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from anomalib_gen.explain import feature_contributions
 from anomalib_gen.monitoring import (
     Batch,
     Distribution,
@@ -38,12 +37,16 @@ from anomalib_gen.scoring._columns import Wanted, to_frame, wanted_by
 from anomalib_gen.scoring._errors import DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import ReportOptions
+from anomalib_gen.scoring.explaining import Explainer, top_fields
 from anomalib_gen.scoring.parts import write_file
-from anomalib_gen.scoring.run import ADDED, HASH_DIGITS, load_model, quarantine_beside, record_of
+from anomalib_gen.scoring.rows import load_model
+from anomalib_gen.scoring.run import ADDED, HASH_DIGITS, quarantine_beside, record_of
 from anomalib_gen.scoring.sources import Input, Reader, find_inputs, rows_per_part
 
 BACKGROUND_ROWS = 1000
 """Normal rows of the run, by which contributions are measured."""
+MAX_TOP_FIELDS = 100
+"""Columns of explanations in the scores that are known for such by their names."""
 MAX_QUARANTINED = 100
 """Rows and files listed that could not be scored; the others are counted."""
 
@@ -58,6 +61,8 @@ class Anomaly:
         Place in the scores, from 0.
     score : float
     keys : dict of str to object
+    p_value : float or None
+        Where the model makes them.
     contributions : list of (name, value, contribution)
         Largest first; empty if they are not known.
     """
@@ -65,6 +70,7 @@ class Anomaly:
     row: int
     score: float
     keys: dict[str, Any]
+    p_value: float | None = None
     contributions: list[tuple[str, Any, float]] = dataclasses.field(default_factory=list)
 
 
@@ -134,7 +140,7 @@ def report_run(options: ReportOptions, log: Log) -> int:
         raise UsageError(f"{output} exists already. Choose another output, or replace it with --overwrite.")
     from anomalib_gen.scoring.page import render
 
-    found = gather(scores, options)
+    found = gather(scores, options, log)
     page = render(found)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +154,7 @@ def report_run(options: ReportOptions, log: Log) -> int:
     return PARTIAL if found.notes else DONE
 
 
-def gather(scores: Path, options: ReportOptions) -> RunReport:
+def gather(scores: Path, options: ReportOptions, log: Log) -> RunReport:
     """Everything that the page of a run shows.
 
     Parameters
@@ -156,6 +162,7 @@ def gather(scores: Path, options: ReportOptions) -> RunReport:
     scores : Path
         Output of ``score``, with its record beside it.
     options : ReportOptions
+    log : Log
 
     Raises
     ------
@@ -163,7 +170,7 @@ def gather(scores: Path, options: ReportOptions) -> RunReport:
         If the scores, their record or the model cannot be read, or do not belong together.
     """
     record, folder = _read_record(scores), options.model
-    quarantine = Path(options.quarantine or quarantine_beside(scores))
+    quarantine = Path(record["quarantine"] or quarantine_beside(scores))
     entries = _read_quarantine(quarantine, record)
     model, facts = load_model(folder)
     if facts["hash"] != record["model"]:
@@ -175,7 +182,7 @@ def gather(scores: Path, options: ReportOptions) -> RunReport:
         name=scores.name,
         written=_time_of(scores),
         model=facts,
-        threshold=float(record["threshold"]),
+        threshold=record["threshold"],
         rows=record["rows"],
         outliers=record["outliers"],
         bad_rows=record["bad_rows"],
@@ -202,7 +209,7 @@ def gather(scores: Path, options: ReportOptions) -> RunReport:
     else:
         try:
             wanted = wanted_by(facts["schema"], keys, model)
-            summariser = _walk(found, _same_inputs(record), entries, wanted, model, normal)
+            summariser = _walk(found, _same_inputs(record), entries, wanted, model, normal, log)
         except (DataError, UsageError) as error:
             found.notes.append(f"Contributions and drift of columns are left out: {error}")
     if found.reference is not None:
@@ -227,7 +234,9 @@ def _read_record(scores: Path) -> dict[str, Any]:
         record = json.loads(path.read_bytes())
         counts = ("rows", "outliers", "bad_rows", "bad_files")
         checked: dict[str, Any] = {name: int(record[name]) for name in counts}
-        checked |= {"model": str(record["model"]), "threshold": float(record["threshold"])}
+        checked |= {"model": str(record["model"]), "quarantine": record.get("quarantine")}
+        # (A threshold that flags nothing is no number.)
+        checked["threshold"] = -math.inf if record["threshold"] is None else float(record["threshold"])
         checked["inputs"] = [(str(path), int(size), int(mtime)) for path, size, mtime in record["inputs"]]
     except FileNotFoundError:
         raise DataError(f"{path} is missing. It is written beside the scores; keep them together.") from None
@@ -273,12 +282,13 @@ def _read_scores(scores: Path, found: RunReport, n_top: int) -> tuple[npt.NDArra
     )
     normal: list[npt.NDArray[np.int64]] = []
     sample, start = Summariser(), 0
+    added = {*ADDED, *(field.name for field in top_fields(MAX_TOP_FIELDS))}
     top: pd.DataFrame | None = None
     keys: tuple[str, ...] = ()
     try:
         for table in _batches(scores):
             values, labels = (table.column(name).to_numpy() for name in ("score", "label"))
-            keys = tuple(name for name in table.column_names if name not in ADDED)
+            keys = tuple(name for name in table.column_names if name not in added)
             # (A density may be zero.)
             values = np.maximum(values, np.finfo(np.float64).min)
             sample.add(pd.DataFrame({"score": values}))
@@ -286,7 +296,8 @@ def _read_scores(scores: Path, found: RunReport, n_top: int) -> tuple[npt.NDArra
             normal.append(here[labels[here] == 1] + start)
             odd = np.flatnonzero(labels == -1)
             odd = odd[np.argsort(values[odd], kind="stable")][:n_top]
-            rows = table.select([*keys, "score"]).take(pa.array(odd))
+            more = [name for name in ("score", "p_value") if name in table.column_names]
+            rows = table.select([*keys, *more]).take(pa.array(odd))
             rows = rows.append_column("row", pa.array(odd + start))
             # (Keys of CSV files are guessed block by block, and may be of several types.)
             frame = rows.to_pandas().astype(dict.fromkeys(keys, object))
@@ -305,7 +316,7 @@ def _read_scores(scores: Path, found: RunReport, n_top: int) -> tuple[npt.NDArra
         found.scores = Distribution.of(kept, len(kept) + 1)
     for entry in [] if top is None else top.to_dict("records"):
         shown = {key: entry[key] for key in keys}
-        found.anomalies.append(Anomaly(int(entry["row"]), float(entry["score"]), shown))
+        found.anomalies.append(Anomaly(int(entry["row"]), float(entry["score"]), shown, entry.get("p_value")))
     return np.concatenate(normal) if normal else drawn, keys
 
 
@@ -329,6 +340,7 @@ def _walk(
     wanted: Wanted,
     model: Any,
     normal: npt.NDArray[np.int64],
+    log: Log,
 ) -> Summariser:
     summariser = Summariser(None if found.reference is None else found.reference.columns)
     bad_files = {entry["file"] for entry in entries if entry["row"] is None}
@@ -360,7 +372,7 @@ def _walk(
     if start != found.rows:
         raise DataError(f"the files have {start} rows to score, and the scores {found.rows}.")
     if len(places):
-        _explain(found, places, odd, background, model, named=wanted.names is not None)
+        _explain(found, places, odd, background, model, named=wanted.names is not None, log=log)
     return summariser
 
 
@@ -372,26 +384,27 @@ def _explain(
     model: Any,
     *,
     named: bool,
+    log: Log,
 ) -> None:
     rows, normal = (pd.concat(frames, ignore_index=True) for frames in (odd, background))
-    given: list[Any] = [part if named else part.to_numpy() for part in (rows, normal)]
-    again = model.score_samples(given[0])
+    again = model.score_samples(rows if named else rows.to_numpy())
     scores = {anomaly.row: anomaly.score for anomaly in found.anomalies}
     if not np.allclose(again, [scores[row] for row in places.tolist()], rtol=1e-5, atol=1e-6):
         raise DataError("the rows of the files do not have the scores that were written, so they are others.")
+    names = [str(name) for name in rows]
     try:
-        with warnings.catch_warnings():
-            # The integrals of some rows are rough; their contributions still add up.
-            warnings.simplefilter("ignore", UserWarning)
-            explained = feature_contributions(model, given[0], background=given[1] if len(normal) else None)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        found.notes.append(f"Contributions are left out: {str(error).splitlines()[0]}")
+        explainer = Explainer(model, names, named=named, log=log, background=normal if len(normal) else None)
+        blocks = explainer.contributions(rows)
+    except UsageError as error:
+        found.notes.append(f"Contributions are left out: {error}")
         return
-    if not named:
-        explained.feature_names[:] = [str(name) for name in rows]
-    by_row = dict(zip(places.tolist(), explained.top(len(explained.feature_names)), strict=True))
+    tops: list[list[tuple[str, Any, float]]] = []
+    for block in blocks:
+        block.feature_names[:] = names
+        tops += block.top(len(names))
+    by_row = dict(zip(places.tolist(), tops, strict=True))
     for anomaly in found.anomalies:
         anomaly.contributions = by_row[anomaly.row]
-    mean = np.maximum(explained.values, 0).mean(axis=0)
+    mean = np.concatenate([np.maximum(block.values, 0) for block in blocks]).mean(axis=0)
     order = np.argsort(-mean, kind="stable")
-    found.weights = {explained.feature_names[j]: float(mean[j]) for j in order if mean[j] > 0}
+    found.weights = {names[j]: float(mean[j]) for j in order if mean[j] > 0}

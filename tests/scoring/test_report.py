@@ -13,6 +13,7 @@ import pytest
 from anomalib_gen import load
 from anomalib_gen.explain import feature_contributions
 from anomalib_gen.monitoring import load_reference
+from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import ReportOptions
 from anomalib_gen.scoring.page import contribution_shares, count, number, share, short, size
 from anomalib_gen.scoring.reporting import gather
@@ -91,7 +92,7 @@ def test_anomalies_are_the_lowest_scores_with_their_own_values(scored, described
     frames[0].loc[7, "x"] = np.nan  # left out: later rows move up in the scores
     frames[1].loc[5, "n"] = 60
     output = scored(*frames)
-    found = gather(output, ReportOptions(scores=str(output), model=str(described)))
+    found = gather(output, ReportOptions(scores=str(output), model=str(described)), Log(quiet=True))
     assert not found.notes
     written = pd.read_parquet(output)
     odd = written[written["label"] == -1].sort_values("score", kind="stable")
@@ -147,7 +148,7 @@ def test_report_and_monitor_find_the_same(run, scored, described, rows, tmp_path
     frame = rows(300, 1)
     frame["x"] += 1
     output = scored(frame)
-    found = gather(output, ReportOptions(scores=str(output), model=str(described)))
+    found = gather(output, ReportOptions(scores=str(output), model=str(described)), Log(quiet=True))
     result = run(
         "monitor", output, "-m", described, "--input", tmp_path / "in-0.parquet", "--json", "--quiet"
     )
@@ -192,6 +193,48 @@ def test_a_model_without_names(run, fitted, X, tmp_path):
     assert page.tables["anomaly-table"][1][1] == "11"
     assert page.tables["anomaly-table"][1][3].startswith("q = ")
     assert "has no training reference" in page.text
+
+
+def test_p_values_are_shown_and_explanations_are_no_keys(run, described, rows, tmp_path):
+    rows(300, 5).to_parquet(tmp_path / "normal.parquet")
+    conformal = tmp_path / "conformal"
+    arguments = (
+        "calibrate",
+        tmp_path / "normal.parquet",
+        "-m",
+        described,
+        "--method",
+        "conformal",
+        "-o",
+        conformal,
+    )
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    frame = rows(100, 1)
+    frame.loc[3, "x"] = 9.0
+    frame.to_parquet(tmp_path / "in.parquet")
+    output = tmp_path / "s.parquet"
+    result = run(
+        "score",
+        tmp_path / "in.parquet",
+        "-m",
+        conformal,
+        "-k",
+        "id",
+        "-o",
+        output,
+        "--p-values",
+        "--explain",
+        2,
+    )
+    assert result.exit_code == 0, result.output
+    result = run("report", output, "-m", conformal)
+    assert result.exit_code == 0, result.output
+    head, first, *_ = page_of(tmp_path / "s.parquet.html").tables["anomaly-table"]
+    assert head == ["Rank", "id", "Score", "p", "Largest contributions", "Row"]
+    assert first[1] == "1-00003"
+    assert float(first[3]) == pytest.approx(1 / 301, rel=1e-3)
+    assert first[4].startswith("x = 9")
 
 
 def test_options_may_stand_in_a_file(run, scored, described, rows, tmp_path):
@@ -263,16 +306,18 @@ def test_what_has_changed_since_is_left_out_and_named(run, scored, described, ro
     assert run("report", output, "-m", described, "--overwrite").exit_code == 4
     # The quarantine file tells which rows of the file the scores belong to.
     output = scored(frame, options=("--overwrite", "--quarantine", tmp_path / "bad.jsonl"))
-    (tmp_path / "scores.parquet.quarantine.jsonl").unlink()
-    assert run("report", output, "-m", described, "--overwrite").exit_code == 4
-    result = run("report", output, "-m", described, "--overwrite", "--quarantine", tmp_path / "bad.jsonl")
+    result = run("report", output, "-m", described, "--overwrite")
     assert result.exit_code == 0, result.output
     (tmp_path / "bad.jsonl").write_text(
         (tmp_path / "bad.jsonl").read_text().replace('"row": 4', '"row": 119')
     )
-    result = run("report", output, "-m", described, "--overwrite", "--quarantine", tmp_path / "bad.jsonl")
+    result = run("report", output, "-m", described, "--overwrite")
     assert result.exit_code == 4
     assert "do not have the scores that were written" in result.stderr
+    (tmp_path / "bad.jsonl").unlink()
+    result = run("report", output, "-m", described, "--overwrite")
+    assert result.exit_code == 4
+    assert "is not there or not whole" in result.stderr
 
 
 def test_packages_that_are_needed_are_named(run, monkeypatch):
