@@ -6,6 +6,7 @@ parts      finished parts on the disk, so that a killed run goes on where it was
 sinks      the result as one file or a folder of them, complete or not there
 run        reading, scoring and writing at the same time
 fitting    a model from files; evaluation: figures from labelled files
+reporting  what is to say of a run; page: that as one HTML file
 config     options from flags and one TOML file
 commands   the command line
 """

@@ -117,9 +117,9 @@ def size(n_bytes: int) -> str:
 
 
 def short(value: Any) -> str:
-    """Value as a few words; long ones are cut."""
+    """Value as a few words; long ones are cut, and numbers have six digits, as many as counts and years need."""
     if isinstance(value, float | np.floating):
-        return number(float(value))
+        return f"{value:.6g}" if math.isfinite(value) else "–"
     text = " ".join(str(value).split())
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
 

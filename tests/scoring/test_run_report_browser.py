@@ -12,14 +12,10 @@ spec = importlib.util.spec_from_file_location("chromium", Path(__file__).with_na
 chromium = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(chromium)
 
-pytestmark = [
-    pytest.mark.skipif(
-        chromium.find_chromium() is None,
-        reason="no Chromium on the PATH; on Debian: apt-get install chromium",
-    ),
-    # One browser for all of them.
-    pytest.mark.xdist_group("chromium"),
-]
+pytestmark = pytest.mark.skipif(
+    chromium.find_chromium() is None,
+    reason="no Chromium on the PATH; on Debian: apt-get install chromium",
+)
 
 
 @pytest.fixture(scope="module")

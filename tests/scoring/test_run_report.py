@@ -420,6 +420,13 @@ def test_numbers_are_short():
         "2 anomalies",
     )
     assert short("a\n b") == "a b"
+    assert [short(value) for value in (2024.0, 123456.7, float("nan"), np.float64(0.5), 7)] == [
+        "2024",
+        "123457",
+        "–",
+        "0.5",
+        "7",
+    ]
     assert len(short("x" * 500)) == 80
     assert contribution_shares([("a", 1, 3.0), ("b", 2, 1.0), ("c", 3, -5.0)]) == [
         ("a", 1, 3.0, 75.0),
