@@ -46,13 +46,7 @@ def to_svg(figure: Figure, *, label: str) -> str:
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
     svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)
-    title = f"<title>{_escaped(label)}</title>"
-    return re.sub(
-        r"<svg ([^>]*)>",
-        lambda found: f'<svg role="img" aria-label="{_escaped(label)}" {found[1]}>{title}',
-        svg,
-        count=1,
-    )
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{_escaped(label)}" ', 1)
 
 
 def _escaped(text: str) -> str:
