@@ -25,6 +25,10 @@ MAX_VALUES = 1024
 """Values kept of a distribution: it is then within 0.0005 of what it was."""
 
 
+MAX_COUNT = 2**53
+"""Rows that a description may claim to have: whole numbers beyond are none in floating point."""
+
+
 @dataclass(frozen=True)
 class Distribution:
     """A staircase.
@@ -159,7 +163,7 @@ class Distribution:
             or not np.isfinite(values).all()
             or (np.diff(values) <= 0).any()
             or type(n) is not int
-            or n < len(values)
+            or not len(values) <= n <= MAX_COUNT
             or not 0 <= resolution < 1
         ):
             raise ValueError("a distribution is malformed")

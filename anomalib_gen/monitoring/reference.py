@@ -23,7 +23,7 @@ import pandas as pd
 
 from anomalib_gen import persistence
 from anomalib_gen.calibration._wrapped import innermost
-from anomalib_gen.monitoring.distribution import Distribution
+from anomalib_gen.monitoring.distribution import MAX_COUNT, Distribution
 from anomalib_gen.monitoring.summaries import Column, Summariser
 
 FORMAT = "anomalib_gen training reference"
@@ -137,15 +137,18 @@ class Reference:
             counts = [document["rows"], document["scored"], document["flagged"]]
             threshold, held_out = document["threshold"], document["held_out"]
             if (
-                not all(type(count) is int and count >= 0 for count in counts)
+                not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts)
                 or counts[2] > counts[1]
                 or type(held_out) is not bool
-                or not (threshold is None or type(threshold) in (int, float))
+                or not (threshold is None or (type(threshold) in (int, float) and np.isfinite(threshold)))
             ):
                 raise ValueError("its counts are malformed")
+            columns = tuple(Column.from_dict(column) for column in document["columns"])
+            if len({column.name for column in columns}) < len(columns):
+                raise ValueError("a column is there twice")
             return cls(
                 n_rows=counts[0],
-                columns=tuple(Column.from_dict(column) for column in document["columns"]),
+                columns=columns,
                 scores=Distribution.from_dict(document["scores"]),
                 n_scored=counts[1],
                 n_flagged=counts[2],

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from anomalib_gen.monitoring.distribution import MAX_VALUES, Distribution
+from anomalib_gen.monitoring.distribution import MAX_COUNT, MAX_VALUES, Distribution
 
 MAX_CATEGORIES = 1000
 """Categories kept of a column, the most frequent ones; the others are counted together."""
@@ -128,7 +128,7 @@ class Column:
         if (
             type(name) is not str
             or kind not in ("number", "category")
-            or not all(type(count) is int and count >= 0 for count in counts)
+            or not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts)
             or counts[1] > counts[0]
         ):
             raise ValueError("a column is malformed")

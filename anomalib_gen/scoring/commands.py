@@ -119,7 +119,7 @@ def score(
             "-o",
             metavar="PATH",
             help="File to make (.parquet, .feather, .arrow, .csv, .tsv, text also .gz and the like), or, without an "
-            "ending, a folder of Parquet files.",
+            "ending, a folder of Parquet files; scheme://... for an object store, through fsspec.",
             show_default=False,
         ),
     ] = None,
@@ -177,6 +177,14 @@ def score(
             show_default=False,
         ),
     ] = None,
+    work: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where a run for an object store keeps what is not uploaded yet. Default: .anomalib-gen.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -219,6 +227,7 @@ def score(
             "alert_above": alert_above,
             "p_values": p_values,
             "explain": explain,
+            "work": work,
             "resume": resume,
             "overwrite": overwrite,
         }

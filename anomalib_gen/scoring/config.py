@@ -94,6 +94,7 @@ class ScoreOptions:
     alert_above: float | None = option("number", None, least=0, most=1)
     p_values: bool = option("flag", False)
     explain: int = option("integer", 0, least=0, most=100)
+    work: str | None = option("text", None)
     resume: bool = option("flag", False)
     overwrite: bool = option("flag", False)
 

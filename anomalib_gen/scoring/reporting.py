@@ -39,6 +39,7 @@ from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import ReportOptions
 from anomalib_gen.scoring.explaining import Explainer, top_fields
 from anomalib_gen.scoring.parts import write_file
+from anomalib_gen.scoring.remote import is_remote
 from anomalib_gen.scoring.rows import load_model
 from anomalib_gen.scoring.run import ADDED, HASH_DIGITS, quarantine_beside, record_of
 from anomalib_gen.scoring.sources import Input, Reader, find_inputs, rows_per_part
@@ -133,7 +134,12 @@ def report_run(options: ReportOptions, log: Log) -> int:
     UsageError, DataError
         As the exit codes say.
     """
-    scores, output = Path(options.scores), Path(options.output or f"{options.scores}.html")
+    if is_remote(options.scores) or is_remote(options.output or ""):
+        raise UsageError(
+            "report reads and writes files of this machine. Copy the scores and what lies beside them."
+        )
+    scores = Path(options.scores.removeprefix("file://"))
+    output = Path((options.output or f"{scores}.html").removeprefix("file://"))
     if output.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--output {output} must end in .html.")
     if os.path.lexists(output) and not options.overwrite:

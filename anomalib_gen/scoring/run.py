@@ -26,6 +26,7 @@ from anomalib_gen.scoring.config import ScoreOptions
 from anomalib_gen.scoring.explaining import Explainer, top_columns, top_fields
 from anomalib_gen.scoring.overlap import Ahead, Behind
 from anomalib_gen.scoring.parts import Parts, digest, sole_run, to_json, write_file
+from anomalib_gen.scoring.remote import is_remote, score_to_store
 from anomalib_gen.scoring.rows import finite, load_model, score_rows, threshold_of
 from anomalib_gen.scoring.sinks import is_replaceable, kind_of_output, write_result
 from anomalib_gen.scoring.sources import Input, Part, Reader, find_inputs, rows_per_part
@@ -66,7 +67,10 @@ def score_files(options: ScoreOptions, log: Log) -> Summary:
     UsageError, DataError
         As the exit codes say. Earlier results are then untouched.
     """
-    output = Path(options.output)
+    if is_remote(options.output):
+        summary: Summary = score_to_store(options, log, lambda here: score_files(here, log))
+        return summary
+    output = Path(options.output.removeprefix("file://"))
     kind_of_output(output)
     if clash := sorted(set(options.key) & {*ADDED, *(field.name for field in top_fields(options.explain))}):
         raise UsageError(f"--key {clash[0]} has the name of a column that is added. Rename it in the input.")

@@ -8,11 +8,13 @@ import pytest
 
 from anomalib_gen import VAEDetector, load, persistence
 from anomalib_gen.monitoring import (
+    Batch,
     Column,
     Distribution,
     Reference,
     Summariser,
     build_reference,
+    compare,
     load_reference,
     reference_of,
     summaries,
@@ -191,6 +193,41 @@ def test_malformed_references_are_refused():
         with pytest.raises(ValueError, match="training reference cannot be read"):
             Reference.from_bytes(data)
     assert Column.from_dict(good["columns"][0]).name == "x"
+
+
+def places(value, path=()):
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+def put(value, path, part):
+    if not path:
+        return part
+    copy = value.copy()
+    copy[path[0]] = put(value[path[0]], path[1:], part)
+    return copy
+
+
+@pytest.mark.parametrize("part", ["null", "-1", "1.5", '"x"', "[]", "{}", "true", "1e400", "9" * 400, "NaN"])
+def test_any_reference_is_read_or_refused(part):
+    """Every part of a reference in turn is something else; what is read can be compared with."""
+    frame = make_frame(12)
+    good = json.loads(reference_of(summary(frame), [1.0, 2.0], threshold=0, held_out=True).to_bytes())
+    assert Reference.from_bytes(json.dumps(good).encode()).n_rows == 12
+    for path in places(good):
+        data = json.dumps(put(good, path, "@")).replace('"@"', part).encode()
+        try:
+            reference = Reference.from_bytes(data)
+        except ValueError:
+            continue
+        batch = Batch(5, 1, Distribution.of([1.0, 2.0]), summary(frame, like=good_columns(reference, frame)))
+        json.dumps(compare(reference, batch).to_dict(), allow_nan=False)
+
+
+def good_columns(reference, frame):
+    return [column for column in reference.columns if column.name in frame]
 
 
 def test_a_reference_is_part_of_a_folder(tiny, X, tmp_path):

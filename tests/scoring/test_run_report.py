@@ -268,6 +268,13 @@ def test_a_page_is_replaced_only_if_asked(run, scored, described, rows, tmp_path
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_scores_must_be_on_this_machine(run, described):
+    for arguments in (("memory://s.parquet",), ("s.parquet", "-o", "s3://bucket/page.html")):
+        result = run("report", *arguments, "-m", described)
+        assert result.exit_code == 1
+        assert "files of this machine" in result.stderr
+
+
 def test_scores_and_model_must_belong_together(run, scored, described, model, rows, tmp_path):
     output = scored(rows(60, 1))
     result = run("report", output, "-m", model)
