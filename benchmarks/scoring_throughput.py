@@ -11,6 +11,10 @@ Two figures belong to each detector.
    of a figure on a busy machine; beside it stands the ratio to the isolation forest of the same round.
 2. *Overhead*: that time for as long as `score_samples` takes for the same rows, in memory already.
 
+For detectors of this package a third one tells what the first can be at most: the rows a second that their matrix
+products alone allow, by operations counted and by the rate at which this machine multiplies matrices of such sizes in
+float64 (the best of many tries; on as many threads as torch has).
+
 Detectors take turns, round by round, so that a slow spell meets all of them; slow ones get fewer rows, as many as take
 about `--seconds`. Threads are as each library sets them: `OMP_NUM_THREADS` rules torch, and scikit-learn's forest works
 on one core unless told otherwise.
@@ -130,6 +134,22 @@ def in_place_of_a_folder(model: Any, facts: dict[str, Any]) -> Iterator[None]:
         yield
 
 
+def multiplications(model: Any, X: pd.DataFrame) -> float | None:
+    """Floating-point operations of matrix products for a row; None for models that are not torch's."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        model.score_samples(X)
+    return counter.get_total_flops() / len(X) or None
+
+
+def matrix_rate() -> float:
+    """Floating-point operations a second of products as they occur here, ``(1024, 128) @ (128, 128)``."""
+    x, w = torch.ones(1024, 128, dtype=torch.float64), torch.ones(128, 128, dtype=torch.float64)
+    best = min(seconds(lambda: x @ w)["clock"] for _ in range(200))
+    return 2 * 1024 * 128 * 128 / best
+
+
 class Case:
     """A fitted detector with the rows that it gets."""
 
@@ -141,6 +161,7 @@ class Case:
         if not self.source.exists():
             rows.to_parquet(self.source)
         self.rows = rows.drop(columns="id")
+        self.flops = None if isinstance(model, Peer) else multiplications(model, self.rows[:1000])
         self.files: list[dict[str, float]] = []
         self.memory: list[dict[str, float]] = []
 
@@ -211,6 +232,7 @@ def main(
 
 
 def report(cases: list[Case], table: str, train: pd.DataFrame, output: Path | None) -> None:
+    rate = matrix_rate()
     reference = next(case for case in cases if case.name == REFERENCE)
     figures: dict[str, Any] = {}
     for case in cases:
@@ -229,6 +251,8 @@ def report(cases: list[Case], table: str, train: pd.DataFrame, output: Path | No
             "rows_per_second": {kind: float(np.median(rates[kind])) for kind in rates},
             "against_isolation_forest": against,
             "overhead": overhead,
+            "flops_per_row": case.flops,
+            "bound": None if case.flops is None else rate / case.flops,
             "rounds": {"files": case.files, "memory": case.memory},
         }
     header = (
@@ -238,6 +262,7 @@ def report(cases: list[Case], table: str, train: pd.DataFrame, output: Path | No
         "by isolation forest's",
         "rows/s of CPU time",
         "by isolation forest's",
+        "bound, rows/s",
         "file to file, by scoring alone",
     )
     lines = [
@@ -248,6 +273,7 @@ def report(cases: list[Case], table: str, train: pd.DataFrame, output: Path | No
             show_ratio(one["against_isolation_forest"]["clock"]),
             f"{one['rows_per_second']['cpu']:,.0f}",
             show_ratio(one["against_isolation_forest"]["cpu"]),
+            "-" if one["bound"] is None else f"{one['bound']:,.0f}",
             show_ratio(one["overhead"]["clock"]),
         )
         for name, one in sorted(figures.items(), key=lambda item: -item[1]["rows_per_second"]["clock"])
@@ -257,7 +283,7 @@ def report(cases: list[Case], table: str, train: pd.DataFrame, output: Path | No
     if output is not None:
         save(
             output,
-            {"environment": environment(), "table": table, "detectors": figures},
+            {"environment": environment(), "table": table, "matrix_rate": rate, "detectors": figures},
             markdown(title, header, lines),
         )
 

@@ -228,7 +228,10 @@ def test_throughput_is_measured_from_file_to_file(tmp_path):
     for one in found.values():
         assert one["rows_per_second"]["cpu"] > 0
         assert one["overhead"]["clock"]["ratio"] > 0
-    assert found["IsolationForest (scikit-learn)"]["against_isolation_forest"]["cpu"]["ratio"] == 1
+    forest, flow = found["IsolationForest (scikit-learn)"], found["FlowDetector realnvp"]
+    assert forest["against_isolation_forest"]["cpu"]["ratio"] == 1
+    assert forest["bound"] is None
+    assert flow["bound"] > flow["rows_per_second"]["clock"]
     assert out.with_suffix(".md").exists()
 
 

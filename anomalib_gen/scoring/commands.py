@@ -341,7 +341,7 @@ def report(
             "overwrite": overwrite,
         }
         options = resolve(ReportOptions, "report", flags, config)
-        require("jinja2", "matplotlib")
+        require("jinja2", "markdown_it", "matplotlib")
         from anomalib_gen.scoring.reporting import report_run
 
         raise typer.Exit(report_run(options, log))
