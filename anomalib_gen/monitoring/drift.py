@@ -203,7 +203,7 @@ class DriftReport:
     n_reference : int
         Rows that the reference is made from.
     held_out : bool
-        Whether the reference's scores are those of rows kept from training.
+        Whether the reference's scores are those of rows kept from training; if not, scores raise no alert.
     usual_rows : float or None
         Median of recent runs, if there are enough.
     scores : ScoreDrift or None
@@ -267,7 +267,8 @@ def compare(
     scores = None
     if batch.scores is not None and batch.n_rows:
         scores = _score_drift(reference, batch)
-        alerts += _score_alerts(scores, limits)
+        # (Scores of training rows differ from those of any later rows: what is sure of them is not drift.)
+        alerts += _score_alerts(scores, limits) if reference.held_out else []
     columns = [_column_drift(reference.column(column.name), column) for column in batch.columns]
     if batch.n_rows:
         columns = _corrected(columns, limits, set(ignore), alerts)

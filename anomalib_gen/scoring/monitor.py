@@ -199,6 +199,11 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
     except WebhookError as error:
         raise UsageError(f"--webhook: {error}") from None
     reference, facts = reference_of_folder(options.model)
+    if not reference.held_out:
+        log.warning(
+            "the training reference has scores of training rows, which look too normal, so scores raise no alert; give "
+            "it others: anomalib-gen calibrate NORMAL_FILES"
+        )
     if unknown := sorted(set(options.ignore) - {column.name for column in reference.columns}):
         raise UsageError(f"--ignore {unknown[0]} is no column of the model.")
     scored = read_scored(options.scores, facts["hash"])
@@ -343,10 +348,6 @@ def table(document: dict[str, Any]) -> str:
         f"run {document['run']} of {document['job']}: {rows} rows, {flagged} outliers, "
         f"{report['n_bad_rows']} bad rows and {report['n_bad_files']} bad files left out"
     ]
-    if not report["held_out"]:
-        lines.append(
-            "(The reference has scores of training rows, which look too normal: calibrate with other rows.)"
-        )
     head = ("", "distance", "PSI", "Wasserstein", "p", "missing", "unseen", "")
     cells: list[tuple[str, ...]] = [head]
     if (scores := report["scores"]) is not None:

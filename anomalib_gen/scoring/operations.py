@@ -44,17 +44,19 @@ def calibrate(
     rate: Annotated[
         float | None,
         _option(
-            help="Share of normal rows that may be flagged, or the p-value from which on. Default: 0.05."
+            metavar="NUMBER",
+            help="Share of normal rows that may be flagged, or the p-value from which on. Default: 0.05.",
         ),
     ] = None,
     confidence: Annotated[
         float | None,
         _option(
-            help="Probability that a false-positive rate is kept, for these rows. Default: kept on average."
+            metavar="NUMBER",
+            help="Probability that a false-positive rate is kept, for these rows. Default: kept on average.",
         ),
     ] = None,
     tail_fraction: Annotated[
-        float | None, _option(help="Share of the rows that make a tail. Default: 0.1.")
+        float | None, _option(metavar="NUMBER", help="Share of the rows that make a tail. Default: 0.1.")
     ] = None,
     overwrite: Overwrite = False,
     config: Config = None,
@@ -248,34 +250,48 @@ def monitor(
     ] = None,
     alpha: Annotated[
         float | None,
-        _option(help="Largest p-value of an alert, corrected for all columns. Default: 0.01."),
+        _option(
+            metavar="NUMBER", help="Largest p-value of an alert, corrected for all columns. Default: 0.01."
+        ),
     ] = None,
     distance: Annotated[
         float | None,
-        _option(help="KS distance, or total variation of categories, of an alert. Default: 0.2."),
+        _option(
+            metavar="NUMBER", help="KS distance, or total variation of categories, of an alert. Default: 0.2."
+        ),
     ] = None,
     psi: Annotated[
-        float | None, _option(help="Population stability index of an alert. Default: 0.2.")
+        float | None, _option(metavar="NUMBER", help="Population stability index of an alert. Default: 0.2.")
     ] = None,
     wasserstein: Annotated[
-        float | None, _option(help="Wasserstein distance of an alert, in standard deviations. Default: 0.5.")
+        float | None,
+        _option(
+            metavar="NUMBER", help="Wasserstein distance of an alert, in standard deviations. Default: 0.5."
+        ),
     ] = None,
     missing: Annotated[
-        float | None, _option(help="Change of the share of missing values of an alert. Default: 0.05.")
+        float | None,
+        _option(metavar="NUMBER", help="Change of the share of missing values of an alert. Default: 0.05."),
     ] = None,
     unseen: Annotated[
-        float | None, _option(help="Share of new categories of an alert. Default: 0.01.")
+        float | None, _option(metavar="NUMBER", help="Share of new categories of an alert. Default: 0.01.")
     ] = None,
     alert_rate: Annotated[
         float | None,
-        _option(help="Share of outliers, as a multiple of that of normal rows, of an alert. Default: 2."),
+        _option(
+            metavar="NUMBER",
+            help="Share of outliers, as a multiple of that of normal rows, of an alert. Default: 2.",
+        ),
     ] = None,
     volume: Annotated[
         float | None,
-        _option(help="Rows, as a multiple or fraction of the usual number, of an alert. Default: 2."),
+        _option(
+            metavar="NUMBER",
+            help="Rows, as a multiple or fraction of the usual number, of an alert. Default: 2.",
+        ),
     ] = None,
     min_runs: Annotated[
-        int | None, _option(min=1, help="Earlier runs that tell what is usual. Default: 5.")
+        int | None, _option(min=1, metavar="NUMBER", help="Earlier runs that tell what is usual. Default: 5.")
     ] = None,
     config: Config = None,
     quiet: Quiet = False,

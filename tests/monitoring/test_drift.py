@@ -170,6 +170,15 @@ def test_without_input_the_scores_alone_are_compared(reference):
     assert kinds(report) == [("scores", None), ("alert-rate", None)]
 
 
+def test_scores_of_training_rows_are_no_ground_for_an_alert(reference):
+    scores = np.random.default_rng(1).normal(-2, 1, 500)
+    batch = Batch(n_rows=500, n_flagged=int((scores < -1.645).sum()), scores=Distribution.of(scores))
+    report = compare(replace(reference, held_out=False), batch)
+    assert report.scores.distance > 0.5
+    assert not report.held_out
+    assert not report.alerts
+
+
 def test_a_reference_with_more_categories_than_it_keeps_knows_no_new_ones(reference):
     column = reference.column("kind")
     cut = replace(column, categories={"a": 2000}, n_other=2000)

@@ -328,6 +328,17 @@ def test_two_at_once(run, scored, fitted_model):
     assert len(History(scored / "h.sqlite").entries()) == 2
 
 
+def test_a_reference_of_training_rows_says_so(run, rows, tmp_path):
+    rows(300, 0).drop(columns="id").to_parquet(tmp_path / "a.parquet")
+    detector = FLOW.replace("max_iter=20", "max_iter=20, validation_fraction=0.0")
+    assert run("fit", tmp_path / "a.parquet", "-m", tmp_path / "model", "--detector", detector).exit_code == 0
+    options = (tmp_path / "a.parquet", "-m", tmp_path / "model", "-o", tmp_path / "s.parquet")
+    assert run("score", *options).exit_code == 0
+    result = run("monitor", tmp_path / "s.parquet", "-m", tmp_path / "model")
+    assert result.exit_code == 0
+    assert "so scores raise no alert" in result.stderr
+
+
 def test_a_table_of_real_measurements(run, tmp_path):
     """Wine of the same growers is no alert, that of another one is."""
     from sklearn.datasets import load_wine
