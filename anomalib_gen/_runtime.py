@@ -135,8 +135,9 @@ def scoring_block_rows(event_size: int, device: torch.device) -> int:
     It never depends on the number of rows at hand, so memory stays bounded whatever is passed.
     """
     values = SCORING_VALUES_PER_BLOCK if device.type == "cpu" else 16 * SCORING_VALUES_PER_BLOCK
-    # A few columns still cost a network's whole width, hence the cap.
-    return max(1, min(values // max(1, event_size), 2048 if device.type == "cpu" else 65536))
+    # A few columns still cost a network's whole width, hence the cap. On a CPU activations of a thousand rows are
+    # about what its caches hold.
+    return max(1, min(values // max(1, event_size), 1024 if device.type == "cpu" else 65536))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

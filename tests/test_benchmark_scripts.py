@@ -229,6 +229,39 @@ def test_the_effect_of_training_time_is_measured(tmp_path):
     assert [cell["steps"] for cell in cells] == [10, 20, 40]
 
 
+def test_throughput_is_measured_from_file_to_file(tmp_path):
+    out = tmp_path / "throughput.json"
+    run("scoring_throughput.py", "--only", "realnvp", "--output", out)
+    found = json.loads(out.read_text())["detectors"]
+    assert set(found) == {"FlowDetector realnvp", "IsolationForest (scikit-learn)"}
+    for one in found.values():
+        assert one["rows_per_second"]["cpu"] > 0
+        assert one["overhead"]["clock"]["ratio"] > 0
+    forest, flow = found["IsolationForest (scikit-learn)"], found["FlowDetector realnvp"]
+    assert forest["against_isolation_forest"]["cpu"]["ratio"] == 1
+    assert forest["bound"] is None
+    assert flow["bound"] > flow["rows_per_second"]["clock"]
+    assert out.with_suffix(".md").exists()
+
+
+@pytest.mark.slow
+def test_throughput_is_measured_for_every_family_and_peer(tmp_path):
+    pytest.importorskip("pyod")
+    out = tmp_path / "throughput.json"
+    run("scoring_throughput.py", "--output", out)
+    assert len(json.loads(out.read_text())["detectors"]) == 13
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_memory_of_scoring_is_measured(tmp_path):
+    out = tmp_path / "memory.json"
+    run("scoring_memory.py", "--folder", tmp_path, "--output", out)
+    found = json.loads(out.read_text())["runs"]
+    assert [one["rows"] for one in found] == [2000, 8000]
+    assert all(10**8 < one["peak_rss_bytes"] < 10**9 for one in found)
+    assert {path.name for path in tmp_path.iterdir()} == {"memory.json", "memory.md"}
+
+
 def test_image_defects_judges_maps(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     arrays = {}

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import joblib
 import numpy as np
 
+from anomalib_gen.inspection._inline import new_figure, to_svg
+
 from ._extra import require_benchmark_extra
 from .detectors import Detector
 from .evaluation import Evaluation
 from .protocols import Split
-from .report import Panel, new_figure, print_summary, summarise, to_html, to_svg
+from .report import Panel, print_summary, summarise, to_html
 from .runner import (
     Job,
     evaluate_cell,

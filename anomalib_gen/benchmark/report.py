@@ -15,7 +15,6 @@ How detectors are compared
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -29,11 +28,12 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import friedmanchisquare
 
+from anomalib_gen.inspection._inline import INK, new_figure, to_svg
+
 from ._extra import require_benchmark_extra
 from .runner import load_results
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.console import Console
 
 __all__ = ["TIE", "Panel", "Summary", "print_summary", "summarise", "to_html", "to_markdown", "write_report"]
@@ -42,7 +42,6 @@ TIE = 0.001
 """Largest difference in AUROC that still counts as a tie on a data set."""
 
 _RESAMPLES = 10_000
-_INK = "#010203"  # drawn in this colour, then replaced by the page's own text colour
 
 
 @dataclass(frozen=True)
@@ -428,41 +427,6 @@ def _shorten(text: str, length: int) -> str:
 # -------------------------------------------------------------------------------------------------- figures
 
 
-def new_figure(width: float, height: float) -> tuple[Figure, Any]:
-    """Make a figure whose lines and words take the text colour of the page it is put into."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    figure.patch.set_alpha(0)
-    axes.patch.set_alpha(0)
-    axes.tick_params(colors=_INK, labelsize=9)
-    for part in (axes.xaxis.label, axes.yaxis.label, axes.title):
-        part.set_color(_INK)
-        part.set_fontsize(9)
-    for side, spine in axes.spines.items():
-        spine.set_color(_INK)
-        spine.set_visible(side in ("left", "bottom"))
-    return figure, axes
-
-
-def to_svg(figure: Figure, *, label: str) -> str:
-    """Render a figure as SVG for inlining: no external reference, real text, the page's text colour."""
-    import matplotlib as mpl
-
-    stream = io.StringIO()
-    nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
-        figure.savefig(stream, format="svg", metadata=nothing)
-    svg = stream.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{_attribute(label)}" ', 1)
-
-
-def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-
-
 def _interval_figure(table: pd.DataFrame) -> str:
     rows = table.iloc[::-1]
     figure, axes = new_figure(7.2, 0.7 + 0.27 * len(rows))
@@ -473,7 +437,7 @@ def _interval_figure(table: pd.DataFrame) -> str:
     axes.set_yticks(y, rows.index)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel("mean AUROC over data sets")
-    axes.grid(axis="x", color=_INK, alpha=0.15, linewidth=0.6)
+    axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -517,7 +481,7 @@ def critical_difference(auroc: pd.DataFrame) -> tuple[str, str]:
         label_fmt_left="{label} ({rank:.2f}) ",
         label_fmt_right=" ({rank:.2f}) {label}",
         label_props={"fontsize": 9},
-        elbow_props={"color": _INK, "linewidth": 0.8},
+        elbow_props={"color": INK, "linewidth": 0.8},
         marker_props={"color": "#2563eb", "s": 22},
         crossbar_props={"color": "#2563eb", "linewidth": 3},
         text_h_margin=0.1,

@@ -181,10 +181,14 @@ class SplitConformalDetector(ConformalDetector):
         self
         """
         fitted, held_out = fit_and_hold_out(self, X, self.calibration_fraction)
+        self._calibrate(fitted, self._scores_of(fitted, held_out))
+        return self
+
+    def _calibrate(self, fitted: Any, scores: npt.NDArray[np.float64]) -> None:
+        """Take over a fitted detector, with the scores of rows that it was not fitted to."""
         self.estimator_ = fitted
         self._note_columns(fitted)
-        self._set_offset(np.sort(self._scores_of(fitted, held_out)))
-        return self
+        self._set_offset(np.sort(scores))
 
     def score_samples(self, X: Any) -> npt.NDArray[np.float64]:
         """Scores of the detector inside; lower is more abnormal.

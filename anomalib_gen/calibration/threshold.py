@@ -337,10 +337,16 @@ class ThresholdDetector(WrappedDetector):
             (held_out,) = indexable(X)
             fitted = seeded_clone(self._inner(), check_random_state(self.random_state))
             fitted = fitted if isinstance(fitted, FrozenEstimator) else fitted.fit(held_out)
-        offset = rule(self._scores_of(fitted, held_out), labels)
+        self._calibrate(fitted, rule, self._scores_of(fitted, held_out), labels)
+        return self
+
+    def _calibrate(
+        self, fitted: Any, rule: ThresholdRule, scores: npt.NDArray[np.float64], labels: Any = None
+    ) -> None:
+        """Take over a fitted detector, with the threshold that a rule finds for scores of rows."""
+        offset = rule(scores, labels)
         self._note_columns(fitted)
         self.estimator_, self.threshold_, self.offset_ = fitted, rule, offset
-        return self
 
     def _fit_labelled(self, X: Any, y: Any) -> tuple[Any, Any, npt.NDArray[Any]]:
         """Fit to normal rows of one part; return the other part with its labels."""

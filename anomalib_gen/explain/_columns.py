@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.base import OneToOneFeatureMixin
 from sklearn.compose import ColumnTransformer
+from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.utils import _safe_indexing
@@ -30,14 +31,17 @@ def split_pipeline(detector: Any) -> tuple[Any, Any]:
     Meta-estimators of `calibration` are opened where they hold a single detector.
     """
     while True:
-        if isinstance(detector, Pipeline):
+        if isinstance(detector, FrozenEstimator):
+            # (First: it passes on what it is asked for, and looks like what is inside.)
+            detector = detector.estimator
+        elif isinstance(detector, Pipeline):
             front, last = detector[:-1], detector.steps[-1][1]
             if not len(front):
                 detector = last
                 continue
             inner_front, inner = split_pipeline(last)
             return (front if inner_front is None else Pipeline([("a", front), ("b", inner_front)])), inner
-        if hasattr(detector, "estimator_") and hasattr(detector, "score_direction"):
+        elif hasattr(detector, "estimator_") and hasattr(detector, "score_direction"):
             detector = detector.estimator_
         elif innermost(detector) is not detector and not hasattr(detector, "steps"):
             detector = (

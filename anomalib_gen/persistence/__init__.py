@@ -4,6 +4,7 @@
       model.json            what the model is made of, the columns it takes, versions, a hash over everything
       tensors.safetensors   all numbers
       part-0.skops ...      scikit-learn transformers, where there are some
+      reference.json        what the training rows looked like, where that is known; nothing is loaded from it
       MODEL_CARD.md         for people; nothing is read from it
 
 A loaded model gives the same scores, bit for bit, on the same machine. A folder is written completely or not at all,
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,12 @@ from anomalib_gen.persistence._estimators import dump_estimator, load_estimator
 from anomalib_gen.persistence._files import (
     CARD,
     DOCUMENT,
+    REFERENCE,
     TENSORS,
     list_folder,
     part_name,
     read_file,
+    swap,
     sync_folder,
     write_folder,
 )
@@ -59,7 +62,10 @@ __all__ = [
     "load",
     "load_described",
     "model_card",
+    "read_reference",
     "save",
+    "save_described",
+    "swap",
     "sync_folder",
     "verify",
 ]
@@ -108,6 +114,46 @@ def save(
     NotFittedError
         If the model is not fitted.
     """
+    return save_described(model, folder, X=X, overwrite=overwrite, trusted=trusted)
+
+
+def save_described(
+    model: Any,
+    folder: str | PathLike[str],
+    *,
+    X: Any = None,
+    schema: Mapping[str, Any] | None = None,
+    reference: bytes | None = None,
+    overwrite: bool = False,
+    trusted: Collection[str] = (),
+) -> str:
+    """Save a model together with what its folder is to say of it, as `load_described` loads it.
+
+    Parameters
+    ----------
+    model : detector or pipeline
+        As for `save`.
+    folder : str or path
+    X : array-like or data frame of shape (n_samples, n_features), optional
+        As for `save`.
+    schema : mapping, optional
+        The "schema" of another folder whose model takes the same rows; X is then not looked at.
+    reference : bytes, optional
+        A file about the training rows, kept in the folder and under its hash, and returned by `read_reference`.
+    overwrite : bool, default=False
+    trusted : list of str, default=()
+        As for `save`.
+
+    Returns
+    -------
+    str
+        The content hash, in hexadecimal.
+
+    Raises
+    ------
+    ModelFolderError, FileExistsError, NotFittedError
+        As for `save`.
+    """
     if not isinstance(model, BaseEstimator) or not contains_ours(model):
         raise TypeError(
             f"save is for detectors of anomalib_gen and pipelines around them, got {type(model).__name__!r}."
@@ -124,12 +170,14 @@ def save(
 
     files = {TENSORS: dump_arrays(encoder.arrays)}
     files |= {part_name(k): data for k, data in enumerate(encoder.estimators)}
+    if reference is not None:
+        files[REFERENCE] = bytes(reference)
     document: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "class": name,
         "versions": installed_versions(),
-        "schema": describe_rows(model, X),
+        "schema": describe_rows(model, X) if schema is None else dict(schema),
         "training": describe_training(model),
         "files": {
             key: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -234,6 +282,34 @@ def inspect(folder: str | PathLike[str]) -> dict[str, Any]:
     return _facts(document)
 
 
+def read_reference(folder: str | PathLike[str], *, max_bytes: int = MAX_BYTES) -> bytes | None:
+    """Read the file about the training rows of a folder, checked against the folder's hash.
+
+    Parameters
+    ----------
+    folder : str or path
+    max_bytes : int, default=2**32
+        Refuse a larger one.
+
+    Returns
+    -------
+    bytes or None
+        None if the folder has none.
+
+    Raises
+    ------
+    ModelFolderError, FileNotFoundError
+        As for `load`; the other files are not read.
+    """
+    path = Path(folder)
+    document, names = _read_document(path)
+    if (REFERENCE in names) != (REFERENCE in document["files"]):
+        raise ModelFolderError(f"{path} and its {DOCUMENT} do not have the same files: {REFERENCE}.")
+    if REFERENCE not in names:
+        return None
+    return _read_checked(path, REFERENCE, document["files"][REFERENCE], max_bytes)
+
+
 def verify(folder: str | PathLike[str], *, trusted: Collection[str] = (), max_bytes: int = MAX_BYTES) -> str:
     """Check every file of a folder against its hash, and that the model can be loaded.
 
@@ -330,18 +406,26 @@ def _read(folder: Path, max_bytes: int) -> tuple[dict[str, Any], dict[str, bytes
         )
     files = {}
     for name in sorted(names & set(listed)):
-        data = read_file(folder / name, size=listed[name]["bytes"], limit=max_bytes)
-        if hashlib.sha256(data).hexdigest() != listed[name].get("sha256"):
-            raise ModelFolderError(
-                f"{folder / name} was changed after it was saved, or is damaged: its hash differs."
-            )
-        files[name] = data
+        files[name] = _read_checked(folder, name, listed[name], max_bytes)
     return document, files
+
+
+def _read_checked(folder: Path, name: str, entry: Any, max_bytes: int) -> bytes:
+    """Contents of a file that must be as the document's entry says."""
+    size = entry.get("bytes") if isinstance(entry, dict) else None
+    if type(size) is not int or size < 0:
+        raise ModelFolderError(f"{folder / DOCUMENT} does not say how large {name} is.")
+    data = read_file(folder / name, size=size, limit=max_bytes)
+    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+        raise ModelFolderError(
+            f"{folder / name} was changed after it was saved, or is damaged: its hash differs."
+        )
+    return data
 
 
 def _warn_of_versions(document: dict[str, Any]) -> None:
     saved, here = document["versions"].get("scikit-learn"), installed_versions().get("scikit-learn")
-    if any(name != TENSORS for name in document["files"]) and saved != here:
+    if any(name not in (TENSORS, REFERENCE) for name in document["files"]) and saved != here:
         warnings.warn(
             f"The folder's transformers were written by scikit-learn {str(saved)[:40]}, and {here} is installed here. "
             "Scikit-learn does not promise that they work the same; fit the pipeline again, or install that version.",

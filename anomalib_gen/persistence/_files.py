@@ -27,6 +27,7 @@ from anomalib_gen.persistence._errors import ModelFolderError
 DOCUMENT = "model.json"
 TENSORS = "tensors.safetensors"
 CARD = "MODEL_CARD.md"
+REFERENCE = "reference.json"
 PART = re.compile(r"part-\d{1,4}\.skops", re.ASCII)
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".dill")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -59,7 +60,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -
         sync_folder(fresh)
         if os.path.lexists(folder) and overwrite:
             _refuse_existing(folder, overwrite=True)
-            _swap(fresh, folder)
+            swap(fresh, folder)
         else:
             os.rename(fresh, folder)
         sync_folder(folder.parent)
@@ -81,8 +82,8 @@ def _refuse_existing(folder: Path, *, overwrite: bool) -> None:
         )
 
 
-def _swap(fresh: Path, folder: Path) -> None:
-    """Exchange the names of two folders."""
+def swap(fresh: Path, folder: Path) -> None:
+    """Put a folder in the place of another, which has the first one's name afterwards, or is gone."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     if rename is not None:
         pair = os.fsencode(fresh), os.fsencode(folder)
@@ -131,7 +132,7 @@ def list_folder(folder: Path) -> set[str]:
             raise ModelFolderError(
                 f"{folder} holds {entry.name!r}, which is no plain file. A model folder has neither links nor folders."
             )
-        if entry.name not in (DOCUMENT, TENSORS, CARD) and not PART.fullmatch(entry.name):
+        if entry.name not in (DOCUMENT, TENSORS, CARD, REFERENCE) and not PART.fullmatch(entry.name):
             what = (
                 "may be a pickle, and is never opened"
                 if entry.name.endswith(PICKLES)

@@ -51,7 +51,7 @@ models = typer.Typer(
 
 
 @contextlib.contextmanager
-def _reported(log: Log, *, resumable: bool = False) -> Iterator[None]:
+def reported(log: Log, *, resumable: bool = False) -> Iterator[None]:
     """Turn errors that are a user's to mend into one message and an exit code."""
     try:
         yield
@@ -98,12 +98,12 @@ def fit(
     **Example**: `anomalib-gen fit history/ --exclude id --model model`
     """
     log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
-    with _reported(log):
+    with reported(log):
         from anomalib_gen.scoring.config import FitOptions, resolve
 
         flags = {"input": input, "model": model, "detector": detector, "columns": columns, "exclude": exclude}
         options = resolve(FitOptions, "fit", {**flags, "seed": seed, "overwrite": overwrite}, config)
-        _require()
+        require()
         from anomalib_gen.scoring.fitting import fit_files
 
         typer.echo(fit_files(options, log))
@@ -119,7 +119,7 @@ def score(
             "-o",
             metavar="PATH",
             help="File to make (.parquet, .feather, .arrow, .csv, .tsv, text also .gz and the like), or, without an "
-            "ending, a folder of Parquet files.",
+            "ending, a folder of Parquet files; scheme://... for an object store, through fsspec.",
             show_default=False,
         ),
     ] = None,
@@ -161,6 +161,30 @@ def score(
             show_default=False,
         ),
     ] = None,
+    p_values: Annotated[
+        bool,
+        typer.Option(
+            "--p-values",
+            help="Demand the column p_value, which models of `calibrate --method conformal` always add.",
+        ),
+    ] = False,
+    explain: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="K",
+            help="Add the K columns that contribute most to each outlier, with values and contributions. Default: 0.",
+            show_default=False,
+        ),
+    ] = None,
+    work: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where a run for an object store keeps what is not uploaded yet. Default: .anomalib-gen.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -176,7 +200,8 @@ def score(
     """Score files with a saved model.
 
     Rows keep their order. The output has the key columns, and for each row its score (lower is more abnormal), label
-    (-1 below the threshold, else +1), the threshold and the first 16 digits of the model's hash. It appears when it is
+    (-1 below the threshold, else +1), the threshold and the first 16 digits of the model's hash; of models that make
+    p-values also the p-value, and with `--explain` the columns that made outliers look odd. It appears when it is
     complete; OUTPUT.run.json says what it was made from. Memory does not grow with the files.
 
     For a nightly job use `--resume --overwrite`: what was killed goes on, what is done is left alone, and other input
@@ -188,7 +213,7 @@ def score(
     **Example**: `anomalib-gen score incoming/ -m model -k id -o scores.parquet`
     """
     log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
-    with _reported(log, resumable=True):
+    with reported(log, resumable=True):
         from anomalib_gen.scoring.config import ScoreOptions, resolve
 
         flags: dict[str, Any] = {
@@ -200,11 +225,14 @@ def score(
             "max_bad_files": max_bad_files,
             "quarantine": quarantine,
             "alert_above": alert_above,
+            "p_values": p_values,
+            "explain": explain,
+            "work": work,
             "resume": resume,
             "overwrite": overwrite,
         }
         options = resolve(ScoreOptions, "score", flags, config)
-        _require()
+        require()
         from anomalib_gen.scoring.run import score_files
 
         summary = score_files(options, log)
@@ -250,21 +278,80 @@ def evaluate(
     **Example**: `anomalib-gen evaluate labelled.parquet -m model --label fraud --anomaly 1`
     """
     log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
-    with _reported(log):
+    with reported(log):
         from anomalib_gen.scoring.config import EvaluateOptions, resolve
 
         flags = {"input": input, "model": model, "label": label, "anomaly": anomaly, "output": output}
         options = resolve(EvaluateOptions, "evaluate", {**flags, "overwrite": overwrite}, config)
-        _require()
+        require()
         from anomalib_gen.scoring.evaluation import evaluate_files
 
         typer.echo(json.dumps(evaluate_files(options, log), indent=2))
 
 
-def _require() -> None:
+def report(
+    scores: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SCORES", help="Output of `score`, with its .run.json beside it.", show_default=False
+        ),
+    ] = None,
+    model: Model = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Page to make. Default: SCORES.html.", show_default=False
+        ),
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            metavar="N",
+            help="Anomalies to list and explain. Default: 100.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    quiet: Quiet = False,
+    log_format: Logs = LogFormat.text,
+) -> None:
+    """Write one HTML page about a scoring run.
+
+    It shows the scores beside those of training, the most abnormal rows with the columns that make them so, drift,
+    data quality and the model card, holds all that it needs, and can be read on a phone and printed. The files that
+    were scored are read again; run it in the same folder as `score`.
+
+    **Exit codes**: 0 done; 1 usage; 2 scores or model that cannot be read, or do not belong together; 4 done, but parts
+    are left out and the page says why, for one because the files have changed; 5 internal error.
+
+    **Example**: `anomalib-gen report scores.parquet -m model -o report.html`
+    """
+    log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
+    with reported(log):
+        from anomalib_gen.scoring.config import ReportOptions, resolve
+
+        flags: dict[str, Any] = {
+            "scores": scores,
+            "model": model,
+            "output": output,
+            "top": top,
+            "overwrite": overwrite,
+        }
+        options = resolve(ReportOptions, "report", flags, config)
+        require("jinja2", "markdown_it", "matplotlib")
+        from anomalib_gen.scoring.reporting import report_run
+
+        raise typer.Exit(report_run(options, log))
+
+
+def require(*more: str) -> None:
+    """Ask for the optional dependencies, and for more modules."""
     from anomalib_gen.scoring._extra import require_scoring_extra
 
-    require_scoring_extra()
+    require_scoring_extra(*more)
 
 
 @contextlib.contextmanager
@@ -317,6 +404,9 @@ def card(folder: Path) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for function in (fit, score, evaluate):
+    from anomalib_gen.scoring import operations
+
+    for function in (fit, score, evaluate, report):
         app.command()(function)
+    operations.register(app)
     app.add_typer(models, name="models")

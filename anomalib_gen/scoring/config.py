@@ -24,10 +24,17 @@ from typing import Any, TypeVar
 from anomalib_gen.scoring._errors import UsageError
 
 MISSING = dataclasses.MISSING
+METHODS = ("false-positive-rate", "tail", "contamination", "conformal", "keep")
+"""How ``calibrate`` may set a threshold."""
 
 
 def option(
-    kind: str, default: Any = MISSING, *, least: float | None = None, most: float | None = None
+    kind: str,
+    default: Any = MISSING,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    among: tuple[str, ...] | None = None,
 ) -> Any:
     """Declare an option of a command.
 
@@ -38,8 +45,10 @@ def option(
         Without one the option must be given.
     least, most : float, optional
         Range of a number.
+    among : tuple of str, optional
+        Texts that are known.
     """
-    extra = {"kind": kind, "least": least, "most": most}
+    extra = {"kind": kind, "least": least, "most": most, "among": among}
     return dataclasses.field(default=default, metadata=extra)
 
 
@@ -83,6 +92,9 @@ class ScoreOptions:
     max_bad_rows: int = option("integer", 0, least=0)
     max_bad_files: int = option("integer", 0, least=0)
     alert_above: float | None = option("number", None, least=0, most=1)
+    p_values: bool = option("flag", False)
+    explain: int = option("integer", 0, least=0, most=100)
+    work: str | None = option("text", None)
     resume: bool = option("flag", False)
     overwrite: bool = option("flag", False)
 
@@ -97,6 +109,80 @@ class EvaluateOptions:
     anomaly: str = option("text", "-1")
     output: str | None = option("text", None)
     overwrite: bool = option("flag", False)
+
+
+@command("report")
+class ReportOptions:
+    """Options of ``report``."""
+
+    scores: str = option("text")
+    model: str = option("text")
+    output: str | None = option("text", None)
+    top: int = option("integer", 100, least=1, most=1000)
+    overwrite: bool = option("flag", False)
+
+
+@command("calibrate")
+class CalibrateOptions:
+    """Options of ``calibrate``."""
+
+    input: tuple[str, ...] = option("texts")
+    model: str = option("text")
+    output: str | None = option("text", None)
+    method: str = option("text", "false-positive-rate", among=METHODS)
+    rate: float = option("number", 0.05, least=1e-12, most=0.5)
+    confidence: float | None = option("number", None, least=0.01, most=0.9999)
+    tail_fraction: float = option("number", 0.1, least=0.001, most=0.5)
+    overwrite: bool = option("flag", False)
+
+
+@command("explain")
+class ExplainOptions:
+    """Options of ``explain``."""
+
+    input: tuple[str, ...] = option("texts")
+    model: str = option("text")
+    output: str = option("text")
+    key: tuple[str, ...] = option("texts", ())
+    top: int = option("integer", 100, least=1, most=1_000_000)
+    flagged: bool = option("flag", False)
+    features: int | None = option("integer", None, least=1)
+    background: tuple[str, ...] = option("texts", ())
+    method: str = option(
+        "text", "auto", among=("auto", "integrated-gradients", "score", "reconstruction", "conditional")
+    )
+    overwrite: bool = option("flag", False)
+
+
+@command("monitor")
+class MonitorOptions:
+    """Options of ``monitor``."""
+
+    scores: str = option("text")
+    model: str = option("text")
+    input: tuple[str, ...] = option("texts", ())
+    key: tuple[str, ...] = option("texts", ())
+    job: str | None = option("text", None)
+    run: str | None = option("text", None)
+    history: str | None = option("text", None)
+    keep_days: float = option("number", 400, least=1)
+    output: str | None = option("text", None)
+    json: bool = option("flag", False)
+    prometheus: str | None = option("text", None)
+    webhook: str | None = option("text", None)
+    webhook_timeout: float = option("number", 10, least=0.01, most=600)
+    webhook_retries: int = option("integer", 3, least=0, most=10)
+    webhook_backoff: float = option("number", 1, least=0, most=60)
+    ignore: tuple[str, ...] = option("texts", ())
+    alpha: float = option("number", 0.01, least=1e-9, most=1)
+    distance: float = option("number", 0.2, least=0, most=1)
+    psi: float = option("number", 0.2, least=0)
+    wasserstein: float = option("number", 0.5, least=0)
+    missing: float = option("number", 0.05, least=0, most=1)
+    unseen: float = option("number", 0.01, least=0, most=1)
+    alert_rate: float = option("number", 2, least=1)
+    volume: float = option("number", 2, least=1)
+    min_runs: int = option("integer", 5, least=1)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -159,7 +245,9 @@ def resolve(cls: type[Options], name: str, flags: Mapping[str, Any], config: Pat
         elif field.name in table:
             values[field.name] = _check(table[field.name], field, f"{config}: {name}.{field.name}")
         elif field.default is MISSING:
-            shown = "an INPUT" if field.name == "input" else f"--{field.name.replace('_', '-')}"
+            shown = {"input": "an INPUT", "scores": "SCORES"}.get(
+                field.name, f"--{field.name.replace('_', '-')}"
+            )
             raise UsageError(f"{name} needs {shown}, as an argument or as {field.name!r} in a configuration.")
     return cls(**values)
 
@@ -187,4 +275,7 @@ def _check(value: Any, field: dataclasses.Field[Any], key: str) -> Any:
     if (least is not None and not value >= least) or (most is not None and not value <= most):
         span = f"at least {least:g}" if most is None else f"from {least:g} to {most:g}"
         raise UsageError(f"{key} must be {span}, got {value!r}.")
+    among = field.metadata["among"]
+    if among is not None and value not in among:
+        raise UsageError(f"{key} must be one of {', '.join(among)}, got {value!r}.{_guess(value, among)}")
     return tuple(value) if kind == "texts" else value

@@ -13,7 +13,7 @@ from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import EvaluateOptions
 from anomalib_gen.scoring.parts import to_json, write_file
-from anomalib_gen.scoring.run import load_model, score_rows, threshold_of
+from anomalib_gen.scoring.rows import finite, load_model, score_rows, threshold_of
 from anomalib_gen.scoring.sources import Reader, find_inputs, rows_per_part
 
 
@@ -55,7 +55,7 @@ def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
     threshold = threshold_of(model)
     found = {
         "model": facts["hash"],
-        "threshold": threshold,
+        "threshold": finite(threshold),
         **figures(np.concatenate(scores), np.concatenate(anomalous), threshold),
     }
     if not found["anomalies"]:

@@ -17,6 +17,7 @@ from sklearn.preprocessing import OneHotEncoder
 from anomalib_gen import persistence
 from anomalib_gen._base import GenerativeDetector
 from anomalib_gen.benchmark.detectors import parse_detector
+from anomalib_gen.monitoring import build_reference
 from anomalib_gen.persistence import ModelFolderError
 from anomalib_gen.scoring._columns import NUMBERS, kind_of
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
@@ -70,7 +71,10 @@ def fit_files(options: FitOptions, log: Log) -> str:
     except (ValueError, TypeError, FloatingPointError) as error:
         raise DataError(f"The detector cannot be fitted: {error}") from None
     try:
-        content = persistence.save(model, folder, X=frame, overwrite=options.overwrite)
+        reference = build_reference(model, frame).to_bytes()
+        content = persistence.save_described(
+            model, folder, X=frame, reference=reference, overwrite=options.overwrite
+        )
     except FileExistsError as error:
         raise UsageError(str(error).replace("overwrite=True", "--overwrite")) from None
     except ModelFolderError as error:

@@ -38,7 +38,7 @@ def write_file(path: Path, data: bytes | pa.Buffer) -> None:
 
 def to_json(value: Any) -> bytes:
     """JSON of which there is one form."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, default=str).encode()
 
 
 def digest(value: Any) -> str:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import queue
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,116 +18,23 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from anomalib_gen import persistence
-from anomalib_gen.persistence import ModelFolderError
+from anomalib_gen.calibration import SplitConformalDetector, conformal_p_values
 from anomalib_gen.scoring._columns import Wanted, plain_type, to_frame, wanted_by
 from anomalib_gen.scoring._errors import ALERT, DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import ScoreOptions
+from anomalib_gen.scoring.explaining import Explainer, top_columns, top_fields
+from anomalib_gen.scoring.overlap import Ahead, Behind
 from anomalib_gen.scoring.parts import Parts, digest, sole_run, to_json, write_file
+from anomalib_gen.scoring.remote import is_remote, score_to_store
+from anomalib_gen.scoring.rows import finite, load_model, score_rows, threshold_of
 from anomalib_gen.scoring.sinks import is_replaceable, kind_of_output, write_result
 from anomalib_gen.scoring.sources import Input, Part, Reader, find_inputs, rows_per_part
 
-ADDED = ("score", "label", "threshold", "model")
-"""Columns of the output beside the keys."""
+ADDED = ("score", "p_value", "label", "threshold", "model")
+"""Columns that the output may have beside the keys; those of explanations begin with ``top_``."""
 HASH_DIGITS = 16
 """Of the model's content hash, in the output."""
-
-
-def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
-    """Model of a folder, and what the folder says of itself.
-
-    Raises
-    ------
-    DataError
-        If there is none, or it is damaged or scores no rows.
-    """
-    try:
-        model, facts = persistence.load_described(folder)
-    except (ModelFolderError, OSError) as error:
-        raise DataError(str(error)) from None
-    if not hasattr(model, "score_samples"):
-        raise DataError(f"{folder} holds a {type(model).__name__}, which scores no rows.")
-    return model, facts
-
-
-def threshold_of(model: Any) -> float:
-    """Score below which a model labels rows as outliers."""
-    while not hasattr(model, "offset_"):
-        model = model.steps[-1][1] if hasattr(model, "steps") else model.estimator
-    return float(model.offset_)
-
-
-def score_rows(
-    model: Any, frame: pd.DataFrame, *, named: bool, limit: int
-) -> tuple[npt.NDArray[np.float64], dict[int, str]]:
-    """Score rows that may be bad.
-
-    Parameters
-    ----------
-    model : detector or pipeline
-    frame : DataFrame
-    named : bool
-        Whether the model knows names of columns.
-    limit : int
-        Stop looking for bad rows after more than so many.
-
-    Returns
-    -------
-    scores : ndarray of shape (n_rows,)
-        NaN for bad rows.
-    bad : dict of int to str
-        Why the model refuses a row, by position.
-    """
-    scores = np.full(len(frame), np.nan)
-    bad: dict[int, str] = {}
-    if frame.empty:
-        return scores, bad
-
-    def attempt(rows: npt.NDArray[np.int64]) -> Exception | None:
-        part = frame.iloc[rows] if len(rows) < len(frame) else frame
-        try:
-            scores[rows] = model.score_samples(part if named else part.to_numpy())
-        except (ValueError, TypeError, ArithmeticError) as error:
-            return error
-        return None
-
-    def divide(rows: npt.NDArray[np.int64], error: Exception) -> None:
-        """Find the bad ones among rows that together were refused."""
-        if len(bad) > limit:
-            return
-        if len(rows) == 1:
-            bad[int(rows[0])] = str(error).strip().splitlines()[0][:300]
-            return
-        for half in np.array_split(rows, 2):
-            if again := attempt(half):
-                divide(half, again)
-
-    everything = np.arange(len(frame))
-    if (error := attempt(everything)) is None:
-        return scores, bad
-    # Rows with the same columns missing or infinite fare alike, as a rule.
-    odd = np.column_stack([_is_odd(frame[name]) for name in frame])
-    patterns, group = np.unique(odd, axis=0, return_inverse=True)
-    for number, pattern in enumerate(patterns):
-        rows = np.flatnonzero(group.reshape(-1) == number)
-        error = attempt(rows)
-        if error is None:
-            continue
-        if pattern.any():
-            names = ", ".join(repr(name) for name, is_odd in zip(frame, pattern, strict=True) if is_odd)
-            reason = f"missing or infinite in {names}"
-            bad.update((int(row), reason) for row in rows)
-        else:
-            divide(rows, error)
-    scores[list(bad)] = np.nan
-    return scores, bad
-
-
-def _is_odd(column: pd.Series[Any]) -> npt.NDArray[np.bool_]:
-    if column.dtype.kind == "f":
-        return ~np.isfinite(column.to_numpy())
-    return column.isna().to_numpy()
 
 
 @dataclasses.dataclass
@@ -162,21 +67,30 @@ def score_files(options: ScoreOptions, log: Log) -> Summary:
     UsageError, DataError
         As the exit codes say. Earlier results are then untouched.
     """
-    output = Path(options.output)
+    if is_remote(options.output):
+        summary: Summary = score_to_store(options, log, lambda here: score_files(here, log))
+        return summary
+    output = Path(options.output.removeprefix("file://"))
     kind_of_output(output)
-    if clash := sorted(set(options.key) & set(ADDED)):
+    if clash := sorted(set(options.key) & {*ADDED, *(field.name for field in top_fields(options.explain))}):
         raise UsageError(f"--key {clash[0]} has the name of a column that is added. Rename it in the input.")
     model, facts = load_model(options.model)
     inputs = find_inputs(options.input)
     _refuse_overlap(options, output, inputs)
     wanted = wanted_by(facts["schema"], options.key, model)
+    if options.p_values and not hasattr(model, "p_values"):
+        raise UsageError(
+            f"{options.model} makes no p-values. Make a model that does from normal rows that it was not fitted to: "
+            f"anomalib-gen calibrate NORMAL_FILES -m {options.model} --method conformal -o NEW_FOLDER"
+        )
     plan = {
         "columns": [list(options.key), wanted.names and list(wanted.names)],
+        "explain": options.explain,
         "inputs": [[item.path, item.size, item.mtime] for item in inputs],
         "model": facts["hash"],
         "output": output.name,
         "rows_per_part": rows_per_part(wanted.count),
-        "version": 1,
+        "version": 2,
     }
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -186,12 +100,18 @@ def score_files(options: ScoreOptions, log: Log) -> Summary:
         raise explain_os_error(error, f"writing {output}") from error
 
 
-def _record_of(output: Path) -> Path:
+def record_of(output: Path) -> Path:
+    """Where a run tells what an output was made from."""
     return output.with_name(f"{output.name}.run.json")
 
 
+def quarantine_beside(output: Path) -> Path:
+    """File of what was left out of an output, unless the user names another."""
+    return output.with_name(f"{output.name}.quarantine.jsonl")
+
+
 def _quarantine_of(options: ScoreOptions, output: Path) -> Path:
-    return Path(options.quarantine or output.with_name(f"{output.name}.quarantine.jsonl"))
+    return Path(options.quarantine or quarantine_beside(output))
 
 
 def _refuse_overlap(options: ScoreOptions, output: Path, inputs: list[Input]) -> None:
@@ -203,7 +123,7 @@ def _refuse_overlap(options: ScoreOptions, output: Path, inputs: list[Input]) ->
     """
     place = output.resolve()
     quarantine = _quarantine_of(options, output).resolve()
-    if quarantine in (place, _record_of(place)):
+    if quarantine in (place, record_of(place)):
         raise UsageError(f"--quarantine {options.quarantine} is written by the run itself. Choose another.")
     for item in inputs:
         read = Path(item.path.removeprefix("file://")).resolve()
@@ -234,8 +154,10 @@ class _Run:
         self.inputs, self.plan, self.log = inputs, plan, log
         self.model_hash = model_hash[:HASH_DIGITS]
         self.threshold = threshold_of(model)
+        self.has_p_values = hasattr(model, "p_values")
+        self.explainer: Explainer | None = None
         self.parts = Parts(output.with_name(f".{output.name}.parts"))
-        self.record = _record_of(output)
+        self.record = record_of(output)
         self.quarantine = _quarantine_of(options, output)
         self.summary = Summary()
         self.key_types: dict[str, pa.DataType] | None = None
@@ -244,6 +166,10 @@ class _Run:
         if self._is_done():
             return self.summary
         readers = self._open_all()
+        if self.options.explain:
+            first = next(reader for reader in readers if isinstance(reader, Reader))
+            named = self.wanted.names is not None
+            self.explainer = Explainer(self.model, first.names, named=named, log=self.log)
         if self.parts.folder.exists() and not (self.options.resume and self.parts.has_plan(self.plan)):
             self.log.warning("discarding the parts of an unfinished run")
         if self.parts.begin(self.plan, resume=self.options.resume):
@@ -264,9 +190,13 @@ class _Run:
         if not os.path.lexists(self.output):
             return False
         unfinished = self.parts.has_plan(self.plan)
-        if self.options.resume and not unfinished and (record := self._recorded()):
+        if (
+            self.options.resume
+            and not unfinished
+            and (record := self._recorded())
+            and self._is_as_asked(record)
+        ):
             self.log.info(f"{self.output} is complete already; nothing to do")
-            self.summary = Summary(**record)
             self.summary.code = self._code()
             return True
         # (A run that was killed at its very end has left the output and its parts.)
@@ -278,15 +208,52 @@ class _Run:
             raise UsageError(f"{self.output} is a folder with other things in it, and is not replaced.")
         return False
 
-    def _recorded(self) -> dict[str, int] | None:
+    def _recorded(self) -> dict[str, Any] | None:
         """What the record of a finished run with this plan says, if there is one."""
         try:
             record = json.loads(self.record.read_bytes())
             if record["plan"] == digest(self.plan):
-                return {name: int(record[name]) for name in ("rows", "outliers", "bad_rows", "bad_files")}
+                counts = {name: int(record[name]) for name in ("rows", "outliers", "bad_rows", "bad_files")}
+                return {**counts, "quarantine": record["quarantine"]}
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return None
+
+    def _is_as_asked(self, record: dict[str, Any]) -> bool:
+        """Whether a finished run is what this one would be; a quarantine that is wanted elsewhere is moved there.
+
+        Raises
+        ------
+        DataError
+            If it left out more than is allowed now.
+        """
+        quarantine = record.pop("quarantine")
+        self.summary = Summary(**record)
+        for what, count, limit in (
+            ("rows", self.summary.bad_rows, self.options.max_bad_rows),
+            ("files", self.summary.bad_files, self.options.max_bad_files),
+        ):
+            if count > limit:
+                raise DataError(
+                    f"{self.output} is complete, but without {count} bad {what}, more than {limit} "
+                    f"(--max-bad-{what}). Allow as many, or mend them and run again."
+                )
+        if quarantine == self.options.quarantine:
+            return True
+        if self.summary.bad_rows or self.summary.bad_files:
+            old = Path(quarantine or quarantine_beside(self.output))
+            try:
+                data = old.read_bytes()
+            except OSError:
+                self.log.warning(f"{old} is gone, so the files are scored again for {self.quarantine}")
+                self.summary = Summary()
+                return False
+            write_file(self.quarantine, data)
+            self.log.info(f"moved {old} to {self.quarantine}")
+        self._write_record()
+        if self.summary.bad_rows or self.summary.bad_files:
+            old.unlink(missing_ok=True)
+        return True
 
     def _open_all(self) -> list[Reader | str]:
         """Readers of all files, before anything is scored; the reason for a bad file that is left out."""
@@ -345,7 +312,7 @@ class _Run:
                 f"The unfinished run left out {self.summary.bad_rows} bad rows, more than "
                 f"{self.options.max_bad_rows} (--max-bad-rows). Allow as many, or start anew without --resume."
             )
-        ahead, behind = _Ahead(self._read_all(readers, finished)), _Behind(self.parts.write)
+        ahead, behind = Ahead(self._read_all(readers, finished)), Behind(self.parts.write)
         bar = self.log.progress("rows")
         try:
             for source, number, part in ahead:
@@ -424,7 +391,7 @@ class _Run:
         if entries:
             self._count_bad_rows(self.inputs[source], entries)
         good = ~np.isnan(scores)
-        table = self._table(part.table, kept[good], scores[good])
+        table = self._table(part.table, frame, kept[good], scores[good])
         outliers = int((scores[good] < self.threshold).sum())
         return table, {"rows": int(good.sum()), "outliers": outliers, "bad": entries, "last": part.last}
 
@@ -443,27 +410,52 @@ class _Run:
         }
 
     def _table(
-        self, table: pa.Table, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float64]
+        self,
+        table: pa.Table,
+        frame: pd.DataFrame,
+        rows: npt.NDArray[np.int64],
+        scores: npt.NDArray[np.float64],
     ) -> pa.Table:
         keys = table.select(list(self.wanted.keys))
         keys = keys if len(rows) == table.num_rows else keys.take(pa.array(rows))
-        n, schema = len(rows), self._schema()
-        columns = {
+        n, schema, flagged = len(rows), self._schema(), scores < self.threshold
+        columns: dict[str, Any] = {
             **{key: keys.column(key).cast(schema.field(key).type) for key in self.wanted.keys},
             "score": pa.array(scores),
-            "label": pa.array(np.where(scores < self.threshold, -1, 1).astype(np.int8)),
+            "label": pa.array(np.where(flagged, -1, 1).astype(np.int8)),
             "threshold": pa.array(np.full(n, self.threshold)),
             "model": pa.array([self.model_hash] * n, pa.string()),
         }
-        return pa.table(columns, schema=schema)
+        if self.has_p_values:
+            columns["p_value"] = pa.array(self._p_values(frame, rows, scores))
+        if self.explainer is not None:
+            columns |= top_columns(self.explainer, frame.iloc[rows], flagged, self.options.explain)
+        return pa.table({name: columns[name] for name in schema.names}, schema=schema)
+
+    def _p_values(
+        self, frame: pd.DataFrame, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        if not len(rows):
+            return np.empty(0)
+        if isinstance(self.model, SplitConformalDetector):
+            # Those of the scores that there are.
+            return conformal_p_values(scores, self.model.calibration_scores_)
+        chosen = frame.iloc[rows]
+        found: npt.NDArray[np.float64] = self.model.p_values(
+            chosen if self.wanted.names is not None else chosen.to_numpy()
+        )
+        return found
 
     def _schema(self) -> pa.Schema:
         assert self.key_types is not None
+        p_value = [pa.field("p_value", pa.float64())] if self.has_p_values else []
         added = [
             pa.field("score", pa.float64()),
+            *p_value,
             pa.field("label", pa.int8()),
             pa.field("threshold", pa.float64()),
             pa.field("model", pa.string()),
+            *top_fields(self.options.explain),
         ]
         return pa.schema([*(pa.field(key, self.key_types[key]) for key in self.wanted.keys), *added])
 
@@ -482,20 +474,24 @@ class _Run:
         else:
             self.quarantine.unlink(missing_ok=True)
         summary.code = self._code()
-        record = {
-            "plan": digest(self.plan),
-            "model": self.plan["model"],
-            "threshold": self.threshold,
-            "inputs": self.plan["inputs"],
-            "rows": summary.rows,
-            "outliers": summary.outliers,
-            "bad_rows": summary.bad_rows,
-            "bad_files": summary.bad_files,
-        }
-        write_file(self.record, to_json(record) + b"\n")
+        self._write_record()
         self.parts.remove()
         if quarantined:
             self.log.warning(f"{len(quarantined)} bad rows or files are in {self.quarantine}")
+
+    def _write_record(self) -> None:
+        record = {
+            "plan": digest(self.plan),
+            "model": self.plan["model"],
+            "threshold": finite(self.threshold),
+            "inputs": self.plan["inputs"],
+            "quarantine": self.options.quarantine,
+            "rows": self.summary.rows,
+            "outliers": self.summary.outliers,
+            "bad_rows": self.summary.bad_rows,
+            "bad_files": self.summary.bad_files,
+        }
+        write_file(self.record, to_json(record) + b"\n")
 
     def _code(self) -> int:
         limit, rows = self.options.alert_above, self.summary.rows
@@ -508,85 +504,3 @@ class _Run:
             )
             return ALERT
         return PARTIAL if self.summary.bad_rows or self.summary.bad_files else DONE
-
-
-class _Ahead:
-    """Runs an iterator in a thread, one item ahead; an error of it is raised where its item was due."""
-
-    def __init__(self, items: Iterator[Any]) -> None:
-        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(items,), name="reading", daemon=True)
-        self._thread.start()
-
-    def _work(self, items: Iterator[Any]) -> None:
-        try:
-            for item in items:
-                if not self._put("item", item):
-                    return
-            self._put("end", None)
-        except BaseException as error:
-            self._put("error", error)
-
-    def _put(self, kind: str, value: Any) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put((kind, value), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self) -> Iterator[Any]:
-        while True:
-            kind, value = self._queue.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-
-    def close(self) -> None:
-        """Stop reading."""
-        self._stop.set()
-        self._thread.join()
-
-
-class _Behind:
-    """Calls a function in a thread, one call behind; an error of it is raised by the next `put` or `flush`."""
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=1)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="writing", daemon=True)
-        self._thread.start()
-
-    def _work(self) -> None:
-        while (arguments := self._queue.get()) is not None:
-            try:
-                if self._error is None:
-                    self._function(*arguments)
-            except BaseException as error:
-                self._error = error
-            finally:
-                self._queue.task_done()
-
-    def put(self, *arguments: Any) -> None:
-        """Call the function soon."""
-        self._raise()
-        self._queue.put(arguments)
-
-    def flush(self) -> None:
-        """Wait for all calls."""
-        self._queue.join()
-        self._raise()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def close(self) -> None:
-        """End the thread."""
-        self._queue.put(None)
-        self._thread.join()

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as papq
 
-from anomalib_gen.persistence import sync_folder
+from anomalib_gen.persistence import swap, sync_folder
 from anomalib_gen.scoring._errors import UsageError
 from anomalib_gen.scoring.sources import kind_of_file
 
@@ -99,16 +99,9 @@ def _write_to(file: Any, kind: str, tables: Iterable[pa.Table], schema: pa.Schem
 def _rename(fresh: Path, path: Path) -> None:
     if not path.is_dir() or path.is_symlink():
         os.replace(fresh, path)
-        return
-    old = path.with_name(f".{path.name}.old")
-    _remove(old)
-    os.rename(path, old)
-    try:
-        os.rename(fresh, path)
-    except BaseException:
-        os.rename(old, path)
-        raise
-    _remove(old)
+    else:
+        # What was there before has the temporary name afterwards.
+        swap(fresh, path)
 
 
 def _remove(path: Path) -> None:

@@ -7,6 +7,7 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import anomalib_gen
 import anomalib_gen.calibration
 import anomalib_gen.explain
 import anomalib_gen.inspection
+import anomalib_gen.monitoring
 import anomalib_gen.selection
 
 PACKAGE = Path(anomalib_gen.__file__).parent
@@ -32,6 +34,7 @@ LAYERS = [
     {"_base"},
     {"detectors"},
     {"calibration", "explain", "heatmaps", "images", "inspection", "selection"},
+    {"monitoring"},
     {"datasets", "benchmark", "scoring", "cli"},
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
@@ -194,8 +197,14 @@ def test_examples_run(name):
 
 
 def public_objects():
-    parts = (anomalib_gen.calibration, anomalib_gen.explain, anomalib_gen.inspection, anomalib_gen.selection)
-    for module in (anomalib_gen, *parts):
+    for module in (
+        anomalib_gen,
+        anomalib_gen.calibration,
+        anomalib_gen.explain,
+        anomalib_gen.inspection,
+        anomalib_gen.monitoring,
+        anomalib_gen.selection,
+    ):
         for name in module.__all__:
             value = getattr(module, name)
             if name.startswith("_"):
@@ -209,7 +218,9 @@ def public_objects():
 
 
 # A docstring is there, has a summary, and lists the parameters and results there are, in their order, with types.
-RESULTS = {"FeatureContributions", "NormalRows", "TailFit", "TailGoodness", "TypicalityResult"}
+RESULTS = {"FeatureContributions", "NormalRows", "TailFit", "TailGoodness", "TypicalityResult"} | {
+    name for name in anomalib_gen.monitoring.__all__ if is_dataclass(getattr(anomalib_gen.monitoring, name))
+}
 CHECKS = {"GL08", "SS01", "SS03", "SS04", "PR01", "PR02", "PR03", "PR04", "PR05", "RT01", "RT04", "YD01"}
 
 

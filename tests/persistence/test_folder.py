@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from saved_attributes import new_attributes
 
 import anomalib_gen
 from anomalib_gen import EnergyDetector, load, persistence, save
@@ -130,7 +132,7 @@ def test_a_failure_at_any_moment_leaves_what_was_there(
         for name in ("fsync", "rename"):
             patch.setattr(os, name, failing(getattr(os, name)))
         patch.setattr("builtins.open", failing(open))
-        patch.setattr(_files, "_swap", failing(_files._swap))
+        patch.setattr(_files, "swap", failing(_files.swap))
         try:
             fitted.save(folder, overwrite=overwrite)
             failed = False
@@ -203,6 +205,26 @@ def test_a_format_is_upgraded_step_by_step(fitted, X, tmp_path, monkeypatch):
 
 def test_there_is_an_upgrade_from_every_version():
     assert set(_document.UPGRADES) == set(range(1, _document.VERSION))
+
+
+def test_an_attribute_that_the_format_does_not_know_is_noticed(tiny, X, tmp_path, monkeypatch):
+    detector = tiny().fit(X)
+    detector.save(tmp_path / "model")
+    document = json.loads((tmp_path / "model" / "model.json").read_text())
+    assert new_attributes(document) == {}
+    detector.novelty_ = 1
+    detector.model_.register_buffer("surprise", torch.zeros(1))
+    detector.save(tmp_path / "new")
+    document = json.loads((tmp_path / "new" / "model.json").read_text())
+    assert new_attributes(document) == {
+        "anomalib_gen.detectors.flow:FlowDetector": ["novelty_"],
+        "anomalib_gen.models.flow:FlowModel": ["surprise"],
+    }
+    # With a default on the class, folders that do not tell it can be read.
+    monkeypatch.setattr(type(detector), "novelty_", 0, raising=False)
+    assert "anomalib_gen.detectors.flow:FlowDetector" not in new_attributes(document)
+    monkeypatch.setattr(_document, "VERSION", _document.VERSION + 1)
+    assert "is missing" in str(new_attributes(document))
 
 
 def test_a_later_format_says_so(fitted, tmp_path, monkeypatch):

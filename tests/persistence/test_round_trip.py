@@ -30,10 +30,22 @@ from anomalib_gen import ComposedDetector, EnergyDetector, FlowDetector, VAEDete
 from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._component import Component
 from anomalib_gen.anomaly import Energy
+from anomalib_gen.calibration import (
+    BootstrapConformalDetector,
+    CrossConformalDetector,
+    ExpectedCost,
+    FalsePositiveRate,
+    SplitConformalDetector,
+    TailProbability,
+    ThresholdDetector,
+)
 from anomalib_gen.images import ChannelsFirst
 from anomalib_gen.models import KernelDenoiser
 from anomalib_gen.paths import EDM
 from anomalib_gen.persistence import ModelFolderError, _tree
+
+# What is saved here is all that can be saved: of each class the attributes are those of the folders' format.
+pytestmark = pytest.mark.usefixtures("no_attribute_is_new")
 
 FAMILIES = sorted(
     (
@@ -221,6 +233,31 @@ def test_a_detector_as_a_transformer(X, tmp_path):
         pipeline.fit(X)
         save(pipeline, tmp_path / str(k))
         np.testing.assert_array_equal(load(tmp_path / str(k)).score_samples(X), pipeline.score_samples(X))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda inner: SplitConformalDetector(inner, random_state=0),
+        lambda inner: CrossConformalDetector(inner, cv=2, random_state=0),
+        lambda inner: BootstrapConformalDetector(inner, n_estimators=5, random_state=0),
+        lambda inner: ThresholdDetector(inner, threshold=FalsePositiveRate(0.1), random_state=0),
+        lambda inner: ThresholdDetector(inner, threshold=TailProbability(0.01), random_state=0),
+        lambda inner: ThresholdDetector(inner, threshold="contamination", random_state=0),
+        lambda inner: ThresholdDetector(inner, threshold=ExpectedCost(), random_state=0),
+    ],
+    ids=["split", "cross", "bootstrap", "rate", "tail", "contamination", "cost"],
+)
+def test_calibrated_detectors(wrap, X, tmp_path):
+    y = np.where(np.arange(len(X)) % 10 == 0, -1, 1)
+    detector = wrap(small(FlowDetector, transform="realnvp", n_layers=2)).fit(X, y)
+    content = save(detector, tmp_path / "model", X=X)
+    loaded = load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.score_samples(X), detector.score_samples(X))
+    assert loaded.offset_ == detector.offset_
+    if hasattr(detector, "p_values"):
+        np.testing.assert_array_equal(loaded.p_values(X), detector.p_values(X))
+    assert save(loaded, tmp_path / "again", X=X) == content
 
 
 def test_a_fitted_search_is_saved_by_its_best(X, tmp_path):

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from anomalib_gen.scoring.run import _Ahead, _Behind
+from anomalib_gen.scoring.overlap import Ahead, Behind
 
 
 def test_the_next_part_is_read_while_one_is_scored():
@@ -15,7 +15,7 @@ def test_the_next_part_is_read_while_one_is_scored():
         reading.set()
         yield 2
 
-    ahead = _Ahead(items())
+    ahead = Ahead(items())
     taken = iter(ahead)
     assert next(taken) == 1
     # Nobody has asked for the second one yet.
@@ -32,7 +32,7 @@ def test_only_so_much_is_read_ahead():
             read.append(k)
             yield k
 
-    ahead = _Ahead(items())
+    ahead = Ahead(items())
     taken = iter(ahead)
     assert next(taken) == 0
     assert len(read) <= 4
@@ -46,7 +46,7 @@ def test_an_error_of_reading_comes_after_what_was_read():
         yield 1
         raise OSError("gone")
 
-    ahead = _Ahead(items())
+    ahead = Ahead(items())
     taken = iter(ahead)
     assert next(taken) == 1
     with pytest.raises(OSError, match="gone"):
@@ -62,7 +62,7 @@ def test_a_part_is_written_while_the_next_is_scored():
         assert go_on.wait(timeout=30)
         written.append(k)
 
-    behind = _Behind(write)
+    behind = Behind(write)
     behind.put(1)
     assert begun.wait(timeout=30)
     behind.put(2)
@@ -82,7 +82,7 @@ def test_an_error_of_writing_stops_the_run():
             raise OSError("full")
         written.append(k)
 
-    behind = _Behind(write)
+    behind = Behind(write)
     behind.put(1)
     behind.put(2)
     with pytest.raises(OSError, match="full"):

@@ -189,6 +189,42 @@ def test_a_lower_limit_counts_what_was_left_out_already(run, incoming, model, tm
     assert run(*arguments).exit_code == 4
 
 
+@pytest.mark.usefixtures("small_parts", "expected")
+def test_a_finished_run_is_judged_by_the_limits_of_today(run, incoming, model, tmp_path, counted):
+    folder = tmp_path / "expected"
+    arguments = command(incoming, model, folder / "out.parquet")
+    before = results(folder)
+    result = run(*arguments, "--max-bad-rows", 0)
+    assert result.exit_code == 2
+    assert "complete, but without 1 bad rows, more than 0" in result.stderr
+    assert results(folder) == before
+    assert run(*arguments).exit_code == 4
+    assert results(folder) == before
+    assert counted == []
+
+
+@pytest.mark.usefixtures("small_parts", "expected")
+def test_the_quarantine_of_a_finished_run_goes_where_it_is_wanted(run, incoming, model, tmp_path, counted):
+    folder = tmp_path / "expected"
+    arguments = command(incoming, model, folder / "out.parquet")
+    before = results(folder)
+    for place in (tmp_path / "bad.jsonl", tmp_path / "worse.jsonl"):
+        assert run(*arguments, "--quarantine", place).exit_code == 4
+        assert place.read_bytes() == before["out.parquet.quarantine.jsonl"]
+        assert set(results(folder)) == {"out.parquet", "out.parquet.run.json"}
+    assert not (tmp_path / "bad.jsonl").exists()
+    assert run(*arguments).exit_code == 4
+    assert results(folder) == before
+    assert not (tmp_path / "worse.jsonl").exists()
+    assert counted == []
+    # What is gone can only be found by scoring again.
+    (folder / "out.parquet.quarantine.jsonl").unlink()
+    assert run(*arguments, "--quarantine", tmp_path / "bad.jsonl").exit_code == 1
+    assert run(*arguments, "--quarantine", tmp_path / "bad.jsonl", "--overwrite").exit_code == 4
+    assert (tmp_path / "bad.jsonl").read_bytes() == before["out.parquet.quarantine.jsonl"]
+    assert sum(counted) == 250 + 229
+
+
 @pytest.mark.usefixtures("small_parts")
 def test_a_full_disk_leaves_earlier_results(run, incoming, model, tmp_path, expected, monkeypatch):
     folder = tmp_path / "expected"

@@ -14,9 +14,12 @@ import pyarrow.feather
 import pyarrow.parquet as papq
 import pytest
 from filelock import FileLock
-from sklearn.pipeline import make_union
+from sklearn.frozen import FrozenEstimator
+from sklearn.pipeline import make_pipeline, make_union
 
 from anomalib_gen import VAEDetector, persistence, save
+from anomalib_gen.calibration import SplitConformalDetector
+from anomalib_gen.images import ChannelsFirst
 from anomalib_gen.scoring import run as running
 from anomalib_gen.scoring import sources
 
@@ -120,6 +123,93 @@ def test_object_stores(run, rows, model, loaded, tmp_path):
         result = run("score", source, "-m", model, "-k", "id", "-o", output)
         assert result.exit_code == 0, result.output
         assert_scored(output, frame, loaded, model)
+
+
+@pytest.fixture
+def store():
+    """An object store in memory."""
+    fsspec = pytest.importorskip("fsspec")
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    yield files
+    files.store.clear()
+
+
+def results_in(store):
+    return {
+        path.rpartition("/")[2]: store.cat_file(path) for path in store.find("/out") if store.isfile(path)
+    }
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_an_output_in_an_object_store(run, rows, model, loaded, tmp_path, monkeypatch, store):
+    frame = rows(350, 1)
+    source = write(frame, tmp_path / "rows.parquet")
+    monkeypatch.chdir(tmp_path)
+    options = ("score", source, "-m", model, "-k", "id", "-o", "memory://out/day/s.parquet")
+    assert run(*options).exit_code == 0
+    first = results_in(store)
+    assert set(first) == {"s.parquet", "s.parquet.run.json"}
+    (tmp_path / "copy.parquet").write_bytes(first["s.parquet"])
+    assert_scored(tmp_path / "copy.parquet", frame, loaded, model)
+    assert not list(tmp_path.glob(".anomalib-gen/[!.]*"))
+    result = run(*options)
+    assert result.exit_code == 1
+    assert "memory://out/day/s.parquet exists already" in result.stderr
+    # What is done is left alone; other input is scored anew, if that is asked for.
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "score_rows", lambda *arguments, **options: pytest.fail("scored again"))
+        assert run(*options, "--resume").exit_code == 0
+    assert results_in(store) == first
+    os.utime(source, (1, 1))
+    assert run(*options, "--resume").exit_code == 1
+    assert results_in(store) == first
+    assert run(*options, "--resume", "--overwrite").exit_code == 0
+    assert results_in(store)["s.parquet"] == first["s.parquet"]
+    assert results_in(store)["s.parquet.run.json"] != first["s.parquet.run.json"]
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_store_that_fails_loses_nothing(run, rows, model, tmp_path, monkeypatch, store):
+    frame = rows(350, 1)
+    frame.loc[7, "x"] = np.nan
+    source = write(frame, tmp_path / "rows.csv")
+    work = ("--work", tmp_path / "work", "--max-bad-rows", 1)
+    options = ("score", source, "-m", model, "-k", "id", "-o", "memory://out/s.csv", *work)
+
+    def fail(*arguments, **options):
+        raise ConnectionError("no route to host")
+
+    for method in ("put_file", "mv"):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(store), method, fail)
+            result = run(*options, "--resume")
+        assert result.exit_code == 2
+        assert "no route to host" in result.stderr
+        assert "--resume" in result.stderr
+        assert "s.csv" not in results_in(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "score_rows", lambda *arguments, **options: pytest.fail("scored again"))
+        result = run(*options, "--resume")
+    assert result.exit_code == 4, result.output
+    assert {"s.csv", "s.csv.run.json", "s.csv.quarantine.jsonl"} <= set(results_in(store))
+    assert not list((tmp_path / "work").glob("[!.]*"))
+
+
+def test_outputs_that_no_store_takes(run, rows, model, tmp_path, monkeypatch, store):
+    monkeypatch.chdir(tmp_path)
+    write(rows(20, 1), tmp_path / "rows.csv")
+    store.put_file(str(tmp_path / "rows.csv"), "/in/rows.csv")
+    for output, message in (
+        ("memory://out/day", "no ending"),
+        ("memory:///in/rows.csv", "one of the inputs"),
+        ("magic://out/a.csv", "magic"),
+        ("memory://out/a.xlsx", "no known format"),
+    ):
+        result = run("score", "memory:///in/rows.csv", "-m", model, "-o", output, "--overwrite")
+        assert result.exit_code == 1, (output, result.output)
+        assert message in result.stderr
+    assert store.find("/out") == []
 
 
 def test_a_model_without_names_takes_columns_by_position(run, fitted, X, tmp_path):
@@ -394,6 +484,59 @@ def test_an_input_is_never_replaced(run, rows, model, tmp_path, monkeypatch, nam
     assert source.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["incoming"]
     assert run("score", "incoming", "-m", model, "-o", "incoming.csv").exit_code == 0
+
+
+def test_a_model_of_images_is_refused_at_once(run, rows, tmp_path):
+    images = np.random.default_rng(0).normal(size=(20, 1, 8, 8))
+    detector = VAEDetector(max_iter=2, hidden_features=4, random_state=0, device="cpu").fit(images)
+    save(detector, tmp_path / "model")
+    save(make_pipeline(ChannelsFirst(), detector), tmp_path / "pipeline")
+    write(rows(5, 0), tmp_path / "rows.csv")
+    for command in ("score", "calibrate", "explain"):
+        for folder in ("model", "pipeline"):
+            options = ("-m", tmp_path / folder, "-o", tmp_path / "out.csv")
+            result = run(command, tmp_path / "rows.csv", *options)
+            assert result.exit_code == 2, result.output
+            assert "a detector of images of 1 x 8 x 8" in result.stderr
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_threshold_that_flags_nothing_is_null_in_json(run, rows, model, loaded, tmp_path):
+    frame = rows(60, 0).drop(columns="id")
+    with pytest.warns(UserWarning, match="no row will be flagged"):
+        detector = SplitConformalDetector(FrozenEstimator(loaded), alpha=0.001).fit(frame)
+    save(detector, tmp_path / "model", X=frame)
+    source = write(rows(50, 1).assign(y=1), tmp_path / "rows.parquet")
+    result = run("score", source, "-m", tmp_path / "model", "-o", tmp_path / "out.csv")
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "out.csv.run.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["threshold"] is None
+    result = run("evaluate", source, "-m", tmp_path / "model", "--label", "y", "-o", tmp_path / "f.json")
+    assert json.loads(result.stdout, parse_constant=pytest.fail)["threshold"] is None
+    assert json.loads((tmp_path / "f.json").read_text(), parse_constant=pytest.fail)["flagged"] == 0
+
+
+def test_a_folder_is_there_at_every_moment(run, rows, model, tmp_path, monkeypatch):
+    """Replaced in one step, where the system can: the name is never taken away."""
+    source, output = write(rows(20, 1), tmp_path / "rows.parquet"), tmp_path / "out"
+    assert run("score", source, "-m", model, "-o", output).exit_code == 0
+    before = (output / "part-000000.parquet").read_bytes()
+    os.utime(source, (1, 1))
+    real = os.rename
+
+    def watched(old, new, **options):
+        assert str(old) != str(output)
+        return real(old, new, **options)
+
+    monkeypatch.setattr(os, "rename", watched)
+    assert run("score", source, "-m", model, "-o", output, "--overwrite").exit_code == 0
+    assert (output / "part-000000.parquet").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "rows.parquet",
+        "out",
+        "out.run.json",
+        ".out.lock",
+    }
 
 
 def test_a_model_that_scores_no_rows_is_code_2(run, rows, tmp_path, fitted):

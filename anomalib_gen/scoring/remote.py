@@ -1,0 +1,162 @@
+"""Outputs in object stores, ``scheme://...`` through fsspec.
+
+A store has no rename, no lock and no flush to the disk. So the run works in a folder on this machine, with all that
+makes it resumable there, and its files are uploaded when they are complete: the quarantine, the output, and last of
+all the record, which says that it is done. An object is replaced as a whole by the stores themselves; elsewhere the
+upload goes to a temporary name first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import posixpath
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from anomalib_gen.scoring._errors import DataError, UsageError
+from anomalib_gen.scoring._log import Log
+from anomalib_gen.scoring.config import ScoreOptions
+from anomalib_gen.scoring.parts import digest, sole_run
+from anomalib_gen.scoring.sources import find_inputs
+
+WHOLE_OBJECTS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "r2"}
+"""Stores in which an upload appears when it is complete."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is one of an object store rather than of this machine."""
+    return "://" in path and not path.startswith("file://")
+
+
+def score_to_store(options: ScoreOptions, log: Log, score: Callable[[ScoreOptions], Any]) -> Any:
+    """Score to a folder on this machine and upload what came out.
+
+    Parameters
+    ----------
+    options : ScoreOptions
+        With an output in a store.
+    log : Log
+    score : callable
+        Scores to an output on this machine.
+
+    Returns
+    -------
+    Summary
+
+    Raises
+    ------
+    UsageError, DataError
+        As the exit codes say. Earlier results in the store are then untouched, and ``--resume`` goes on from here.
+    """
+    store = _Store(options.output)
+    name = posixpath.basename(store.place)
+    if not posixpath.splitext(name)[1]:
+        raise UsageError(
+            f"--output {options.output} has no ending, so it would be a folder. In a store, give one file a name with "
+            "an ending, such as scores.parquet."
+        )
+    if any(item.path == options.output for item in find_inputs(options.input)):
+        raise UsageError(f"--output {options.output} is one of the inputs. Choose another.")
+    folder = Path(options.work or ".anomalib-gen") / digest(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with sole_run(folder):
+            return _score_and_upload(options, store, folder / name, log, score)
+    except UsageError as error:
+        text = str(error).replace(str(folder / name), options.output).replace(str(folder), options.output)
+        raise UsageError(text) from None
+
+
+def _score_and_upload(
+    options: ScoreOptions, store: _Store, output: Path, log: Log, score: Callable[[ScoreOptions], Any]
+) -> Any:
+    is_there = store.exists("")
+    if is_there and not (options.overwrite or options.resume):
+        raise UsageError(
+            f"{options.output} exists already. Choose another output, or replace it with --overwrite."
+        )
+    record = output.with_name(f"{output.name}.run.json")
+    quarantine = output.with_name(f"{output.name}.quarantine.jsonl")
+    if output.exists() and not output.stat().st_size:
+        output.unlink()
+    before = None
+    if options.resume and is_there and not output.exists() and store.exists(".run.json"):
+        # So that a run that is done in the store is known here. An empty file stands for the output, and no output
+        # is ever empty.
+        store.get(".run.json", record)
+        before = record.read_bytes()
+        output.touch()
+    here = dataclasses.replace(  # type: ignore[type-var]
+        options, output=str(output), work=None, overwrite=options.overwrite or not is_there
+    )
+    summary = score(here)
+    if before is None or output.stat().st_size:
+        if quarantine.exists():
+            store.put(quarantine, ".quarantine.jsonl")
+        elif options.quarantine is None:
+            store.remove(".quarantine.jsonl")
+        store.put(output, "")
+        store.put(record, ".run.json")
+        log.info(f"uploaded {options.output}", output=options.output)
+    shutil.rmtree(output.parent, ignore_errors=True)
+    return summary
+
+
+class _Store:
+    """An object, and those beside it whose names begin with its name.
+
+    Raises
+    ------
+    UsageError
+        If no file system is installed for the scheme.
+    DataError
+        If the store cannot be reached or written to.
+    """
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.url, self.scheme = url, url.split("://", 1)[0]
+        try:
+            self.files, self.place = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"--output {url}: {error}") from None
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        try:
+            return getattr(self.files, method)(*arguments, **options)
+        except Exception as error:
+            # Whatever the libraries of stores raise: none of it is an error of this program.
+            first = (str(error).strip().splitlines() or [""])[0][:300]
+            raise DataError(
+                f"{self.url}: {type(error).__name__} {first}. What was scored is kept: --resume goes on from here."
+            ) from None
+
+    def exists(self, suffix: str) -> bool:
+        """Whether there is an object."""
+        self._call("invalidate_cache")
+        return bool(self._call("exists", self.place + suffix))
+
+    def get(self, suffix: str, path: Path) -> None:
+        """Download an object."""
+        self._call("get_file", self.place + suffix, str(path))
+
+    def put(self, path: Path, suffix: str) -> None:
+        """Upload a file so that it is there as a whole, or not."""
+        place = self.place + suffix
+        if self.scheme in WHOLE_OBJECTS:
+            self._call("put_file", str(path), place)
+            return
+        parent, name = posixpath.split(place)
+        if parent.strip("/"):
+            self._call("makedirs", parent, exist_ok=True)
+        fresh = posixpath.join(parent, f".{name}.tmp")
+        self._call("put_file", str(path), fresh)
+        self._call("mv", fresh, place)
+
+    def remove(self, suffix: str) -> None:
+        """Remove an object that may be there."""
+        if self.exists(suffix):
+            self._call("rm_file", self.place + suffix)

@@ -1,0 +1,416 @@
+"""What a report says of a scoring run, gathered in two passes: over the scores, and over the files they were made from.
+
+The record beside the scores (``scores.parquet.run.json``) names the files, and the quarantine file what was left out of
+them, so that row k of the scores is found in its file again. Only the most abnormal rows, a sample of normal ones and
+summaries of columns are kept, so that memory does not grow with the run. Where files are gone or have changed since,
+the report is made without what needs them, and says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv as pacsv
+
+from anomalib_gen.monitoring import (
+    Batch,
+    Distribution,
+    DriftReport,
+    Reference,
+    Summariser,
+    compare,
+    load_reference,
+)
+from anomalib_gen.persistence import ModelFolderError
+from anomalib_gen.scoring._columns import Wanted, to_frame, wanted_by
+from anomalib_gen.scoring._errors import DONE, PARTIAL, DataError, UsageError, explain_os_error
+from anomalib_gen.scoring._log import Log
+from anomalib_gen.scoring.config import ReportOptions
+from anomalib_gen.scoring.explaining import Explainer, top_fields
+from anomalib_gen.scoring.parts import write_file
+from anomalib_gen.scoring.remote import is_remote
+from anomalib_gen.scoring.rows import load_model
+from anomalib_gen.scoring.run import ADDED, HASH_DIGITS, quarantine_beside, record_of
+from anomalib_gen.scoring.sources import Input, Reader, find_inputs, rows_per_part
+
+BACKGROUND_ROWS = 1000
+"""Normal rows of the run, by which contributions are measured."""
+MAX_TOP_FIELDS = 100
+"""Columns of explanations in the scores that are known for such by their names."""
+MAX_QUARANTINED = 100
+"""Rows and files listed that could not be scored; the others are counted."""
+
+
+@dataclasses.dataclass
+class Anomaly:
+    """A row that scored below the threshold.
+
+    Attributes
+    ----------
+    row : int
+        Place in the scores, from 0.
+    score : float
+    keys : dict of str to object
+    p_value : float or None
+        Where the model makes them.
+    contributions : list of (name, value, contribution)
+        Largest first; empty if they are not known.
+    """
+
+    row: int
+    score: float
+    keys: dict[str, Any]
+    p_value: float | None = None
+    contributions: list[tuple[str, Any, float]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class RunReport:
+    """What a page is made from.
+
+    Attributes
+    ----------
+    name : str
+        Of the file of scores.
+    written : str
+        When, in UTC.
+    model : dict
+        What the model's folder says of itself.
+    threshold : float
+    rows, outliers, bad_rows, bad_files : int
+    inputs : list of (path, bytes, rows)
+        Rows are None where the file was not read again.
+    quarantined : list of dict
+        At most `MAX_QUARANTINED`.
+    scores : Distribution or None
+        Of a sample; None if there are no rows.
+    anomalies : list of Anomaly
+        The most abnormal ones, most abnormal first.
+    weights : dict of str to float
+        Mean contribution of each column over those rows, positive parts, largest first.
+    reference : Reference or None
+    drift : DriftReport or None
+    columns : dict of str to Column
+        Of the input, by name; empty if it was not read.
+    notes : list of str
+        What is left out, and why.
+    """
+
+    name: str
+    written: str
+    model: dict[str, Any]
+    threshold: float
+    rows: int
+    outliers: int
+    bad_rows: int
+    bad_files: int
+    inputs: list[tuple[str, int, int | None]]
+    quarantined: list[dict[str, Any]]
+    scores: Distribution | None = None
+    anomalies: list[Anomaly] = dataclasses.field(default_factory=list)
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    reference: Reference | None = None
+    drift: DriftReport | None = None
+    columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def report_run(options: ReportOptions, log: Log) -> int:
+    """Write the page of a scoring run; return the exit code.
+
+    Raises
+    ------
+    UsageError, DataError
+        As the exit codes say.
+    """
+    if is_remote(options.scores) or is_remote(options.output or ""):
+        raise UsageError(
+            "report reads and writes files of this machine. Copy the scores and what lies beside them."
+        )
+    scores = Path(options.scores.removeprefix("file://"))
+    output = Path((options.output or f"{scores}.html").removeprefix("file://"))
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--output {output} must end in .html.")
+    if os.path.lexists(output) and not options.overwrite:
+        raise UsageError(f"{output} exists already. Choose another output, or replace it with --overwrite.")
+    from anomalib_gen.scoring.page import render
+
+    found = gather(scores, options, log)
+    page = render(found)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_file(output, page.encode())
+    except OSError as error:
+        raise explain_os_error(error, f"writing {output}") from error
+    for note in found.notes:
+        log.warning(note)
+    alerts = len(found.drift.alerts) if found.drift else 0
+    log.info(f"{output}: {found.outliers} anomalies, {alerts} alerts", output=str(output), alerts=alerts)
+    return PARTIAL if found.notes else DONE
+
+
+def gather(scores: Path, options: ReportOptions, log: Log) -> RunReport:
+    """Everything that the page of a run shows.
+
+    Parameters
+    ----------
+    scores : Path
+        Output of ``score``, with its record beside it.
+    options : ReportOptions
+    log : Log
+
+    Raises
+    ------
+    DataError
+        If the scores, their record or the model cannot be read, or do not belong together.
+    """
+    record, folder = _read_record(scores), options.model
+    quarantine = Path(record["quarantine"] or quarantine_beside(scores))
+    entries = _read_quarantine(quarantine, record)
+    model, facts = load_model(folder)
+    if facts["hash"] != record["model"]:
+        raise DataError(
+            f"{scores} was made by the model {record['model'][:HASH_DIGITS]}, and {folder} is "
+            f"{facts['hash'][:HASH_DIGITS]}. Name the folder of the former with --model."
+        )
+    found = RunReport(
+        name=scores.name,
+        written=_time_of(scores),
+        model=facts,
+        threshold=record["threshold"],
+        rows=record["rows"],
+        outliers=record["outliers"],
+        bad_rows=record["bad_rows"],
+        bad_files=record["bad_files"],
+        inputs=[(path, size, None) for path, size, _ in record["inputs"]],
+        quarantined=(entries or [])[:MAX_QUARANTINED],
+    )
+    normal, keys = _read_scores(scores, found, options.top)
+    try:
+        found.reference = load_reference(folder)
+    except (ModelFolderError, OSError) as error:
+        raise DataError(str(error)) from None
+    if found.reference is None:
+        found.notes.append(
+            f"{folder} has no training reference, so drift is not known. Folders that `anomalib-gen fit` writes "
+            "have one."
+        )
+    summariser = None
+    if entries is None:
+        found.notes.append(
+            f"{quarantine} is not there or not whole, so the rows of the scores cannot be found in their files: "
+            "contributions and drift of columns are left out."
+        )
+    else:
+        try:
+            wanted = wanted_by(facts["schema"], keys, model)
+            summariser = _walk(found, _same_inputs(record), entries, wanted, model, normal, log)
+        except (DataError, UsageError) as error:
+            found.notes.append(f"Contributions and drift of columns are left out: {error}")
+    if found.reference is not None:
+        columns = () if summariser is None else summariser.columns()
+        found.columns = {column.name: column for column in columns}
+        batch = Batch(found.rows, found.outliers, found.scores, columns, found.bad_rows, found.bad_files)
+        found.drift = compare(found.reference, batch)
+    return found
+
+
+def _time_of(path: Path) -> str:
+    when = datetime.datetime.fromtimestamp(path.stat().st_mtime, tz=datetime.UTC)
+    return when.strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _read_record(scores: Path) -> dict[str, Any]:
+    """The record that `score` left beside its output."""
+    if not scores.exists():
+        raise DataError(f"{scores} does not exist. Name the output of `anomalib-gen score`.")
+    path = record_of(scores)
+    try:
+        record = json.loads(path.read_bytes())
+        counts = ("rows", "outliers", "bad_rows", "bad_files")
+        checked: dict[str, Any] = {name: int(record[name]) for name in counts}
+        checked |= {"model": str(record["model"]), "quarantine": record.get("quarantine")}
+        # (A threshold that flags nothing is no number.)
+        checked["threshold"] = -math.inf if record["threshold"] is None else float(record["threshold"])
+        checked["inputs"] = [(str(path), int(size), int(mtime)) for path, size, mtime in record["inputs"]]
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing. It is written beside the scores; keep them together.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from None
+    return checked
+
+
+def _read_quarantine(path: Path, record: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """What was left out; None if the file does not say."""
+    if not record["bad_rows"] and not record["bad_files"]:
+        return []
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = sum(entry["row"] is not None for entry in entries)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return entries if (rows, len(entries) - rows) == (record["bad_rows"], record["bad_files"]) else None
+
+
+# The scores --------------------------------------------------------------------------------------------------
+
+
+def _batches(scores: Path) -> Iterator[pa.Table]:
+    import pyarrow.dataset as pads
+
+    items = find_inputs([str(scores)])
+    for item in items:
+        kind: Any = item.kind
+        if item.is_text:
+            kind = pads.CsvFileFormat(parse_options=pacsv.ParseOptions(delimiter=item.kind))
+        dataset = pads.dataset(item.place, format=kind, filesystem=item.filesystem)
+        for batch in dataset.scanner(batch_size=2**16, batch_readahead=2).to_batches():
+            yield pa.Table.from_batches([batch])
+
+
+def _read_scores(scores: Path, found: RunReport, n_top: int) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+    """Distribution and most abnormal rows; also places of normal rows, drawn from all, and the names of keys."""
+    drawn = np.sort(
+        np.random.default_rng(0).choice(found.rows, min(found.rows, BACKGROUND_ROWS), replace=False)
+        if found.rows
+        else np.empty(0, dtype=np.int64)
+    )
+    normal: list[npt.NDArray[np.int64]] = []
+    sample, start = Summariser(), 0
+    added = {*ADDED, *(field.name for field in top_fields(MAX_TOP_FIELDS))}
+    top: pd.DataFrame | None = None
+    keys: tuple[str, ...] = ()
+    try:
+        for table in _batches(scores):
+            values, labels = (table.column(name).to_numpy() for name in ("score", "label"))
+            keys = tuple(name for name in table.column_names if name not in added)
+            # (A density may be zero.)
+            values = np.maximum(values, np.finfo(np.float64).min)
+            sample.add(pd.DataFrame({"score": values}))
+            here = drawn[(drawn >= start) & (drawn < start + len(values))] - start
+            normal.append(here[labels[here] == 1] + start)
+            odd = np.flatnonzero(labels == -1)
+            odd = odd[np.argsort(values[odd], kind="stable")][:n_top]
+            more = [name for name in ("score", "p_value") if name in table.column_names]
+            rows = table.select([*keys, *more]).take(pa.array(odd))
+            rows = rows.append_column("row", pa.array(odd + start))
+            # (Keys of CSV files are guessed block by block, and may be of several types.)
+            frame = rows.to_pandas().astype(dict.fromkeys(keys, object))
+            top = frame if top is None else pd.concat([top, frame], ignore_index=True)
+            top = top.sort_values("score", kind="stable", ignore_index=True)[:n_top]
+            start += len(values)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise DataError(f"{scores} cannot be read: {str(error).splitlines()[0]}") from None
+    if start != found.rows:
+        raise DataError(
+            f"{scores} has {start} rows, and its record says {found.rows}. Score the files again."
+        )
+    if start and (whole := sample.columns()[0].distribution) is not None:
+        # As `monitor` compares them.
+        kept = whole.sample()
+        found.scores = Distribution.of(kept, len(kept) + 1)
+    for entry in [] if top is None else top.to_dict("records"):
+        shown = {key: entry[key] for key in keys}
+        found.anomalies.append(Anomaly(int(entry["row"]), float(entry["score"]), shown, entry.get("p_value")))
+    return np.concatenate(normal) if normal else drawn, keys
+
+
+# The files ---------------------------------------------------------------------------------------------------
+
+
+def _same_inputs(record: dict[str, Any]) -> list[Input]:
+    inputs = []
+    for path, size, mtime in record["inputs"]:
+        (item,) = find_inputs([path])[:1]
+        if (item.path, item.size, item.mtime) != (path, size, mtime):
+            raise DataError(f"{path} has changed since it was scored.")
+        inputs.append(item)
+    return inputs
+
+
+def _walk(
+    found: RunReport,
+    inputs: list[Input],
+    entries: list[dict[str, Any]],
+    wanted: Wanted,
+    model: Any,
+    normal: npt.NDArray[np.int64],
+    log: Log,
+) -> Summariser:
+    summariser = Summariser(None if found.reference is None else found.reference.columns)
+    bad_files = {entry["file"] for entry in entries if entry["row"] is None}
+    bad_rows: dict[str, list[int]] = {}
+    for entry in entries:
+        if entry["row"] is not None:
+            bad_rows.setdefault(entry["file"], []).append(entry["row"])
+    places = np.array(sorted(anomaly.row for anomaly in found.anomalies), dtype=np.int64)
+    odd: list[pd.DataFrame] = []
+    background: list[pd.DataFrame] = []
+    start = 0
+    for number, item in enumerate(inputs):
+        count = 0
+        if item.path not in bad_files:
+            for part in Reader(item, wanted).parts(rows_per_part(wanted.count)):
+                names = list(wanted.names or [n for n in part.table.column_names if n not in wanted.keys])
+                frame, _ = to_frame(part.table, names, wanted.types)
+                # (A model without names has a reference without names.)
+                named = wanted.names is not None
+                summariser.add(
+                    frame if named else frame.set_axis([str(j) for j in range(len(names))], axis=1)
+                )
+                kept = np.flatnonzero(~np.isin(part.rows, bad_rows.get(item.path, [])))
+                for chosen, frames in ((places, odd), (normal, background)):
+                    here = chosen[(chosen >= start) & (chosen < start + len(kept))] - start
+                    frames.append(frame.iloc[kept[here]])
+                start, count = start + len(kept), count + len(part.rows)
+        found.inputs[number] = (item.path, item.size, count)
+    if start != found.rows:
+        raise DataError(f"the files have {start} rows to score, and the scores {found.rows}.")
+    if len(places):
+        _explain(found, places, odd, background, model, named=wanted.names is not None, log=log)
+    return summariser
+
+
+def _explain(
+    found: RunReport,
+    places: npt.NDArray[np.int64],
+    odd: list[pd.DataFrame],
+    background: list[pd.DataFrame],
+    model: Any,
+    *,
+    named: bool,
+    log: Log,
+) -> None:
+    rows, normal = (pd.concat(frames, ignore_index=True) for frames in (odd, background))
+    again = model.score_samples(rows if named else rows.to_numpy())
+    scores = {anomaly.row: anomaly.score for anomaly in found.anomalies}
+    if not np.allclose(again, [scores[row] for row in places.tolist()], rtol=1e-5, atol=1e-6):
+        raise DataError("the rows of the files do not have the scores that were written, so they are others.")
+    names = [str(name) for name in rows]
+    try:
+        explainer = Explainer(model, names, named=named, log=log, background=normal if len(normal) else None)
+        blocks = explainer.contributions(rows)
+    except UsageError as error:
+        found.notes.append(f"Contributions are left out: {error}")
+        return
+    tops: list[list[tuple[str, Any, float]]] = []
+    for block in blocks:
+        block.feature_names[:] = names
+        tops += block.top(len(names))
+    by_row = dict(zip(places.tolist(), tops, strict=True))
+    for anomaly in found.anomalies:
+        anomaly.contributions = by_row[anomaly.row]
+    mean = np.concatenate([np.maximum(block.values, 0) for block in blocks]).mean(axis=0)
+    order = np.argsort(-mean, kind="stable")
+    found.weights = {names[j]: float(mean[j]) for j in order if mean[j] > 0}

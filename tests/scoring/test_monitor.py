@@ -1,0 +1,360 @@
+"""The command `monitor`: what it compares, remembers and tells."""
+
+import json
+import sqlite3
+import threading
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from anomalib_gen import load, persistence
+from anomalib_gen.monitoring import load_reference
+from anomalib_gen.monitoring.history import History
+
+FLOW = (
+    "anomalib_gen.FlowDetector(transform='realnvp', n_layers=2, hidden_features=8, max_iter=20, device='cpu')"
+)
+
+
+@pytest.fixture(scope="module")
+def fitted_model(tmp_path_factory, rows):
+    """A folder that `fit` wrote; no test may change it."""
+    from typer.testing import CliRunner
+
+    from anomalib_gen.cli import app
+
+    folder = tmp_path_factory.mktemp("monitored")
+    rows(1000, 0).to_parquet(folder / "train.parquet")
+    arguments = [
+        "fit",
+        f"{folder}/train.parquet",
+        "--exclude",
+        "id",
+        "-m",
+        f"{folder}/model",
+        "--detector",
+        FLOW,
+    ]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    return folder / "model"
+
+
+@pytest.fixture
+def scored(run, rows, fitted_model, tmp_path):
+    """Files that were scored: rows like those of training, and others."""
+    for name, shift in (("same", 0.0), ("other", 2.0)):
+        frame = rows(400, 5)
+        frame["x"] += shift
+        frame.to_parquet(tmp_path / f"{name}.parquet")
+        arguments = (tmp_path / f"{name}.parquet", "-m", fitted_model, "-k", "id")
+        assert run("score", *arguments, "-o", tmp_path / f"{name}.scores.parquet").exit_code == 0
+    return tmp_path
+
+
+def monitor(run, folder, name, model, *more, columns=True):
+    given = ("--input", folder / f"{name}.parquet") if columns else ()
+    return run("monitor", folder / f"{name}.scores.parquet", "-m", model, *given, *more)
+
+
+def test_fit_keeps_a_reference(fitted_model, rows):
+    frame = rows(1000, 0).drop(columns="id")
+    reference = load_reference(fitted_model)
+    assert reference.n_rows == 1000
+    assert reference.held_out
+    assert [column.name for column in reference.columns] == ["x", "n", "kind"]
+    assert reference.n_scored == 100
+    scores = load(fitted_model).score_samples(frame)
+    assert set(reference.scores.values) <= set(scores)
+    assert persistence.verify(fitted_model)
+
+
+def test_rows_like_those_of_training_are_no_alert(run, scored, fitted_model):
+    result = monitor(run, scored, "same", fitted_model)
+    assert result.exit_code == 0, result.output
+    assert "400 rows" in result.stdout
+    assert "0 alerts" in result.stdout
+
+
+def test_drift_is_code_3(run, scored, fitted_model):
+    result = monitor(run, scored, "other", fitted_model, "-o", scored / "found.json", "--json")
+    assert result.exit_code == 3, result.output
+    found = json.loads(result.stdout)
+    assert json.loads((scored / "found.json").read_text()) == found
+    assert found["alert"] is True
+    kinds = {(alert["kind"], alert["column"]) for alert in found["report"]["alerts"]}
+    assert {("scores", None), ("alert-rate", None), ("distribution", "x")} <= kinds
+    assert "alert: x: has drifted" in result.stderr
+    x = next(column for column in found["report"]["columns"] if column["name"] == "x")
+    assert x["wasserstein"] == pytest.approx(2, abs=0.3)
+    # Scores alone.
+    result = monitor(run, scored, "other", fitted_model, "--json", columns=False)
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["report"]["columns"] == []
+    assert "--input compares the columns" in result.stderr
+    # Thresholds far off, and a column that does not count.
+    high = ("--distance", 1, "--psi", 99, "--wasserstein", 99, "--alert-rate", 99)
+    assert monitor(run, scored, "other", fitted_model, *high).exit_code == 0
+    result = monitor(run, scored, "other", fitted_model, "--ignore", "x", "--json")
+    assert "distribution" not in {alert["kind"] for alert in json.loads(result.stdout)["report"]["alerts"]}
+    assert monitor(run, scored, "other", fitted_model, "--ignore", "y").exit_code == 1
+
+
+def test_thresholds_stand_in_the_configuration(run, scored, fitted_model):
+    (scored / "run.toml").write_text(
+        f"[monitor]\nscores = '{scored}/other.scores.parquet'\nmodel = '{fitted_model}'\ndistance = 1\npsi = 99\n"
+        "wasserstein = 99\nalert-rate = 99\n"
+    )
+    assert run("monitor", "--config", scored / "run.toml").exit_code == 0
+    assert run("monitor", "--config", scored / "run.toml", "--distance", 0.2).exit_code == 3
+    (scored / "run.toml").write_text("[monitor]\npsy = 1\n")
+    result = run("monitor", "--config", scored / "run.toml")
+    assert result.exit_code == 1
+    assert "monitor.psy is unknown. Did you mean 'psi'" in result.stderr
+    result = run("monitor", "-m", fitted_model)
+    assert result.exit_code == 1
+    assert "needs SCORES" in result.stderr
+
+
+def test_a_model_without_reference_says_how_to_get_one(run, rows, model, tmp_path):
+    rows(50, 1).to_parquet(tmp_path / "a.parquet")
+    assert run("score", tmp_path / "a.parquet", "-m", model, "-o", tmp_path / "s.parquet").exit_code == 0
+    result = run("monitor", tmp_path / "s.parquet", "-m", model)
+    assert result.exit_code == 2
+    assert "has no training reference" in result.stderr
+    assert "anomalib-gen calibrate NORMAL_FILES" in result.stderr
+
+
+def test_what_is_no_output_of_this_model(run, rows, scored, fitted_model, model):
+    result = run("monitor", scored / "same.parquet", "-m", fitted_model)
+    assert result.exit_code == 2
+    assert "lacks the columns 'score'" in result.stderr
+    assert run("monitor", scored / "none.parquet", "-m", fitted_model).exit_code == 2
+    arguments = (scored / "same.parquet", "-m", model, "-o", scored / "foreign.parquet")
+    assert run("score", *arguments).exit_code == 0
+    result = run("monitor", scored / "foreign.parquet", "-m", fitted_model)
+    assert result.exit_code == 2
+    assert "was scored by the model" in result.stderr
+
+
+@pytest.mark.parametrize("ending", [".csv", ".feather", ""])
+def test_every_format_that_score_writes(run, scored, fitted_model, ending):
+    output = scored / f"again{ending}"
+    assert run("score", scored / "same.parquet", "-m", fitted_model, "-o", output).exit_code == 0
+    result = run("monitor", output, "-m", fitted_model, "--input", scored / "same.parquet", "--json")
+    assert result.exit_code == 0, result.output
+    first = json.loads(monitor(run, scored, "same", fitted_model, "--json").stdout)["report"]
+    assert json.loads(result.stdout)["report"] == first
+
+
+# The history -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_has_one_entry_however_often_it_is_looked_at(run, scored, fitted_model):
+    history = scored / "deep" / "h.sqlite"
+    for name in ("same", "other", "same", "other", "other"):
+        monitor(run, scored, name, fitted_model, "--history", history)
+    entries = History(history).entries()
+    assert [entry.alert for entry in entries] == [True, False]
+    assert {entry.job for entry in entries} == {str(fitted_model)}
+    # Scored once more from the same files it is the same run; by another name it is another.
+    arguments = (scored / "same.parquet", "-m", fitted_model, "-k", "id", "--overwrite")
+    assert run("score", *arguments, "-o", scored / "same.scores.parquet").exit_code == 0
+    monitor(run, scored, "same", fitted_model, "--history", history)
+    assert len(History(history).entries()) == 2
+    monitor(
+        run, scored, "same", fitted_model, "--history", history, "--run", "2024-01-31", "--job", "nightly"
+    )
+    assert History(history).entries()[0].run == "2024-01-31"
+    with sqlite3.connect(history) as connection:
+        assert connection.execute("SELECT count(*) FROM columns").fetchone() == (9,)
+
+
+def test_old_runs_are_forgotten(run, scored, fitted_model):
+    history = scored / "h.sqlite"
+    monitor(run, scored, "same", fitted_model, "--history", history)
+    with sqlite3.connect(history) as connection:
+        connection.execute("UPDATE runs SET time = time - 86400 * 50, run = 'old'")
+    monitor(run, scored, "other", fitted_model, "--history", history, "--keep-days", 51)
+    assert len(History(history).entries()) == 2
+    monitor(run, scored, "other", fitted_model, "--history", history, "--keep-days", 49)
+    assert len(History(history).entries()) == 1
+
+
+def test_an_unusual_volume(run, scored, fitted_model):
+    history = scored / "h.sqlite"
+    monitor(run, scored, "same", fitted_model, "--history", history)
+    with sqlite3.connect(history) as connection:
+        (row,) = connection.execute("SELECT * FROM runs").fetchall()
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("DELETE FROM runs")
+        for k in range(5):
+            values = (f"r{k}", row[1] - k - 1, *row[2:5], 1000, *row[6:])
+            connection.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(row))})", values)
+    result = monitor(run, scored, "same", fitted_model, "--history", history)
+    assert result.exit_code == 3
+    assert "400 rows, and 1000 are usual" in result.stderr
+
+
+def test_a_history_that_cannot_be_written_is_code_2(run, scored, fitted_model):
+    (scored / "h.sqlite").write_text("no database at all" * 100)
+    result = monitor(run, scored, "same", fitted_model, "--history", scored / "h.sqlite")
+    assert result.exit_code == 2
+    assert "not a database" in result.stderr
+
+
+# Who is told -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def post(monkeypatch):
+    """Documents that a webhook gets; the codes that it answers with may be set."""
+    import requests
+
+    class Answer:
+        status_code = 200
+
+        def close(self):
+            pass
+
+    def answer(session, url, *, json, **options):
+        got.append(json)
+        if codes:
+            made = Answer()
+            made.status_code = codes.pop(0)
+            return made
+        return Answer()
+
+    got, codes = [], []
+    monkeypatch.setattr(requests.Session, "post", answer)
+    return got, codes
+
+
+def test_an_alert_is_told_until_somebody_knows_and_then_no_more(run, scored, fitted_model, post):
+    got, codes = post
+    more = ("--history", scored / "h.sqlite", "--webhook", "http://host.example/s3cret")
+    assert monitor(run, scored, "same", fitted_model, *more).exit_code == 0
+    assert got == []
+    codes += [500]
+    result = monitor(run, scored, "other", fitted_model, *more)
+    assert result.exit_code == 3
+    assert "http://host.example answered with the code 500" in result.stderr
+    assert "s3cret" not in result.output
+    (entry, _) = History(scored / "h.sqlite").entries()
+    assert entry.alert
+    assert entry.notified is None
+    for _ in range(2):
+        assert monitor(run, scored, "other", fitted_model, *more).exit_code == 3
+    assert len(got) == 2
+    assert got[1]["alert"] is True
+    assert got[1]["rows"] == 400
+    assert "x: has drifted" in got[1]["text"]
+    assert History(scored / "h.sqlite").entries()[0].notified is not None
+
+
+def test_a_webhook_from_the_environment_and_one_that_is_none(run, scored, fitted_model, post, monkeypatch):
+    monkeypatch.setenv("ANOMALIB_GEN_WEBHOOK", "http://host.example/a")
+    assert monitor(run, scored, "other", fitted_model).exit_code == 3
+    assert len(post[0]) == 1
+    assert monitor(run, scored, "other", fitted_model, "--webhook", "host.example").exit_code == 1
+
+
+def test_metrics_are_written(run, scored, fitted_model):
+    path = scored / "metrics" / "a.prom"
+    assert (
+        monitor(run, scored, "other", fitted_model, "--prometheus", path, "--job", "nightly").exit_code == 3
+    )
+    assert 'anomalib_gen_rows{job_name="nightly"} 400.0' in path.read_text()
+    assert 'anomalib_gen_alerts{job_name="nightly",kind="scores"} 1.0' in path.read_text()
+    result = monitor(run, scored, "same", fitted_model, "--prometheus", scored / "same.parquet" / "a.prom")
+    assert result.exit_code == 2
+
+
+# Input -----------------------------------------------------------------------------------------------------
+
+
+def test_missing_values_and_new_categories(run, rows, fitted_model, tmp_path):
+    frame = rows(400, 5)
+    frame.loc[:99, "kind"] = "new"
+    frame["n"] = frame["n"].astype(object)
+    frame.loc[:99, "n"] = "much"
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    options = ("-m", fitted_model, "--max-bad-rows", 100, "-o", tmp_path / "s.parquet")
+    assert run("score", tmp_path / "a.csv", *options).exit_code == 4
+    result = run(
+        "monitor", tmp_path / "s.parquet", "-m", fitted_model, "--input", tmp_path / "a.csv", "--json"
+    )
+    assert result.exit_code == 3
+    report = json.loads(result.stdout)["report"]
+    assert report["n_bad_rows"] == 100
+    assert {(alert["kind"], alert["column"]) for alert in report["alerts"]} >= {
+        ("missing", "n"),
+        ("unseen", "kind"),
+    }
+
+
+def test_input_that_cannot_be_read_is_code_4(run, scored, fitted_model):
+    (scored / "broken.parquet").write_bytes(b"PAR1 no")
+    result = monitor(run, scored, "same", fitted_model, "--input", scored / "broken.parquet")
+    assert result.exit_code == 4, result.output
+    assert "left out a file" in result.stderr
+    more = ("--input", scored / "broken.parquet")
+    assert monitor(run, scored, "same", fitted_model, *more, columns=False).exit_code == 2
+
+
+def test_a_batch_without_rows_is_an_alert(run, rows, fitted_model, tmp_path):
+    rows(5, 0)[:0].to_csv(tmp_path / "a.csv", index=False)
+    assert run("score", tmp_path / "a.csv", "-m", fitted_model, "-o", tmp_path / "s.parquet").exit_code == 0
+    result = run("monitor", tmp_path / "s.parquet", "-m", fitted_model, "--input", tmp_path / "a.csv")
+    assert result.exit_code == 3, result.output
+    assert "there are no rows" in result.stderr
+
+
+def test_two_at_once(run, scored, fitted_model):
+    """Threads in one process stand for processes; the file's lock is the same."""
+    codes = []
+    threads = [
+        threading.Thread(
+            target=lambda name=name: codes.append(
+                monitor(run, scored, name, fitted_model, "--history", scored / "h.sqlite").exit_code
+            )
+        )
+        for name in ("same", "other")
+    ]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert sorted(codes) == [0, 3]
+    assert len(History(scored / "h.sqlite").entries()) == 2
+
+
+def test_a_reference_of_training_rows_says_so(run, rows, tmp_path):
+    rows(300, 0).drop(columns="id").to_parquet(tmp_path / "a.parquet")
+    detector = FLOW.replace("max_iter=20", "max_iter=20, validation_fraction=0.0")
+    assert run("fit", tmp_path / "a.parquet", "-m", tmp_path / "model", "--detector", detector).exit_code == 0
+    options = (tmp_path / "a.parquet", "-m", tmp_path / "model", "-o", tmp_path / "s.parquet")
+    assert run("score", *options).exit_code == 0
+    result = run("monitor", tmp_path / "s.parquet", "-m", tmp_path / "model")
+    assert result.exit_code == 0
+    assert "so scores raise no alert" in result.stderr
+
+
+def test_a_table_of_real_measurements(run, tmp_path):
+    """Wine of the same growers is no alert, that of another one is."""
+    from sklearn.datasets import load_wine
+
+    wine = load_wine(as_frame=True)
+    mine = wine.data[wine.target < 2].sample(frac=1, random_state=0).reset_index(drop=True)
+    parts = {"train": mine[:90], "same": mine[90:], "other": wine.data[wine.target == 2]}
+    for name, frame in parts.items():
+        frame.to_parquet(tmp_path / f"{name}.parquet")
+    assert run("fit", tmp_path / "train.parquet", "-m", tmp_path / "model", "--detector", FLOW).exit_code == 0
+    codes = {}
+    for name in ("same", "other"):
+        output = tmp_path / f"{name}.scores.parquet"
+        assert (
+            run("score", tmp_path / f"{name}.parquet", "-m", tmp_path / "model", "-o", output).exit_code == 0
+        )
+        codes[name] = monitor(run, tmp_path, name, tmp_path / "model").exit_code
+    assert codes == {"same": 0, "other": 3}
+    assert np.isfinite(pd.read_parquet(tmp_path / "other.scores.parquet")["score"]).all()
