@@ -182,6 +182,7 @@ def test_import_is_light_and_changes_nothing_global():
         "explain.contributions",
         "explain.counterfactual",
         "images",
+        "monitoring.drift",
     ],
 )
 def test_examples_run(name):
