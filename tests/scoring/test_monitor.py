@@ -150,6 +150,21 @@ def test_every_format_that_score_writes(run, scored, fitted_model, ending):
     assert json.loads(result.stdout)["report"] == first
 
 
+def test_scores_in_an_object_store(run, rows, fitted_model, tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    fsspec.filesystem("memory").store.clear()
+    frame = rows(300, 5)
+    frame.loc[3, "x"] = np.nan
+    frame.to_parquet(tmp_path / "a.parquet")
+    more = ("--max-bad-rows", 1, "--work", tmp_path / "work")
+    options = ("-m", fitted_model, "-o", "memory://monitored/s.parquet", *more)
+    assert run("score", tmp_path / "a.parquet", *options).exit_code == 4
+    result = run("monitor", "memory://monitored/s.parquet", "-m", fitted_model, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["report"]["n_bad_rows"] == 1
+    assert json.loads(result.stdout)["report"]["n_rows"] == 299
+
+
 # The history -----------------------------------------------------------------------------------------------
 
 
