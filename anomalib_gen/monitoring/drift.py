@@ -259,6 +259,21 @@ def compare(
     Returns
     -------
     DriftReport
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pandas as pd
+    >>> from anomalib_gen.monitoring import Batch, Distribution, Summariser, compare, reference_of
+    >>> rng = np.random.default_rng(0)
+    >>> normal = Summariser()
+    >>> normal.add(pd.DataFrame({"amount": rng.normal(10, 2, 2000), "kind": "card"}))
+    >>> reference = reference_of(normal.columns(), rng.normal(size=500), threshold=-1.6, held_out=True)
+    >>> today = Summariser(reference.columns)
+    >>> today.add(pd.DataFrame({"amount": rng.normal(14, 2, 300), "kind": ["card"] * 280 + ["cash"] * 20}))
+    >>> batch = Batch(300, 12, Distribution.of(rng.normal(size=300)), today.columns())
+    >>> [(alert.kind, alert.column) for alert in compare(reference, batch).alerts]
+    [('distribution', 'amount'), ('unseen', 'kind')]
     """
     limits = thresholds or Thresholds()
     alerts: list[Alert] = []

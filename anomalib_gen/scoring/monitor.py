@@ -37,6 +37,7 @@ from anomalib_gen.scoring._errors import ALERT, DONE, PARTIAL, DataError, UsageE
 from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import MonitorOptions
 from anomalib_gen.scoring.parts import digest, to_json, write_file
+from anomalib_gen.scoring.remote import is_remote
 from anomalib_gen.scoring.run import HASH_DIGITS, record_of
 from anomalib_gen.scoring.sources import Reader, find_inputs, rows_per_part
 
@@ -143,7 +144,13 @@ def read_scored(path: str, model_hash: str) -> Scored:
 def _record(path: str) -> dict[str, Any]:
     """What a run wrote beside its output, if it is there."""
     try:
-        found = json.loads(record_of(Path(path)).read_bytes())
+        if is_remote(path):
+            import fsspec
+
+            with fsspec.open(f"{path}.run.json", "rb") as file:
+                found = json.loads(file.read())
+        else:
+            found = json.loads(record_of(Path(path.removeprefix("file://"))).read_bytes())
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}

@@ -184,6 +184,7 @@ def test_import_is_light_and_changes_nothing_global():
         "explain.contributions",
         "explain.counterfactual",
         "images",
+        "monitoring.drift",
         "selection.likelihood",
         "selection.replacement",
         "selection.stability",

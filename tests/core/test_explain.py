@@ -12,6 +12,7 @@ from sklearn.compose import ColumnTransformer, make_column_transformer
 from sklearn.decomposition import PCA
 from sklearn.ensemble import IsolationForest
 from sklearn.exceptions import NotFittedError
+from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer, OneHotEncoder, StandardScaler
@@ -244,6 +245,16 @@ def test_contributions_return_to_the_columns_of_the_input(frame, encoder):
     search = GridSearchCV(pipeline, {"flowdetector__max_iter": [20]}, cv=2).fit(frame)
     assert feature_contributions(search, odd, background=frame).values.shape == (20, 4)
     assert inner is pipeline[-1]
+
+
+def test_a_frozen_pipeline_is_seen_through(frame, encoder):
+    pipeline = make_pipeline(encoder, FlowDetector(transform="realnvp", max_iter=20, random_state=0)).fit(
+        frame
+    )
+    calibrated = SplitConformalDetector(FrozenEstimator(pipeline)).fit(frame)
+    np.testing.assert_array_equal(
+        feature_contributions(calibrated, frame[:5]).values, feature_contributions(pipeline, frame[:5]).values
+    )
 
 
 def test_sources_of_transformed_columns(frame, encoder):

@@ -1,7 +1,10 @@
 """The command `monitor`: what it compares, remembers and tells."""
 
 import json
+import os
 import sqlite3
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -145,6 +148,21 @@ def test_every_format_that_score_writes(run, scored, fitted_model, ending):
     assert result.exit_code == 0, result.output
     first = json.loads(monitor(run, scored, "same", fitted_model, "--json").stdout)["report"]
     assert json.loads(result.stdout)["report"] == first
+
+
+def test_scores_in_an_object_store(run, rows, fitted_model, tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    fsspec.filesystem("memory").store.clear()
+    frame = rows(300, 5)
+    frame.loc[3, "x"] = np.nan
+    frame.to_parquet(tmp_path / "a.parquet")
+    more = ("--max-bad-rows", 1, "--work", tmp_path / "work")
+    options = ("-m", fitted_model, "-o", "memory://monitored/s.parquet", *more)
+    assert run("score", tmp_path / "a.parquet", *options).exit_code == 4
+    result = run("monitor", "memory://monitored/s.parquet", "-m", fitted_model, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["report"]["n_bad_rows"] == 1
+    assert json.loads(result.stdout)["report"]["n_rows"] == 299
 
 
 # The history -----------------------------------------------------------------------------------------------
@@ -358,3 +376,81 @@ def test_a_table_of_real_measurements(run, tmp_path):
         codes[name] = monitor(run, tmp_path, name, tmp_path / "model").exit_code
     assert codes == {"same": 0, "other": 3}
     assert np.isfinite(pd.read_parquet(tmp_path / "other.scores.parquet")["score"]).all()
+
+
+MONITOR = """
+import sys
+from anomalib_gen.cli import app
+from anomalib_gen.scoring import monitor
+print("ready", flush=True)
+app(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_monitoring_that_is_killed_leaves_a_whole_history(run, scored, fitted_model):
+    """Killed at 20 moments; each time the history is sound, and the run is there once or not at all."""
+    history = scored / "h.sqlite"
+    arguments = ("-m", fitted_model, "--input", scored / "other.parquet", "--history", history)
+    command = ["monitor", scored / "other.scores.parquet", *arguments, "-o", scored / "found.json"]
+    random = np.random.default_rng(0)
+    killed = 0
+    for _ in range(20):
+        process = subprocess.Popen(
+            [sys.executable, "-c", MONITOR, *map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert process.stdout.readline() == b"ready\n"
+        try:
+            process.wait(random.uniform(0.05, 1.2))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            killed += 1
+        process.communicate()
+        if (scored / "found.json").exists():
+            assert json.loads((scored / "found.json").read_text())["alert"] is True
+        if history.exists():
+            assert len(History(history).entries()) <= 1
+            with sqlite3.connect(history) as connection:
+                assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert killed > 3
+    assert run(*command).exit_code == 3
+    assert len(History(history).entries()) == 1
+
+
+MEASURE = """
+import resource, sys
+from anomalib_gen.cli import app
+try:
+    app(sys.argv[1:])
+except SystemExit as error:
+    print(error.code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rows(run, rows, fitted_model, tmp_path):
+    used = []
+    for copies in (2, 20):
+        folder = tmp_path / f"{copies}"
+        folder.mkdir()
+        frame = rows(100_000, 1)
+        for k in range(copies):
+            frame.to_parquet(folder / f"{k:02d}.parquet")
+        output = tmp_path / f"{copies}.scores.parquet"
+        assert run("score", folder, "-m", fitted_model, "-o", output).exit_code == 0
+        arguments = ["monitor", output, "-m", fitted_model, "--input", folder, "--quiet"]
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        code, megabytes = map(int, done.stdout.split())
+        assert code == 0
+        used.append(megabytes)
+    print(used)
+    assert used[1] < used[0] + 60

@@ -318,8 +318,14 @@ for line in sys.stdin:
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_fifty_times_go_on_to_the_same_bytes(rows, model, tmp_path):
+@pytest.mark.parametrize("more", [(), ("--p-values", "--explain", 2)], ids=["scores", "explanations"])
+def test_runs_that_are_killed_fifty_times_go_on_to_the_same_bytes(run, rows, model, tmp_path, more):
     """Killed at random moments until one is through, and then another, until there were fifty kills."""
+    if more:
+        rows(500, 9).to_parquet(tmp_path / "normal.parquet")
+        options = ("-m", model, "--method", "conformal", "-o", tmp_path / "calibrated")
+        assert run("calibrate", tmp_path / "normal.parquet", *options).exit_code == 0
+        model = tmp_path / "calibrated"
     incoming = tmp_path / "incoming"
     incoming.mkdir()
     for k in range(4):
@@ -334,7 +340,7 @@ def test_runs_that_are_killed_fifty_times_go_on_to_the_same_bytes(rows, model, t
 
     def run_for(folder, seconds):
         """Exit code, and how long it took."""
-        arguments = [str(item) for item in command(incoming, model, folder / "out.csv")]
+        arguments = [str(item) for item in command(incoming, model, folder / "out.csv", *more)]
         forks.stdin.write(json.dumps(arguments).encode() + b"\n")
         pid, begin = int(forks.stdout.readline()), time.monotonic()
         if not select.select([forks.stdout], [], [], seconds)[0]:
