@@ -19,7 +19,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from scipy.stats import friedmanchisquare
 
 from ._extra import require_benchmark_extra
-from .runner import load_results
+from .cases import KINDS, ranks_in_words
+from .runner import load_cases, load_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -544,6 +545,7 @@ def to_html(
     title: str = "Benchmark of anomaly detectors",
     introduction: str = "",
     panels: Sequence[Panel] = (),
+    cases: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """Write the comparison as one page that needs no other file and no network.
 
@@ -557,6 +559,9 @@ def to_html(
         A paragraph below the heading.
     panels : sequence of Panel
         Further figures, in the order given.
+    cases : mapping of str to mapping, optional
+        Pictures of the best and worst cases on images, by data set and detector, from
+        `anomalib_gen.benchmark.runner.load_cases`.
 
     Returns
     -------
@@ -581,6 +586,7 @@ def to_html(
         "wtl": _wtl,
         "breakable": lambda name: Markup(str(escape(name)).replace(".", ".<wbr>").replace("(", "<wbr>(")),
         "around_half": _around_half,
+        "ranks": ranks_in_words,
     }
     environment.globals["interval"] = _interval
     figure = _interval_figure(summary.table) if summary.compared else ""
@@ -601,10 +607,25 @@ def to_html(
             ("Average precision", summary.average_precision, _from_zero),
         ],
         failures=[row for _, row in summary.failures.iterrows()],
+        case_kinds=KINDS,
+        cases=_ordered_cases(cases or {}, summary),
         specifications=dict(zip(results["detector"], results["specification"], strict=True)),
         sizes=_sizes(results),
         versions=_versions_used(results),
     )
+
+
+def _ordered_cases(
+    cases: Mapping[str, Mapping[str, Any]], summary: Summary
+) -> list[tuple[str, list[tuple[str, float, Any]]]]:
+    """Data sets with detectors, their AUROC and their cases; the best detector on each data set first."""
+    ordered = []
+    for dataset, by_detector in cases.items():
+        auroc = (
+            summary.auroc.loc[dataset].reindex(list(by_detector)).sort_values(ascending=False, kind="stable")
+        )
+        ordered.append((dataset, [(str(name), value, by_detector[name]) for name, value in auroc.items()]))
+    return ordered
 
 
 def _around_half(value: float) -> str:
@@ -654,5 +675,5 @@ def write_report(output: str | os.PathLike[str], *, console: Console | None = No
     print_summary(summary, console=console)
     (Path(output) / "report.md").write_text(to_markdown(summary), encoding="utf-8")
     page = Path(output) / "report.html"
-    page.write_text(to_html(results), encoding="utf-8")
+    page.write_text(to_html(results, cases=load_cases(output)), encoding="utf-8")
     return page

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from anomalib_gen._base import GenerativeDetector
 
 from ._extra import require_benchmark_extra
+from .cases import describe_cases
 from .detectors import Detector, parse_detectors
 from .evaluation import Evaluation, evaluate
 from .protocols import IMAGE_SUITES, PROTOCOLS, Split, SplitError, images
@@ -291,6 +292,27 @@ def load_results(output: str | os.PathLike[str]) -> pd.DataFrame:
     return _gather(folder)
 
 
+def load_cases(output: str | os.PathLike[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Read the best and worst cases on images of an output folder, of the first seed.
+
+    Parameters
+    ----------
+    output : str or path-like
+        Folder of `run_benchmark`.
+
+    Returns
+    -------
+    dict of str to dict of str to dict
+        By data set and detector, what `anomalib_gen.benchmark.cases.describe_cases` gives. Empty for tables.
+    """
+    folder = Path(output)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, record in _records(folder):
+        if "cases" in record:
+            found.setdefault(record["cell"]["dataset"], {}).setdefault(name, record["cases"])
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ the run
 
 
@@ -489,6 +511,7 @@ def evaluate_cell(job: Job) -> tuple[dict[str, Any], tuple[Any, Split, Evaluatio
         return describe_failure(cell, "data", str(error)), None
     except Exception as error:
         return describe_failure(cell, "data", error), None
+    images_shown = split.X_test if cell.suite in IMAGE_SUITES else None
     try:
         random.seed(cell.seed)
         np.random.seed(cell.seed)  # noqa: NPY002
@@ -510,7 +533,10 @@ def evaluate_cell(job: Job) -> tuple[dict[str, Any], tuple[Any, Split, Evaluatio
         _last_fit[:] = [(_fit_identity(job), estimator, result.fit_seconds)] if shared else []
     except (Exception, SystemExit) as error:
         return describe_failure(cell, "exception", error), None
-    return describe_success(cell, split, result), (estimator, split, result)
+    record = describe_success(cell, split, result)
+    if images_shown is not None:
+        record["cases"] = describe_cases(images_shown, split.y_test, result.scores)
+    return record, (estimator, split, result)
 
 
 _last_fit: list[tuple[Any, Any, float]] = []
@@ -785,18 +811,21 @@ def _merge_settings(
     _write_atomically(folder / "settings.json", settings)
 
 
-def _gather(folder: Path) -> pd.DataFrame:
+def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Display name and record of each stored cell that the folder is about, by data set, detector and seed."""
     settings = _read_settings(folder)
     assert settings is not None
-    rows = []
     for dataset, fingerprint in settings["datasets"].items():
         for name, specification in settings["detectors"].items():
             for seed in settings["seeds"]:
                 cell = _Cell(settings["suite"], dataset, fingerprint, specification, seed)
                 record = _read_json(folder / "cells" / cell.file_name)
                 if record is not None:
-                    rows.append(result_row(name, record))
-    return results_frame(rows)
+                    yield name, record
+
+
+def _gather(folder: Path) -> pd.DataFrame:
+    return results_frame([result_row(name, record) for name, record in _records(folder)])
 
 
 def result_row(name: str, record: dict[str, Any]) -> dict[str, Any]:
