@@ -56,7 +56,7 @@ def home(tmp_path):
 def test_detectors_of_images_and_of_tables_run_side_by_side(home):
     detectors = [
         "anomalib_gen.VAEDetector(max_iter=2, hidden_features=8)",
-        "anomalib_gen.benchmark.KNNDistance(n_neighbors=1, n_components=5)",
+        "anomalib_gen.benchmark.OnPrincipalComponents(n_components=5)",
     ]
     results = run_benchmark(
         detectors,
