@@ -30,7 +30,7 @@ LAYERS = [
     {"_inputs", "_outlier", "_scoring"},
     {"_base"},
     {"detectors"},
-    {"calibration", "explain", "heatmaps", "images", "inspection"},
+    {"calibration", "explain", "features", "heatmaps", "images", "inspection"},
     {"datasets", "benchmark", "scoring", "cli"},
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
@@ -178,6 +178,7 @@ def test_import_is_light_and_changes_nothing_global():
         "calibration.typicality",
         "explain.contributions",
         "explain.counterfactual",
+        "features",
         "images",
     ],
 )
