@@ -712,8 +712,13 @@ IMAGE_TASKS = (
     *(f"mnist:not-{digit}" for digit in (1, 4, 5, 7, 9)),
     *(f"mnist:only-{digit}" for digit in range(10)),
     *(f"cifar10:only-{label}" for label in range(10)),
+    "cifar10:against-mnist",
+    "cifar10:against-photographs",
 )
-"""Tasks that a suite of images has by default: those with published figures."""
+"""Tasks that a suite of images has by default: those with published figures, and CIFAR-10 against other sources of the
+same coding."""
+OTHER_IMAGES = 10_000
+"""Images of another source in the test part, as many as there are of CIFAR-10."""
 
 
 def _image_sources(datasets: Sequence[str] | None, data_home: str | None) -> dict[str, str]:
@@ -721,11 +726,12 @@ def _image_sources(datasets: Sequence[str] | None, data_home: str | None) -> dic
     names = list(IMAGE_TASKS if datasets is None else map(str, datasets))
     for name in names:
         match = re.fullmatch(r"(\w+):(not|only)-(\d)", name)
-        if match is None or match[1] not in IMAGE_CLASSES:
+        if name not in IMAGE_TASKS and (match is None or match[1] not in IMAGE_CLASSES):
             raise DataError(
                 f"Unknown image task {name!r}. A task is a collection ({', '.join(IMAGE_CLASSES)}), 'not' for one "
                 "class as the anomaly or 'only' for one as the normal class, and its number: mnist:not-1, "
-                "cifar10:only-0."
+                "cifar10:only-0. CIFAR-10 as a whole stands against other sources in cifar10:against-mnist and "
+                "cifar10:against-photographs."
             )
     if not names:
         raise DataError("datasets is empty: name at least one, or leave the argument out.")
@@ -737,17 +743,22 @@ def _load_image_task(
     source: str, data_home: str | None
 ) -> tuple[tuple[NDArray[Any], NDArray[np.int64]], tuple[NDArray[Any], NDArray[np.int64]]]:
     """Images and labels to train on, and to test on."""
-    from anomalib_gen.datasets import load_images
+    from anomalib_gen.datasets import load_images, load_other_images
 
     collection, _, task = source.partition(":")
     kind, _, label = task.partition("-")
     everything = range(IMAGE_CLASSES[collection])
-    normal = [int(label)] if kind == "only" else [k for k in everything if k != int(label)]
+    normal = [0] if kind == "against" else [k for k in everything if (k == int(label)) == (kind == "only")]
     try:
         train, test = (
             load_images(collection, normal=normal, subset=subset, data_home=data_home, return_X_y=True)
             for subset in ("train", "test")
         )
+        if kind == "against":
+            other = load_other_images(label, n_samples=OTHER_IMAGES, random_state=0, data_home=data_home)
+            train = train[0], np.ones_like(train[1])
+            target = np.repeat([1, -1], [len(test[0]), len(other)])
+            test = np.concatenate([test[0], other]), target
     except Exception as error:
         raise DataError(f"The data set {source} cannot be read: {error}") from error
     return train, test
