@@ -73,6 +73,9 @@ class Summary:
         Cells with a record, failures included.
     seeds : list of int
         Seeds that occur.
+    bits : pandas.DataFrame
+        Mean bits per dimension of normal test images, one row a data set, for the detectors that report a density;
+        empty for tables.
     """
 
     suite: str
@@ -86,6 +89,7 @@ class Summary:
     failures: pd.DataFrame
     n_cells: int
     seeds: list[int]
+    bits: pd.DataFrame
 
     @property
     def basis(self) -> str:
@@ -184,7 +188,15 @@ def summarise(results: pd.DataFrame) -> Summary:
         failures=_failures(results),
         n_cells=len(results),
         seeds=sorted(int(seed) for seed in results["seed"].unique()),
+        bits=_bits(ok, best_first),
     )
+
+
+def _bits(ok: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    wide = ok.pivot_table(
+        index="dataset", columns="detector", values="bits_per_dimension", aggfunc="mean", sort=False
+    )
+    return wide.reindex(columns=[name for name in names if name in wide.columns])
 
 
 def _why_left_out(cells: pd.DataFrame, names: list[str]) -> str:
@@ -381,6 +393,10 @@ def to_markdown(summary: Summary) -> str:
             for dataset, row in zip(values.index, values.to_numpy(), strict=True)
         ]
         lines += [*_markdown_table(["Data set", *values.columns], body), ""]
+    if len(summary.bits):
+        lines += ["## Bits per dimension of normal test images (mean over seeds)", ""]
+        body = [[dataset, *(_number(value, 2) for value in row)] for dataset, row in summary.bits.iterrows()]
+        lines += [*_markdown_table(["Data set", *summary.bits.columns], body), ""]
     lines += ["## Failures", ""]
     if len(summary.failures):
         head = ["Detector", "Kind", "Cells", "Where", "Error"]

@@ -35,6 +35,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from anomalib_gen._base import GenerativeDetector
+from anomalib_gen.anomaly import DiffusionELBO, ImportanceWeighted, Likelihood, NegativeELBO, ODELikelihood
+from anomalib_gen.images import bits_per_dimension
 
 from ._extra import require_benchmark_extra
 from .cases import describe_cases
@@ -45,6 +47,8 @@ from .protocols import IMAGE_SUITES, PROTOCOLS, Split, SplitError, images
 __all__ = ["BenchmarkInterrupted", "DataError", "load_results", "run_benchmark"]
 
 _FORMAT = 1
+DENSITIES = (DiffusionELBO, ImportanceWeighted, Likelihood, NegativeELBO, ODELikelihood)
+"""Anomalies that are minus a log-density or a bound on one: on images, their mean is a code length in bits."""
 _PACKAGES = ("anomalib-gen", "numpy", "scikit-learn", "torch", "pyod")
 _FIGURES = (
     "auroc",
@@ -55,6 +59,7 @@ _FIGURES = (
     "n_test",
     "n_features",
     "n_anomalies",
+    "bits_per_dimension",
 )
 
 
@@ -536,6 +541,10 @@ def evaluate_cell(job: Job) -> tuple[dict[str, Any], tuple[Any, Split, Evaluatio
     record = describe_success(cell, split, result)
     if images_shown is not None:
         record["cases"] = describe_cases(images_shown, split.y_test, result.scores)
+        if isinstance(getattr(estimator, "anomaly_", None), DENSITIES):
+            normal = result.scores[split.y_test == 1]
+            bits = bits_per_dimension(normal, images_shown.shape[1:])
+            record["bits_per_dimension"] = float(bits.mean())
     return record, (estimator, split, result)
 
 
