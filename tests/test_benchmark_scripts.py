@@ -220,7 +220,9 @@ def test_the_effect_of_training_time_is_measured(tmp_path):
     assert [cell["steps"] for cell in cells] == [10, 20, 40]
 
 
-def test_image_defects_judges_maps(tmp_path, monkeypatch):
+@pytest.fixture
+def digits_home(tmp_path, monkeypatch):
+    """A tiny collection in the layout of MNIST."""
     rng = np.random.default_rng(0)
     arrays = {}
     for part, n in (("train", 60), ("test", 20)):
@@ -228,8 +230,33 @@ def test_image_defects_judges_maps(tmp_path, monkeypatch):
         arrays[f"y_{part}"] = (np.arange(n) % 10).astype(np.uint8)
     np.savez(tmp_path / "mnist.npz", **arrays)
     monkeypatch.setenv("ANOMALIB_GEN_DATA", str(tmp_path))
-    out = tmp_path / "defects.json"
+    return tmp_path
+
+
+def test_image_defects_judges_maps(digits_home):
+    out = digits_home / "defects.json"
     assert "pixel AUROC" in run("image_defects.py", "--output", out)
     figures = json.loads(out.read_text())["figures"]
     assert set(figures) == {"distance from the mean", "vae"}
     assert all(0 <= value <= 1 for part in figures.values() for value in part.values())
+
+
+def test_image_detection_goes_on_where_it_stopped(digits_home):
+    pytest.importorskip("pebble")
+    folder = digits_home / "cells"
+    options = ("--families", "vae", "--output", folder)
+    assert "Stopped" in run("image_detection.py", *options, "--budget", 0.001)
+    text = run("image_detection.py", *options)
+    assert "All cells are done" in text
+    assert len(list((folder / "cells").glob("*.json"))) == 3
+    tables = text.split("## ")
+    (precision,) = (t for t in tables if t.startswith("MNIST, one digit held out: Average precision"))
+    rows = {
+        row.split(" | ")[0].strip("| "): row.split(" | ")[1:]
+        for row in precision.splitlines()[2:]
+        if "|" in row
+    }
+    assert {"VAEDetector", "VAEDetector input_complexity", "published: joint energy prior"} < set(rows)
+    assert rows["VAEDetector"][1] == "–"  # digit 4 was not run
+    assert rows["chance"][0] == "0.100"
+    assert "| mnist | VAEDetector | 1 |" in text
