@@ -51,6 +51,8 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     ``transforms.Normalize``, for example. Normal images that a network was trained on look more normal than new ones
     do, so it should be none that has seen the images at hand.
 
+    Model folders hold no networks of others: save the detector alone, and build the extractor around it again.
+
     A detector on features sees what its network tells apart. Pretrained ones know objects and textures, and are
     the better choice where normal images are few; figures with and without them do not compare.
 

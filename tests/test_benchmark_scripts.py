@@ -105,7 +105,9 @@ def test_explanations_rank_the_changed_column(tmp_path):
 def test_gpu_script_measures_every_family_on_a_cpu(tmp_path):
     run("gpu.py", "--device", "cpu", "--skip-tests", "--output", tmp_path)
     found = json.loads((tmp_path / "gpu-cpu.json").read_text())
-    assert len(found["cases"]) >= 4
+    rows = [case["row"] for case in found["cases"]]
+    assert rows.count("1 x 8 x 8") == 4  # a family of images each
+    assert rows.count("10") >= 4
     assert not found["skipped"]
     for case in found["cases"]:
         assert case["train_rows_per_second"] > 0
