@@ -8,7 +8,8 @@ and seed), until the budget is used up, and goes on where it stopped when it is 
 
 ``--record NAME`` writes the cells finished so far to ``benchmarks/results/NAME.csv`` and ``.md``, with the device. The
 tables hold average precision on MNIST with one digit held out and AUROC on one class of CIFAR-10, each beside published
-figures, CIFAR-10 against other sources of the same coding, and bits per dimension with the seconds of fitting.
+figures, CIFAR-10 against other sources of the same coding, and bits per dimension where the
+anomaly is a density (`bits_per_dimension.py` has those of all families).
 
 A preset is one configuration a family for all tasks; nothing is chosen by task or by labels. Detectors of one family
 that differ in the anomaly alone share a fit. A cell that is cut off by the budget starts anew in the next call, so a
@@ -52,7 +53,7 @@ FAMILIES = {
     "flow": ("FlowDetector", ["", "input_complexity", "typicality"]),
     "vae": ("VAEDetector", ["", "input_complexity", "multiscale_reconstruction"]),
     "energy": ("EnergyDetector", ["", "energy"]),
-    "diffusion": ("DiffusionDetector", ["", "multiscale_reconstruction", "elbo"]),
+    "diffusion": ("DiffusionDetector", ["", "multiscale_reconstruction"]),
 }
 """Class of each family, and the anomalies that are measured: its default, and those that are made for images."""
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -162,7 +163,7 @@ def tables(results: pd.DataFrame) -> str:
         lines += table(["detector", *(task.rpartition("-")[2] for task in done)], body)
     bits = results[(results["status"] == "ok") & results["bits_per_dimension"].notna()]
     if len(bits):
-        lines += ["## Bits per dimension of normal test images, and seconds of fitting", ""]
+        lines += ["## Bits per dimension of normal test images", ""]
         bits = bits.assign(collection=bits["dataset"].str.partition(":")[0])
         grouped = bits.groupby(["collection", "detector"], sort=False)
         body = [

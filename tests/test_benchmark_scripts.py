@@ -262,3 +262,15 @@ def test_image_detection_goes_on_where_it_stopped(digits_home):
     assert rows["VAEDetector"][1] == "–"  # digit 4 was not run
     assert rows["chance"][0] == "0.100"
     assert "| mnist | VAEDetector | 1 |" in text
+
+
+def test_bits_per_dimension_adds_families(digits_home):
+    out = digits_home / "bits.json"
+    run("bits_per_dimension.py", "--families", "vae", "--output", out)
+    first = json.loads(out.read_text())["families"]["vae"]
+    assert 2 < first["bits_per_dimension"] < 12
+    run("bits_per_dimension.py", "--families", "vae", "diffusion", "--output", out)
+    families = json.loads(out.read_text())["families"]
+    assert families["vae"] == first
+    assert np.isfinite(families["diffusion"]["bits_per_dimension"])
+    assert out.with_suffix(".md").exists()
