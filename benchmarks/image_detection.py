@@ -51,7 +51,7 @@ TASKS = {
 }
 FAMILIES = {
     "flow": ("FlowDetector", ["", "input_complexity", "typicality"]),
-    "vae": ("VAEDetector", ["", "input_complexity", "multiscale_reconstruction"]),
+    "vae": ("VAEDetector", ["", "typicality", "multiscale_reconstruction"]),
     "energy": ("EnergyDetector", ["", "energy"]),
     "diffusion": ("DiffusionDetector", ["", "multiscale_reconstruction"]),
 }

@@ -258,7 +258,7 @@ def test_image_detection_goes_on_where_it_stopped(digits_home):
         for row in precision.splitlines()[2:]
         if "|" in row
     }
-    assert {"VAEDetector", "VAEDetector input_complexity", "published: joint energy prior"} < set(rows)
+    assert {"VAEDetector", "VAEDetector typicality", "published: joint energy prior"} < set(rows)
     assert rows["VAEDetector"][1] == "–"  # digit 4 was not run
     assert rows["chance"][0] == "0.100"
     assert "| mnist | VAEDetector | 1 |" in text

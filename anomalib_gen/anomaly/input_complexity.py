@@ -27,9 +27,7 @@ from typing import Any
 import torch
 
 from anomalib_gen._component import Component
-from anomalib_gen.anomaly.diffusion_elbo import DiffusionELBO
-from anomalib_gen.anomaly.elbo import NegativeELBO
-from anomalib_gen.anomaly.energy import Energy
+from anomalib_gen.anomaly._density import density_anomaly
 
 CODECS: Mapping[str, Mapping[str, Any]] = {
     "png": {"format": "PNG", "optimize": True, "compress_level": 9},
@@ -159,12 +157,3 @@ class InputComplexity(Component):
         file = io.BytesIO()
         Image.frombytes(mode, size, bytes(values.flatten().tolist())).save(file, **CODECS[self.codec])
         return file.tell()
-
-
-def density_anomaly(model: Any) -> Any:
-    """The component that estimates minus the log-density of a model in the cheapest sound way."""
-    if hasattr(model, "elbo_terms"):
-        return DiffusionELBO(n_steps=32)
-    if hasattr(model, "draw_balanced_noise"):
-        return NegativeELBO()
-    return Energy()

@@ -36,6 +36,7 @@ from anomalib_gen.anomaly import (
     NegativeELBO,
     ReconstructionError,
     ReconstructionProbability,
+    Typicality,
 )
 from anomalib_gen.models.observation import OBSERVATIONS, BernoulliObservation
 from anomalib_gen.models.vae import VAEModel
@@ -101,6 +102,8 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         - ``"kl"``: the other part, the divergence of the posterior from the prior.
         - ``"reconstruction_error"``: mean squared error of the reconstruction, in standardised columns.
         - ``"likelihood_regret"``: what the bound gains if each row's posterior is refitted; slow.
+        - ``"typicality"``: how far the bound is from its mean over normal rows, on either side; for anomalies that are
+          simpler than normal images, to which the bound gives the highest densities of all.
         - ``"input_complexity"``, ``"multiscale_reconstruction"``: for images only, see `anomalib_gen.anomaly`.
     learning_rate : float, default=1e-2
         Peak step size of AdamW, after a short warm-up and before a cosine decay.
@@ -203,6 +206,7 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         "likelihood_regret": LikelihoodRegret,
         "reconstruction_error": ReconstructionError,
         "reconstruction_probability": ReconstructionProbability,
+        "typicality": Typicality,
     }
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **GenerativeDetector._parameter_constraints,
