@@ -311,7 +311,7 @@ class OnPrincipalComponents(BaseEstimator):
         """
         X = validate_data(self, X)
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
-        n_components = min(self.n_components, *X.shape)
+        n_components = min(self.n_components, *np.shape(X))
         self.pca_ = PCA(n_components, svd_solver="randomized", random_state=seed).fit(X)
         self.detector_ = parse_detector(self.detector).build(seed=seed, n_features=n_components)
         self.detector_.fit(self.pca_.transform(X))

@@ -637,10 +637,9 @@ def _ordered_cases(
     """Data sets with detectors, their AUROC and their cases; the best detector on each data set first."""
     ordered = []
     for dataset, by_detector in cases.items():
-        auroc = (
-            summary.auroc.loc[dataset].reindex(list(by_detector)).sort_values(ascending=False, kind="stable")
-        )
-        ordered.append((dataset, [(str(name), value, by_detector[name]) for name, value in auroc.items()]))
+        known = summary.auroc.loc[dataset].to_dict()
+        best_first = sorted(by_detector, key=known.__getitem__, reverse=True)
+        ordered.append((dataset, [(name, known[name], by_detector[name]) for name in best_first]))
     return ordered
 
 

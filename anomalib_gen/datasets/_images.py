@@ -181,7 +181,7 @@ def _coder_of(path: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
 
     first = next(pq.ParquetFile(path).iter_batches(batch_size=1, columns=["image"]))["image"][0].as_py()
     with Image.open(io.BytesIO(first)) as image:
-        if image.format != "JPEG":
+        if not isinstance(image, JpegImagePlugin.JpegImageFile):
             return lambda pixels: pixels
         options = {"qtables": image.quantization, "subsampling": JpegImagePlugin.get_sampling(image)}
 
