@@ -132,7 +132,10 @@ def tables(results: pd.DataFrame) -> str:
             lines += [f"## MNIST, one digit held out: {title}", ""]
             body = [line(str(name), row) for name, row in zip(found.index, found.to_numpy(), strict=True)]
             if figure == "average_precision":
-                body += [line(f"published: {name}", row) for name, row in PUBLISHED_HELD_OUT.items()]
+                body += [
+                    line(f"published: {name}", [f"{value:.2f}" for value in row])
+                    for name, row in PUBLISHED_HELD_OUT.items()
+                ]
                 share = (
                     results[results["status"] == "ok"].groupby("dataset")[["n_anomalies", "n_test"]].first()
                 )
@@ -152,7 +155,8 @@ def tables(results: pd.DataFrame) -> str:
             if key == "one-class-cifar10":
                 blank = [""] * len(done)
                 body += [
-                    line(f"published: {name}", [*blank, mean]) for name, mean in PUBLISHED_CIFAR10.items()
+                    line(f"published: {name}", [*blank, f"{mean:.2f}"])
+                    for name, mean in PUBLISHED_CIFAR10.items()
                 ]
             lines += table(["detector", *(task.rpartition("-")[2] for task in done), "mean of ten"], body)
     found = by_task(results, TASKS["against"], "auroc")
@@ -195,13 +199,16 @@ def record(folder: Path, name: str, command: str) -> None:
     RESULTS.mkdir(exist_ok=True)
     rounded.to_csv(RESULTS / f"{name}.csv", index=False)
     trained = results.loc[results["status"] == "ok", "n_train"]
+    sizes = " to ".join(f"{n:,}" for n in sorted({trained.min(), trained.max()}))
+    seeds = sorted(results["seed"].unique())
     head = [
         "# Detection on images",
         "",
-        f"Written by `{command}`: suite `{results['suite'].iloc[0]}`, seeds "
-        f"{', '.join(map(str, sorted(results['seed'].unique())))}, {trained.min()} to {trained.max()} training images, "
-        f"torch {torch.__version__}, Python {platform.python_version()}, {device_name()}. "
-        f"Every cell is in `{name}.csv`.",
+        f"Written by `{command}`: suite `{results['suite'].iloc[0]}`, seed{'s' if len(seeds) > 1 else ''} "
+        f"{', '.join(map(str, seeds))}, {sizes} training images, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {device_name()}. Every cell is in `{name}.csv`; – was not run. Seconds are wall "
+        "time, and mean little where other work ran on the machine. Published figures are of models trained on all "
+        "images.",
         "",
     ]
     (RESULTS / f"{name}.md").write_text("\n".join(head) + "\n" + tables(results), encoding="utf-8")
