@@ -1,7 +1,7 @@
 """Speed and memory of every detector family on a GPU, beside hand-written loops over the same network.
 
 One call, below ten minutes. It first runs the tests that need a GPU (``pytest -m gpu``) and then, for each family,
-number of columns, number of rows and batch size:
+number of columns or size of images, number of rows and batch size:
 
 - *train*: rows a second through the training steps of `fit` (the first ones are left out), and the ratio of its
   time to those of two bare loops with the same network, objective and batch (forward, backward, AdamW; neither
@@ -14,12 +14,14 @@ number of columns, number of rows and batch size:
 - the peak of allocated GPU memory while fitting and while scoring.
 
 Ratios are times, below 1 where the detector is faster. Rows a second belong to the machine in the file; ratios travel
-better. When the time budget is used up, the settings that are left are named and skipped.
+better. When the time budget is used up, the settings that are left are named and skipped. How well detectors find
+anomalies in images is another script's question, `image_detection.py`.
 
 Run::
 
     python benchmarks/gpu.py --output             # to benchmarks/results/gpu-<device>.json and .md
     python benchmarks/gpu.py --output DIR --budget 500
+    python benchmarks/gpu.py --skip-tests --only images  # half of it; the other is "tables"
     python benchmarks/gpu.py --quick --device cpu # a dry run below a minute; figures mean nothing
 
 Needs the library's own imports and the standard library; rich draws the tables where it is installed.
@@ -49,6 +51,7 @@ from _measure import RESULTS, environment, markdown, save, scoring_blocks, show,
 
 from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector  # noqa: E402
 
+Setting = tuple[tuple[int, ...], int, int]
 WARM_UP = 20
 """Training steps before the clock starts, in `fit` and in the bare loops."""
 SCORED_ROWS = 200_000
@@ -80,9 +83,17 @@ FAMILIES = [
     Family("diffusion", lambda **k: DiffusionDetector(**k)),
 ]
 
+IMAGE_FAMILIES = [
+    Family("flow glow", lambda **k: FlowDetector(**k)),
+    Family("vae", lambda **k: VAEDetector(**k)),
+    Family("energy, denoising", lambda **k: EnergyDetector(objective=None, **k)),
+    Family("diffusion", lambda **k: DiffusionDetector(**k)),
+]
+"""Those of images of 8 bits, with convolutional networks."""
+
 HEADER = [
     "family",
-    "columns",
+    "row",
     "rows",
     "batch",
     "train rows/s",
@@ -191,7 +202,7 @@ def resident_batches(rows: torch.Tensor, batch: int, device: torch.device) -> It
 def measure(
     family: Family, X: np.ndarray, batch: int, warm_up: int, steps: int, device: torch.device, scored: bool
 ) -> dict[str, Any]:
-    """Measure one family on one table."""
+    """Measure one family on one table, or on one array of images."""
     clean_memory(device)
     detector = family.make(
         batch_size=batch, max_iter=warm_up + steps + 1, validation_fraction=0.0, random_state=0, device=device
@@ -205,7 +216,8 @@ def measure(
     found: dict[str, Any] = {"fit_peak_mib": peak_memory(device)}
     step_seconds = clock.seconds / steps
 
-    z = torch.from_numpy(((X - X.mean(0)) / X.std(0)).astype(np.float32))
+    axes = 0 if X.ndim == 2 else None  # images have one scale
+    z = torch.from_numpy(((X - X.mean(axes)) / X.std(axes)).astype(np.float32))
     bare = {}
     for name, cut in (("loader", loader_batches), ("resident", resident_batches)):
         model, objective = copy.deepcopy(clock.model), detector._resolve_objective().part
@@ -269,7 +281,7 @@ def line_of(case: dict[str, Any]) -> list[str]:
 
     return [
         case["family"],
-        str(case["columns"]),
+        case["row"],
         f"{case['rows']:,}",
         f"{case['batch']:,}",
         show_as("train_rows_per_second", ",.0f"),
@@ -292,6 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=480.0, help="seconds after which nothing new starts")
     parser.add_argument("--steps", type=int, default=200, help="timed training steps of each setting")
     parser.add_argument("--output", type=Path, nargs="?", const=RESULTS, help="folder for the figures")
+    parser.add_argument("--only", choices=["images", "tables"])
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a dry run")
     options = parser.parse_args(arguments)
@@ -302,13 +315,16 @@ def main(arguments: list[str] | None = None) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda was asked for, but torch finds no CUDA device")
 
-    # (columns, rows, batch): few batches of many rows, and many batches of few.
-    settings = [(c, n, b) for c in (10, 100) for n, b in ((10**5, 256), (10**6, 8192))]
+    # (shape of a row, rows, batch): few batches of many rows, and many batches of few.
+    tables: list[Setting] = [((c,), n, b) for c in (10, 100) for n, b in ((10**5, 256), (10**6, 8192))]
+    images: list[Setting] = [(shape, 20_000, b) for shape in ((1, 28, 28), (3, 32, 32)) for b in (64, 256)]
     steps, warm_up = options.steps, WARM_UP
     if device.type == "cpu":
-        settings = [(c, 10**4, b) for c in (10, 100) for b in (256, 2048)]
+        tables = [((c,), 10**4, b) for c in (10, 100) for b in (256, 2048)]
+        images, steps = [((1, 28, 28), 200, 64)], min(steps, 20)
     if options.quick:
-        settings, steps, warm_up = [(10, 1000, 256)], 3, 2
+        tables, images, steps, warm_up = [((10,), 1000, 256)], [((1, 8, 8), 64, 16)], 3, 2
+    settings = {"images": images, "tables": tables}.get(options.only, tables + images)
     tests = None
     if not options.skip_tests:
         tests = run_gpu_tests(timeout=60 if options.quick else 0.4 * options.budget)
@@ -321,19 +337,22 @@ def main(arguments: list[str] | None = None) -> None:
         measure(family, rng.normal(size=(1000, 10)), 256, 1, 1, device, scored=True)
     cases: list[dict[str, Any]] = []
     skipped: list[str] = []
-    for columns, n_rows, batch in settings:
-        X = (rng.normal(size=(n_rows, columns)) @ rng.normal(size=(columns, columns))).astype(np.float32)
-        for family in FAMILIES:
-            name = f"{family.name}, {columns} columns, {n_rows:,} rows, batch {batch:,}"
+    for shape, n_rows, batch in settings:
+        if len(shape) == 1:
+            X = (rng.normal(size=(n_rows, *shape)) @ rng.normal(size=2 * shape)).astype(np.float32)
+        else:
+            X = rng.integers(0, 256, size=(n_rows, *shape), dtype=np.uint8)
+        row = " x ".join(map(str, shape))
+        for family in FAMILIES if len(shape) == 1 else IMAGE_FAMILIES:
+            name = f"{family.name}, {row}, {n_rows:,} rows, batch {batch:,}"
             if time.perf_counter() - begin > options.budget:
                 skipped.append(name)
                 continue
-            case = {"family": family.name, "columns": columns, "rows": n_rows, "batch": batch}
+            case: dict[str, Any] = {"family": family.name, "row": row, "rows": n_rows, "batch": batch}
             try:
-                # A score does not depend on the batch, so the largest table of each width is enough.
-                case |= measure(
-                    family, X, batch, warm_up, steps, device, scored=batch == max(s[2] for s in settings)
-                )
+                # A score does not depend on the batch, so the largest one of each shape is enough.
+                largest = max(b for other, _, b in settings if other == shape)
+                case |= measure(family, X, batch, warm_up, steps, device, scored=batch == largest)
             except torch.OutOfMemoryError as error:
                 case["failed"] = str(error).split("\n")[0]
                 print(f"{name}: {case['failed']}", flush=True)

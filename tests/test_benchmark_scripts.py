@@ -114,7 +114,9 @@ def test_explanations_rank_the_changed_column(tmp_path):
 def test_gpu_script_measures_every_family_on_a_cpu(tmp_path):
     run("gpu.py", "--device", "cpu", "--skip-tests", "--output", tmp_path)
     found = json.loads((tmp_path / "gpu-cpu.json").read_text())
-    assert len(found["cases"]) >= 4
+    rows = [case["row"] for case in found["cases"]]
+    assert rows.count("1 x 8 x 8") == 4  # a family of images each
+    assert rows.count("10") >= 4
     assert not found["skipped"]
     for case in found["cases"]:
         assert case["train_rows_per_second"] > 0
@@ -262,7 +264,9 @@ def test_memory_of_scoring_is_measured(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"memory.json", "memory.md"}
 
 
-def test_image_defects_judges_maps(tmp_path, monkeypatch):
+@pytest.fixture
+def digits_home(tmp_path, monkeypatch):
+    """A tiny collection in the layout of MNIST."""
     rng = np.random.default_rng(0)
     arrays = {}
     for part, n in (("train", 60), ("test", 20)):
@@ -270,7 +274,11 @@ def test_image_defects_judges_maps(tmp_path, monkeypatch):
         arrays[f"y_{part}"] = (np.arange(n) % 10).astype(np.uint8)
     np.savez(tmp_path / "mnist.npz", **arrays)
     monkeypatch.setenv("ANOMALIB_GEN_DATA", str(tmp_path))
-    out = tmp_path / "defects.json"
+    return tmp_path
+
+
+def test_image_defects_judges_maps(digits_home):
+    out = digits_home / "defects.json"
     assert "pixel AUROC" in run("image_defects.py", "--output", out)
     figures = json.loads(out.read_text())["figures"]
     assert set(figures) == {"distance from the mean", "vae"}
@@ -323,3 +331,36 @@ def test_choices_without_labels_are_judged(monkeypatch):
     assert ways["wrong"]["behind_oracle"]["mean"] == pytest.approx(mean["oracle"] - mean["wrong"])
     low, high = ways["wrong"]["gain_over_random"]["interval"]
     assert low <= ways["wrong"]["gain_over_random"]["mean"] <= high < 0
+
+
+def test_image_detection_goes_on_where_it_stopped(digits_home):
+    pytest.importorskip("pebble")
+    folder = digits_home / "cells"
+    options = ("--families", "vae", "--output", folder)
+    assert "Stopped" in run("image_detection.py", *options, "--budget", 0.001)
+    text = run("image_detection.py", *options)
+    assert "All cells are done" in text
+    assert len(list((folder / "cells").glob("*.json"))) == 3
+    tables = text.split("## ")
+    (precision,) = (t for t in tables if t.startswith("MNIST, one digit held out: Average precision"))
+    rows = {
+        row.split(" | ")[0].strip("| "): row.split(" | ")[1:]
+        for row in precision.splitlines()[2:]
+        if "|" in row
+    }
+    assert {"VAEDetector", "VAEDetector typicality", "published: joint energy prior"} < set(rows)
+    assert rows["VAEDetector"][1] == "–"  # digit 4 was not run
+    assert rows["chance"][0] == "0.100"
+    assert "| mnist | VAEDetector | 1 |" in text
+
+
+def test_bits_per_dimension_adds_families(digits_home):
+    out = digits_home / "bits.json"
+    run("bits_per_dimension.py", "--families", "vae", "--output", out)
+    first = json.loads(out.read_text())["families"]["vae"]
+    assert 2 < first["bits_per_dimension"] < 12
+    run("bits_per_dimension.py", "--families", "vae", "diffusion", "--output", out)
+    families = json.loads(out.read_text())["families"]
+    assert families["vae"] == first
+    assert np.isfinite(families["diffusion"]["bits_per_dimension"])
+    assert out.with_suffix(".md").exists()

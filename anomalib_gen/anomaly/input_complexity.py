@@ -1,11 +1,19 @@
 r"""Input complexity: a likelihood, less what the image costs a general-purpose codec,
 
-    a(x) = -log p(x) - L(x),     L(x) = 8 log(2) * bytes of x under a lossless codec.                        (1)
+    a(x) = -log p(x) - w L(x),     L(x) = 8 log(2) * bytes of x under a lossless codec.                      (1)
 
-With L(x) as -log p_0(x) of a universal model p_0 this is -log [p(x) / p_0(x)], a likelihood ratio (Serra et al. 2020,
-equation 2). Likelihoods of images follow their complexity above all: flat ones have a higher density than any that a
-model has learned from, whatever they show (Nalisnick et al. 2019, arXiv:1810.09136). The codec finds them simple, too,
-and (1) keeps what the model knows beyond that.
+With w = 1, and L(x) as -log p_0(x) of a universal model p_0, this is -log [p(x) / p_0(x)], a likelihood ratio (Serra
+et al. 2020, equation 2). Likelihoods of images follow their complexity above all: flat ones have a higher density than
+any that a model has learned from, whatever they show (Nalisnick et al. 2019, arXiv:1810.09136). The codec finds them
+simple, too, and (1) keeps what the model knows beyond that.
+
+A code of a few hundred bytes says little about one digit among others, and then L is noise. The weight that makes (1)
+vary least over normal images is the slope of a line through them,
+
+    w = Cov(-log p, L) / Var(L),                                                                            (2)
+
+near 1 where both see the same complexity, and near 0 where the code length tells nothing about the likelihood. It is
+the cautious choice: images far simpler than normal ones are put right by less than with w = 1.
 """
 
 from __future__ import annotations
@@ -13,14 +21,13 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
 
 from anomalib_gen._component import Component
-from anomalib_gen.anomaly.diffusion_elbo import DiffusionELBO
-from anomalib_gen.anomaly.elbo import NegativeELBO
-from anomalib_gen.anomaly.energy import Energy
+from anomalib_gen.anomaly._density import density_anomaly
 
 CODECS: Mapping[str, Mapping[str, Any]] = {
     "png": {"format": "PNG", "optimize": True, "compress_level": 9},
@@ -28,6 +35,8 @@ CODECS: Mapping[str, Mapping[str, Any]] = {
 }
 """Pillow's arguments for the smallest lossless files."""
 GREY_LEVELS = 256
+WEIGHT_IMAGES = 512
+"""Normal images from which a weight is learned."""
 
 
 class InputComplexity(Component):
@@ -41,6 +50,9 @@ class InputComplexity(Component):
     ----------
     codec : {"png", "webp"}, default="png"
         PNG, or WebP's lossless form, whose files are smaller; of Pillow.
+    weight : float or "learned", default=1.0
+        w of equation 1: how much of the code length is taken off. 1 is the published form, a likelihood ratio;
+        "learned" takes equation 2, over at most 512 normal images.
     likelihood : component or None, default=None
         The anomaly that estimates -log p(x) in nats. None takes what suits the model: the exact likelihood of a flow,
         the variational bounds of autoencoders and diffusion models, the energy of an energy model (whose constant
@@ -48,6 +60,8 @@ class InputComplexity(Component):
 
     Attributes
     ----------
+    weight_ : float
+        The weight in use.
     low_, width_ : float
         Value of the darkest grey level and distance between levels, in the units of the model's input: 256 levels
         between the least and the largest value of normal images, to which other values are clamped.
@@ -58,7 +72,7 @@ class InputComplexity(Component):
     Raises
     ------
     ValueError
-        When called, if the codec is unknown, or the rows are no images.
+        When called, if the codec or the weight is unknown, or the rows are no images.
     ModuleNotFoundError
         Without Pillow.
 
@@ -70,25 +84,45 @@ class InputComplexity(Component):
 
     in_nats = True
 
-    def __init__(self, *, codec: str = "png", likelihood: Any = None) -> None:
+    def __init__(self, *, codec: str = "png", weight: float | str = 1.0, likelihood: Any = None) -> None:
         self.codec = codec
+        self.weight = weight
         self.likelihood = likelihood
 
     def prepare(self, model: Any, blocks: Iterable[torch.Tensor], generator: torch.Generator) -> None:
-        """Learn what the grey levels are from blocks of normal images, each ``(B, C, H, W)``."""
+        """Learn the grey levels, and a weight that is to be learned, from blocks of normal images ``(B, C, H, W)``."""
+        if self.weight != "learned" and not (isinstance(self.weight, Real) and self.weight >= 0):
+            raise ValueError(f"weight must be a number of at least 0 or 'learned', got {self.weight!r}.")
         low, high = math.inf, -math.inf
+        kept: list[torch.Tensor] = []
         for x in blocks:
             low, high = min(low, float(x.min())), max(high, float(x.max()))
+            if self.weight == "learned":
+                kept.append(x[: max(0, WEIGHT_IMAGES - sum(map(len, kept)))])
         cell = float(getattr(model, "cell", 0.0))
         self.low_ = low
         self.eight_bit_ = cell > 0
         self.width_ = cell if cell > 0 else max(high - low, 1e-12) / (GREY_LEVELS - 1)
+        self.weight_ = self._slope(model, kept, generator) if kept else float(self.weight)
+
+    def _slope(self, model: Any, blocks: Iterable[torch.Tensor], generator: torch.Generator) -> float:
+        """Equation 2; 0 where all code lengths are one."""
+        likelihood = density_anomaly(model) if self.likelihood is None else self.likelihood
+        state = generator.get_state()
+        values, lengths = [], []
+        for x in blocks:
+            generator.set_state(state)  # what is drawn is the same for all images, as in scoring
+            values.append(likelihood(model, x, generator).double().cpu())
+            lengths.append(self.code_lengths(x))
+        a, length = torch.cat(values), torch.cat(lengths)
+        spread = length - length.mean()
+        return float((spread * a).sum() / spread.square().sum().clamp(min=1e-12))
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Anomaly of each image of ``(B, C, H, W)``, as ``(B,)``."""
         likelihood = density_anomaly(model) if self.likelihood is None else self.likelihood
         values: torch.Tensor = likelihood(model, x, generator)
-        return values - self.code_lengths(x).to(values)
+        return values - self.weight_ * self.code_lengths(x).to(values)
 
     def code_lengths(self, x: torch.Tensor) -> torch.Tensor:
         """Nats that the codec takes for each image of ``(B, C, H, W)``, ``(B,)``."""
@@ -123,12 +157,3 @@ class InputComplexity(Component):
         file = io.BytesIO()
         Image.frombytes(mode, size, bytes(values.flatten().tolist())).save(file, **CODECS[self.codec])
         return file.tell()
-
-
-def density_anomaly(model: Any) -> Any:
-    """The component that estimates minus the log-density of a model in the cheapest sound way."""
-    if hasattr(model, "elbo_terms"):
-        return DiffusionELBO(n_steps=32)
-    if hasattr(model, "draw_balanced_noise"):
-        return NegativeELBO()
-    return Energy()

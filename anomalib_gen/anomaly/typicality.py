@@ -18,10 +18,13 @@ from typing import Any
 import torch
 
 from anomalib_gen._component import Component
+from anomalib_gen.anomaly._density import density_anomaly
 
 
 class Typicality(Component):
     """Distance of a row's log-density from the model's entropy, in nats (equation 1).
+
+    Of a model that has a bound on the log-density and not itself (an autoencoder), both are taken of the bound.
 
     It helps where anomalies get *higher* densities than normal rows do (simple images, rows at a mode). On tables,
     where anomalies lie in empty regions, it is weaker than the likelihood, because half of what it measures is how
@@ -42,12 +45,22 @@ class Typicality(Component):
 
     def prepare(self, model: Any, blocks: Iterable[torch.Tensor], generator: torch.Generator) -> None:
         """Estimate the entropy from blocks of normal rows, each ``(B, *E)``."""
+        state = generator.get_state()
         total, count = 0.0, 0
         for x in blocks:
-            total -= float(model.log_prob(x).double().sum())
+            generator.set_state(state)  # what is drawn is the same for all rows, as in scoring
+            total += float(self._nats(model, x, generator).double().sum())
             count += len(x)
         self.entropy_ = total / count
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Anomaly of each row of ``(B, *E)``, as ``(B,)``."""
-        return (-model.log_prob(x) - self.entropy_).abs()
+        return (self._nats(model, x, generator) - self.entropy_).abs()
+
+    @staticmethod
+    def _nats(model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """-log p of each row, ``(B,)``, or its bound."""
+        if hasattr(model, "log_prob"):
+            return -model.log_prob(x)
+        values: torch.Tensor = density_anomaly(model)(model, x, generator)
+        return values

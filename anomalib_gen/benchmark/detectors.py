@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
+from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -30,6 +31,7 @@ __all__ = [
     "PEERS",
     "Detector",
     "KNNDistance",
+    "OnPrincipalComponents",
     "library_detectors",
     "parse_detector",
     "parse_detectors",
@@ -224,13 +226,10 @@ class KNNDistance(BaseEstimator):
     ----------
     n_neighbors : int, default=5
         Number of nearest training rows.
-    n_components : int or None, default=None
-        Principal components in which distances are taken; None for all columns.
     """
 
-    def __init__(self, *, n_neighbors: int = 5, n_components: int | None = None) -> None:
+    def __init__(self, *, n_neighbors: int = 5) -> None:
         self.n_neighbors = n_neighbors
-        self.n_components = n_components
 
     def fit(self, X: ArrayLike, y: Any = None) -> KNNDistance:
         """Store the training rows.
@@ -248,10 +247,6 @@ class KNNDistance(BaseEstimator):
             The estimator itself.
         """
         X = validate_data(self, X)
-        if self.n_components is not None:
-            n = min(self.n_components, *np.shape(X))
-            self.pca_ = PCA(n, svd_solver="randomized", random_state=0).fit(X)
-            X = self.pca_.transform(X)
         self.neighbors_ = NearestNeighbors(n_neighbors=self.n_neighbors).fit(X)
         return self
 
@@ -270,9 +265,73 @@ class KNNDistance(BaseEstimator):
         """
         check_is_fitted(self)
         X = validate_data(self, X, reset=False)
-        if self.n_components is not None:
-            X = self.pca_.transform(X)
         return -self.neighbors_.kneighbors(X)[0].mean(axis=1)
+
+
+class OnPrincipalComponents(BaseEstimator):
+    """A detector that sees the leading principal components of the training rows.
+
+    Pixels are many and hang together; distances and random cuts say more about few uncorrelated columns.
+
+    Parameters
+    ----------
+    detector : str, default="sklearn.ensemble.IsolationForest"
+        Any detector of a benchmark, as `parse_detector` reads it.
+    n_components : int, default=64
+        Components kept, no more than there are rows or columns. They are not whitened.
+    random_state : int, RandomState instance or None, default=None
+        Of the decomposition, and of the detector where it takes one.
+    """
+
+    def __init__(
+        self,
+        *,
+        detector: str = "sklearn.ensemble.IsolationForest",
+        n_components: int = 64,
+        random_state: Any = None,
+    ) -> None:
+        self.detector = detector
+        self.n_components = n_components
+        self.random_state = random_state
+
+    def fit(self, X: ArrayLike, y: Any = None) -> OnPrincipalComponents:
+        """Fit components and detector.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_rows, n_features)
+            Training rows.
+        y : object
+            Ignored.
+
+        Returns
+        -------
+        OnPrincipalComponents
+            The estimator itself.
+        """
+        X = validate_data(self, X)
+        seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+        n_components = min(self.n_components, *np.shape(X))
+        self.pca_ = PCA(n_components, svd_solver="randomized", random_state=seed).fit(X)
+        self.detector_ = parse_detector(self.detector).build(seed=seed, n_features=n_components)
+        self.detector_.fit(self.pca_.transform(X))
+        return self
+
+    def score_samples(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Score rows, lower = more abnormal.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_rows, n_features)
+            Rows to score.
+
+        Returns
+        -------
+        ndarray of shape (n_rows,)
+            Scores of the detector.
+        """
+        check_is_fitted(self)
+        return score_rows(self.detector_, self.pca_.transform(validate_data(self, X, reset=False)))
 
 
 def score_rows(estimator: Any, X: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -322,13 +381,19 @@ DEEP_PEERS: tuple[Detector, ...] = (
 )
 """Deep detectors of pyod at their defaults; slow without a GPU."""
 
+_KNN = "anomalib_gen.benchmark.KNNDistance(n_neighbors=1)"
+_ON_COMPONENTS = "anomalib_gen.benchmark.OnPrincipalComponents"
+
 IMAGE_PEERS: tuple[Detector, ...] = (
     _named("kNN(1)", "anomalib_gen.benchmark.KNNDistance", n_neighbors=1),
-    _named("kNN(1), 64 PCA", "anomalib_gen.benchmark.KNNDistance", n_neighbors=1, n_components=64),
+    _named("kNN(1), 64 PCA", _ON_COMPONENTS, detector=_KNN),
     _named("sklearn.IsolationForest", "sklearn.ensemble.IsolationForest"),
+    _named("sklearn.IsolationForest, 64 PCA", _ON_COMPONENTS, detector="sklearn.ensemble.IsolationForest"),
     _named("pyod.PCA", "pyod.models.pca.PCA"),
+    *DEEP_PEERS,
 )
-"""Detectors of tables that are quick enough on pixels."""
+"""Detectors of tables that see pixels, nearest neighbours and isolation forest on principal components as well, and the
+deep ones of pyod."""
 
 NOT_FOR_TABLES = {"auto", "glow"}
 """Names that `library_detectors` leaves out: one that stands for others, and one for images."""

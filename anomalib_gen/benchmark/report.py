@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,8 @@ from scipy.stats import friedmanchisquare
 from anomalib_gen.inspection._inline import INK, new_figure, to_svg
 
 from ._extra import require_benchmark_extra
-from .runner import load_results
+from .cases import KINDS, ranks_in_words
+from .runner import load_cases, load_results
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,6 +72,9 @@ class Summary:
         Cells with a record, failures included.
     seeds : list of int
         Seeds that occur.
+    bits : pandas.DataFrame
+        Mean bits per dimension of normal test images, one row a data set, for the detectors that report a density;
+        empty for tables.
     """
 
     suite: str
@@ -84,6 +88,7 @@ class Summary:
     failures: pd.DataFrame
     n_cells: int
     seeds: list[int]
+    bits: pd.DataFrame
 
     @property
     def basis(self) -> str:
@@ -182,7 +187,15 @@ def summarise(results: pd.DataFrame) -> Summary:
         failures=_failures(results),
         n_cells=len(results),
         seeds=sorted(int(seed) for seed in results["seed"].unique()),
+        bits=_bits(ok, best_first),
     )
+
+
+def _bits(ok: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    wide = ok.pivot_table(
+        index="dataset", columns="detector", values="bits_per_dimension", aggfunc="mean", sort=False
+    )
+    return wide.reindex(columns=[name for name in names if name in wide.columns])
 
 
 def _why_left_out(cells: pd.DataFrame, names: list[str]) -> str:
@@ -379,6 +392,10 @@ def to_markdown(summary: Summary) -> str:
             for dataset, row in zip(values.index, values.to_numpy(), strict=True)
         ]
         lines += [*_markdown_table(["Data set", *values.columns], body), ""]
+    if len(summary.bits):
+        lines += ["## Bits per dimension of normal test images (mean over seeds)", ""]
+        body = [[dataset, *(_number(value, 2) for value in row)] for dataset, row in summary.bits.iterrows()]
+        lines += [*_markdown_table(["Data set", *summary.bits.columns], body), ""]
     lines += ["## Failures", ""]
     if len(summary.failures):
         head = ["Detector", "Kind", "Cells", "Where", "Error"]
@@ -508,6 +525,7 @@ def to_html(
     title: str = "Benchmark of anomaly detectors",
     introduction: str = "",
     panels: Sequence[Panel] = (),
+    cases: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """Write the comparison as one page that needs no other file and no network.
 
@@ -521,6 +539,9 @@ def to_html(
         A paragraph below the heading.
     panels : sequence of Panel
         Further figures, in the order given.
+    cases : mapping of str to mapping, optional
+        Pictures of the best and worst cases on images, by data set and detector, from
+        `anomalib_gen.benchmark.runner.load_cases`.
 
     Returns
     -------
@@ -545,6 +566,7 @@ def to_html(
         "wtl": _wtl,
         "breakable": lambda name: Markup(str(escape(name)).replace(".", ".<wbr>").replace("(", "<wbr>(")),
         "around_half": _around_half,
+        "ranks": ranks_in_words,
     }
     environment.globals["interval"] = _interval
     figure = _interval_figure(summary.table) if summary.compared else ""
@@ -565,10 +587,24 @@ def to_html(
             ("Average precision", summary.average_precision, _from_zero),
         ],
         failures=[row for _, row in summary.failures.iterrows()],
+        case_kinds=KINDS,
+        cases=_ordered_cases(cases or {}, summary),
         specifications=dict(zip(results["detector"], results["specification"], strict=True)),
         sizes=_sizes(results),
         versions=_versions_used(results),
     )
+
+
+def _ordered_cases(
+    cases: Mapping[str, Mapping[str, Any]], summary: Summary
+) -> list[tuple[str, list[tuple[str, float, Any]]]]:
+    """Data sets with detectors, their AUROC and their cases; the best detector on each data set first."""
+    ordered = []
+    for dataset, by_detector in cases.items():
+        known = summary.auroc.loc[dataset].to_dict()
+        best_first = sorted(by_detector, key=known.__getitem__, reverse=True)
+        ordered.append((dataset, [(name, known[name], by_detector[name]) for name in best_first]))
+    return ordered
 
 
 def _around_half(value: float) -> str:
@@ -618,5 +654,5 @@ def write_report(output: str | os.PathLike[str], *, console: Console | None = No
     print_summary(summary, console=console)
     (Path(output) / "report.md").write_text(to_markdown(summary), encoding="utf-8")
     page = Path(output) / "report.html"
-    page.write_text(to_html(results), encoding="utf-8")
+    page.write_text(to_html(results, cases=load_cases(output)), encoding="utf-8")
     return page

@@ -35,8 +35,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from anomalib_gen._base import GenerativeDetector
+from anomalib_gen.anomaly import DiffusionELBO, ImportanceWeighted, Likelihood, NegativeELBO, ODELikelihood
+from anomalib_gen.images import bits_per_dimension
 
 from ._extra import require_benchmark_extra
+from .cases import describe_cases
 from .detectors import Detector, parse_detectors
 from .evaluation import Evaluation, evaluate
 from .protocols import IMAGE_SUITES, PROTOCOLS, Split, SplitError, images
@@ -44,6 +47,8 @@ from .protocols import IMAGE_SUITES, PROTOCOLS, Split, SplitError, images
 __all__ = ["BenchmarkInterrupted", "DataError", "load_results", "run_benchmark"]
 
 _FORMAT = 1
+DENSITIES = (DiffusionELBO, ImportanceWeighted, Likelihood, NegativeELBO, ODELikelihood)
+"""Anomalies that are minus a log-density or a bound on one: on images, their mean is a code length in bits."""
 _PACKAGES = ("anomalib-gen", "numpy", "scikit-learn", "torch", "pyod")
 _FIGURES = (
     "auroc",
@@ -54,6 +59,7 @@ _FIGURES = (
     "n_test",
     "n_features",
     "n_anomalies",
+    "bits_per_dimension",
 )
 
 
@@ -291,6 +297,27 @@ def load_results(output: str | os.PathLike[str]) -> pd.DataFrame:
     return _gather(folder)
 
 
+def load_cases(output: str | os.PathLike[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Read the best and worst cases on images of an output folder, of the first seed.
+
+    Parameters
+    ----------
+    output : str or path-like
+        Folder of `run_benchmark`.
+
+    Returns
+    -------
+    dict of str to dict of str to dict
+        By data set and detector, what `anomalib_gen.benchmark.cases.describe_cases` gives. Empty for tables.
+    """
+    folder = Path(output)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, record in _records(folder):
+        if "cases" in record:
+            found.setdefault(record["cell"]["dataset"], {}).setdefault(name, record["cases"])
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ the run
 
 
@@ -489,6 +516,7 @@ def evaluate_cell(job: Job) -> tuple[dict[str, Any], tuple[Any, Split, Evaluatio
         return describe_failure(cell, "data", str(error)), None
     except Exception as error:
         return describe_failure(cell, "data", error), None
+    images_shown = split.X_test if cell.suite in IMAGE_SUITES else None
     try:
         random.seed(cell.seed)
         np.random.seed(cell.seed)  # noqa: NPY002
@@ -510,7 +538,14 @@ def evaluate_cell(job: Job) -> tuple[dict[str, Any], tuple[Any, Split, Evaluatio
         _last_fit[:] = [(_fit_identity(job), estimator, result.fit_seconds)] if shared else []
     except (Exception, SystemExit) as error:
         return describe_failure(cell, "exception", error), None
-    return describe_success(cell, split, result), (estimator, split, result)
+    record = describe_success(cell, split, result)
+    if images_shown is not None:
+        record["cases"] = describe_cases(images_shown, split.y_test, result.scores)
+        if isinstance(getattr(estimator, "anomaly_", None), DENSITIES):
+            normal = result.scores[split.y_test == 1]
+            bits = bits_per_dimension(normal, images_shown.shape[1:])
+            record["bits_per_dimension"] = float(bits.mean())
+    return record, (estimator, split, result)
 
 
 _last_fit: list[tuple[Any, Any, float]] = []
@@ -686,8 +721,13 @@ IMAGE_TASKS = (
     *(f"mnist:not-{digit}" for digit in (1, 4, 5, 7, 9)),
     *(f"mnist:only-{digit}" for digit in range(10)),
     *(f"cifar10:only-{label}" for label in range(10)),
+    "cifar10:against-mnist",
+    "cifar10:against-photographs",
 )
-"""Tasks that a suite of images has by default: those with published figures."""
+"""Tasks that a suite of images has by default: those with published figures, and CIFAR-10 against other sources of the
+same coding."""
+OTHER_IMAGES = 10_000
+"""Images of another source in the test part, as many as there are of CIFAR-10."""
 
 
 def _image_sources(datasets: Sequence[str] | None, data_home: str | None) -> dict[str, str]:
@@ -695,11 +735,12 @@ def _image_sources(datasets: Sequence[str] | None, data_home: str | None) -> dic
     names = list(IMAGE_TASKS if datasets is None else map(str, datasets))
     for name in names:
         match = re.fullmatch(r"(\w+):(not|only)-(\d)", name)
-        if match is None or match[1] not in IMAGE_CLASSES:
+        if name not in IMAGE_TASKS and (match is None or match[1] not in IMAGE_CLASSES):
             raise DataError(
                 f"Unknown image task {name!r}. A task is a collection ({', '.join(IMAGE_CLASSES)}), 'not' for one "
                 "class as the anomaly or 'only' for one as the normal class, and its number: mnist:not-1, "
-                "cifar10:only-0."
+                "cifar10:only-0. CIFAR-10 as a whole stands against other sources in cifar10:against-mnist and "
+                "cifar10:against-photographs."
             )
     if not names:
         raise DataError("datasets is empty: name at least one, or leave the argument out.")
@@ -711,17 +752,22 @@ def _load_image_task(
     source: str, data_home: str | None
 ) -> tuple[tuple[NDArray[Any], NDArray[np.int64]], tuple[NDArray[Any], NDArray[np.int64]]]:
     """Images and labels to train on, and to test on."""
-    from anomalib_gen.datasets import load_images
+    from anomalib_gen.datasets import load_images, load_other_images
 
     collection, _, task = source.partition(":")
     kind, _, label = task.partition("-")
     everything = range(IMAGE_CLASSES[collection])
-    normal = [int(label)] if kind == "only" else [k for k in everything if k != int(label)]
+    normal = [0] if kind == "against" else [k for k in everything if (k == int(label)) == (kind == "only")]
     try:
         train, test = (
             load_images(collection, normal=normal, subset=subset, data_home=data_home, return_X_y=True)
             for subset in ("train", "test")
         )
+        if kind == "against":
+            other = load_other_images(label, n_samples=OTHER_IMAGES, random_state=0, data_home=data_home)
+            train = train[0], np.ones_like(train[1])
+            target = np.repeat([1, -1], [len(test[0]), len(other)])
+            test = np.concatenate([test[0], other]), target
     except Exception as error:
         raise DataError(f"The data set {source} cannot be read: {error}") from error
     return train, test
@@ -785,18 +831,21 @@ def _merge_settings(
     _write_atomically(folder / "settings.json", settings)
 
 
-def _gather(folder: Path) -> pd.DataFrame:
+def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Display name and record of each stored cell that the folder is about, by data set, detector and seed."""
     settings = _read_settings(folder)
     assert settings is not None
-    rows = []
     for dataset, fingerprint in settings["datasets"].items():
         for name, specification in settings["detectors"].items():
             for seed in settings["seeds"]:
                 cell = _Cell(settings["suite"], dataset, fingerprint, specification, seed)
                 record = _read_json(folder / "cells" / cell.file_name)
                 if record is not None:
-                    rows.append(result_row(name, record))
-    return results_frame(rows)
+                    yield name, record
+
+
+def _gather(folder: Path) -> pd.DataFrame:
+    return results_frame([result_row(name, record) for name, record in _records(folder)])
 
 
 def result_row(name: str, record: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ Every loader returns a `sklearn.utils.Bunch` with ``data`` (n_samples, n_feature
 from anomalib_gen.datasets._adbench import fetch_adbench, list_adbench, load_adbench
 from anomalib_gen.datasets._builtin import list_builtin, load_builtin
 from anomalib_gen.datasets._defects import make_defects
-from anomalib_gen.datasets._images import load_images
+from anomalib_gen.datasets._images import load_images, load_other_images
 from anomalib_gen.datasets._synthetic import make_anomalies
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "load_adbench",
     "load_builtin",
     "load_images",
+    "load_other_images",
     "make_anomalies",
     "make_defects",
 ]

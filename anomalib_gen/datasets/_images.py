@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.utils import Bunch
+from sklearn.datasets import load_sample_images
+from sklearn.utils import Bunch, check_random_state
 
 from anomalib_gen.datasets._adbench import _DATA_VARIABLE
 from anomalib_gen.datasets._builtin import _class_numbers
@@ -30,6 +31,11 @@ _DESCRIPTIONS = {
     "cifar10": "CIFAR-10: 32 x 32 colour images of ten classes, 50,000 to train and 10,000 to test (Krizhevsky 2009). "
     "The files hold JPEG-coded copies: compare them with images of the same coding only.",
 }
+
+OTHER_SOURCES = ("mnist", "photographs")
+"""Second sources that `load_other_images` knows."""
+_SHRUNK = (2, 6)
+"""Least and largest factor by which patches of photographs are shrunk."""
 
 
 def load_images(
@@ -101,6 +107,92 @@ def load_images(
         DESCR=f"{_DESCRIPTIONS[name]} Normal: {', '.join(names[k] for k in chosen)}; all others are anomalies.",
         path=path,
     )
+
+
+def load_other_images(
+    source: str,
+    *,
+    n_samples: int = 10_000,
+    random_state: Any = None,
+    data_home: str | os.PathLike[str] | None = None,
+) -> NDArray[np.uint8]:
+    """Load images that are not CIFAR-10's, in the size and the coding of its files.
+
+    What a detector tells apart should be what images show. A difference in how they were coded or resized is far easier
+    to tell; so these go through the coder that the CIFAR-10 files on this machine came from, with its tables and its
+    sampling of colours, and are decoded again. Files without loss ask for no coding.
+
+    Parameters
+    ----------
+    source : {"mnist", "photographs"}
+        "mnist" is the test part of MNIST in grey, with a black border of two pixels. "photographs" are square patches
+        of the two photographs that ship with scikit-learn, at random places and shrunk to 32 x 32 pixels by the means
+        of 2 x 2 to 6 x 6 pixels. How CIFAR-10 was shrunk is not known to be the same.
+    n_samples : int, default=10000
+        Images drawn; of MNIST at most as many as there are.
+    random_state : int, RandomState instance or None, default=None
+    data_home : str or path-like, optional
+        As in `load_images`.
+
+    Returns
+    -------
+    ndarray of shape (n_samples, 3, 32, 32)
+        uint8.
+
+    Raises
+    ------
+    ValueError
+        If the source is unknown.
+    FileNotFoundError
+        If the files of CIFAR-10 or of MNIST are not there.
+    """
+    if source not in OTHER_SOURCES:
+        raise ValueError(f"source must be one of {', '.join(map(repr, OTHER_SOURCES))}, got {source!r}.")
+    random = check_random_state(random_state)
+    if source == "mnist":
+        with np.load(find_image_file(_FILES["mnist"]["test"], data_home), allow_pickle=False) as archive:
+            digits = archive["X_test"]
+        digits = digits[np.sort(random.permutation(len(digits))[:n_samples])]
+        padded = np.pad(digits, ((0, 0), (2, 2), (2, 2)))
+        X = np.repeat(padded[:, None], 3, axis=1)
+    else:
+        X = _patches(load_sample_images().images, n_samples, random)
+    recode = _coder_of(find_image_file(_FILES["cifar10"]["test"], data_home))
+    return np.stack([recode(image) for image in X])
+
+
+def _patches(
+    photographs: list[NDArray[np.uint8]], n: int, random: np.random.RandomState
+) -> NDArray[np.uint8]:
+    X = np.empty((n, 3, 32, 32), dtype=np.uint8)
+    for k in range(n):
+        photograph = photographs[random.randint(len(photographs))]
+        factor = random.randint(_SHRUNK[0], _SHRUNK[1] + 1)
+        top, left = (random.randint(side - 32 * factor + 1) for side in photograph.shape[:2])
+        patch = photograph[top : top + 32 * factor, left : left + 32 * factor].astype(float)
+        means = patch.reshape(32, factor, 32, factor, 3).mean(axis=(1, 3))
+        X[k] = np.moveaxis(np.rint(means), 2, 0)
+    return X
+
+
+def _coder_of(path: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
+    """Code and decode an image ``(3, height, width)`` as the first one of a file of coded images was."""
+    import pyarrow.parquet as pq
+    from PIL import Image, JpegImagePlugin
+
+    first = next(pq.ParquetFile(path).iter_batches(batch_size=1, columns=["image"]))["image"][0].as_py()
+    with Image.open(io.BytesIO(first)) as image:
+        if not isinstance(image, JpegImagePlugin.JpegImageFile):
+            return lambda pixels: pixels
+        options = {"qtables": image.quantization, "subsampling": JpegImagePlugin.get_sampling(image)}
+
+    def recode(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        file = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, 2))).save(file, format="JPEG", **options)
+        with Image.open(file) as decoded:
+            return np.moveaxis(np.asarray(decoded), 2, 0)
+
+    return recode
 
 
 def find_image_file(file: str, data_home: str | os.PathLike[str] | None = None) -> Path:

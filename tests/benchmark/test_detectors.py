@@ -9,8 +9,10 @@ from sklearn.svm import OneClassSVM
 
 from anomalib_gen.benchmark import (
     DEEP_PEERS,
+    IMAGE_PEERS,
     PEERS,
     KNNDistance,
+    OnPrincipalComponents,
     anomaly_metrics,
     library_detectors,
     parse_detector,
@@ -178,6 +180,39 @@ def test_knn_distance_by_hand():
     scores = KNNDistance(n_neighbors=2).fit(X).score_samples([[0.0], [9.0]])
     np.testing.assert_allclose(scores, [-0.5, -6.0])
     assert clone(KNNDistance(n_neighbors=2)).n_neighbors == 2
+
+
+def test_a_detector_on_principal_components_by_hand():
+    rng = np.random.default_rng(0)
+    X = np.c_[10 * rng.normal(size=50), rng.normal(size=(50, 3))] @ np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    one = OnPrincipalComponents(
+        detector="anomalib_gen.benchmark.KNNDistance(n_neighbors=1)", n_components=1, random_state=0
+    ).fit(X)
+    axis = np.linalg.svd(X - X.mean(axis=0))[2][0]
+    new = rng.normal(size=(6, 4))
+    np.testing.assert_allclose(one.score_samples(new), -np.abs(new @ axis - (X @ axis)[:, None]).min(axis=0))
+    # No fewer rows than components: all of them, which keep distances.
+    every = clone(one).set_params(n_components=64).fit(X)
+    np.testing.assert_allclose(
+        every.score_samples(new), KNNDistance(n_neighbors=1).fit(X).score_samples(new), rtol=1e-10
+    )
+
+
+@pytest.mark.parametrize("detector", ["sklearn.ensemble.IsolationForest", "pyod.models.ecod.ECOD"])
+def test_detectors_of_either_direction_see_principal_components(detector, cloud):
+    pytest.importorskip("pyod")
+    train, test, y = cloud
+    wrapped = OnPrincipalComponents(detector=detector, n_components=2, random_state=3)
+    scores = wrapped.fit(train).score_samples(test)
+    assert anomaly_metrics(y, scores)[0] > 0.8
+    np.testing.assert_array_equal(clone(wrapped).fit(train).score_samples(test), scores)
+
+
+def test_peers_of_images_are_known_by_one_name():
+    names = [detector.name for detector in parse_detectors(["image-peers"])]
+    assert {"kNN(1), 64 PCA", "sklearn.IsolationForest, 64 PCA", "pyod.DeepSVDD"} <= set(names)
+    for detector in IMAGE_PEERS:
+        assert parse_detector(f"{detector.name}={detector.specification}") == detector
 
 
 def test_metric_directions_by_hand():

@@ -6,6 +6,7 @@ import pytest
 pytest.importorskip("pyod", reason="the benchmark extra is not installed")
 
 from anomalib_gen.benchmark import IMAGE_SUITES, SplitError, images, run_benchmark
+from anomalib_gen.benchmark.report import summarise, to_html, to_markdown
 from anomalib_gen.benchmark.runner import DataError
 
 
@@ -56,7 +57,7 @@ def home(tmp_path):
 def test_detectors_of_images_and_of_tables_run_side_by_side(home):
     detectors = [
         "anomalib_gen.VAEDetector(max_iter=2, hidden_features=8)",
-        "anomalib_gen.benchmark.KNNDistance(n_neighbors=1, n_components=5)",
+        "anomalib_gen.benchmark.OnPrincipalComponents(n_components=5)",
     ]
     results = run_benchmark(
         detectors,
@@ -71,6 +72,14 @@ def test_detectors_of_images_and_of_tables_run_side_by_side(home):
     assert results["status"].tolist() == ["ok"] * 2
     assert set(results["n_features"]) == {784}
     assert set(results["n_train"]) == {90}
+    # Noise takes eight bits, and a model that has learned nothing takes more.
+    bits = results.set_index("detector")["bits_per_dimension"]
+    assert bits.notna().tolist() == [True, False]
+    assert 7.9 < bits.iloc[0] < 12
+    summary = summarise(results)
+    assert summary.bits.to_numpy().tolist() == [[bits.iloc[0]]]
+    assert f"| mnist:not-1 | {bits.iloc[0]:.2f} |" in to_markdown(summary)
+    assert "<h2>Bits per dimension</h2>" in to_html(results)
 
 
 def test_unknown_tasks_are_named(home):

@@ -33,7 +33,7 @@ LAYERS = [
     {"_inputs", "_outlier", "_scoring"},
     {"_base"},
     {"detectors"},
-    {"calibration", "explain", "heatmaps", "images", "inspection", "selection"},
+    {"calibration", "explain", "features", "heatmaps", "images", "inspection", "selection"},
     {"monitoring"},
     {"datasets", "benchmark", "scoring", "cli"},
 ]
@@ -183,6 +183,7 @@ def test_import_is_light_and_changes_nothing_global():
         "calibration.typicality",
         "explain.contributions",
         "explain.counterfactual",
+        "features",
         "images",
         "monitoring.drift",
         "selection.likelihood",

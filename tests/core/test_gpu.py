@@ -214,3 +214,16 @@ def test_a_non_finite_loss_names_its_step(tiny, X, monkeypatch):
     monkeypatch.setattr(MaximumLikelihood, "__call__", broken)
     with pytest.raises(FloatingPointError, match="not finite at step 7 "):
         on_cuda(tiny, max_iter=60).fit(X)
+
+
+@pytest.mark.parametrize("family", [DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector])
+def test_images(family):
+    images = np.random.default_rng(0).integers(0, 256, (100, 1, 12, 12), dtype=np.uint8)
+    detector = family(max_iter=20, hidden_features=32, random_state=0, device="cuda").fit(images)
+    assert next(detector.model_.parameters()).is_cuda
+    on_gpu = detector.score_samples(images)
+    np.testing.assert_allclose(detector.score_samples(images[40:41]), on_gpu[40:41], rtol=1e-5)
+    detector.set_params(device="cpu")
+    # Convolutions in float32, with the device's own order of sums (and TF32 where it is allowed).
+    np.testing.assert_allclose(on_gpu, detector.score_samples(images), rtol=1e-2)
+    assert detector.sample(2, random_state=0).shape == (2, 1, 12, 12)

@@ -10,7 +10,13 @@ from sklearn.datasets import load_digits, load_sample_images
 from sklearn.metrics import roc_auc_score
 
 from anomalib_gen import ComposedDetector, DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
-from anomalib_gen.anomaly import IMAGE_ANOMALIES, InputComplexity, Likelihood, MultiScaleReconstruction
+from anomalib_gen.anomaly import (
+    IMAGE_ANOMALIES,
+    Energy,
+    InputComplexity,
+    Likelihood,
+    MultiScaleReconstruction,
+)
 from anomalib_gen.anomaly.multiscale_reconstruction import pyramid_distance
 from anomalib_gen.images import likelihood_ratio, mutate_pixels
 
@@ -58,6 +64,29 @@ def test_flat_images_are_likelier_than_real_ones_and_complexity_puts_them_right(
     train, normal, flat = nature
     assert anomaly_auroc(flow, normal, flat) < 0.3
     assert anomaly_auroc(flow.with_anomaly("input_complexity", train), normal, flat) > 0.85
+
+
+def test_a_learned_weight_is_the_slope_over_normal_images(flow, nature):
+    train, normal, flat = nature
+    learned = flow.with_anomaly(InputComplexity(weight="learned"), train)
+    a = learned.anomaly_
+    images = torch.from_numpy(learned._scaler.transform(train)).float()
+    held_out = images[learned._split(len(train), np.random.RandomState(learned._seeds[0]))[1]]
+    generator = torch.Generator().manual_seed(0)
+    nats = Energy()(learned.model_, held_out, generator).detach().double().numpy()
+    slope, _ = np.polyfit(a.code_lengths(held_out).numpy(), nats, 1)
+    assert a.weight_ == pytest.approx(slope, rel=1e-4)
+    # What is left does not hang on the length, and flat images are put right, if by less than with a weight of 1.
+    left = nats - a.weight_ * a.code_lengths(held_out).numpy()
+    assert abs(np.corrcoef(left, a.code_lengths(held_out).numpy())[0, 1]) < 1e-6
+    assert anomaly_auroc(learned, normal, flat) > 0.65
+    # A weight of 0 is the likelihood.
+    np.testing.assert_allclose(
+        flow.with_anomaly(InputComplexity(weight=0), train).score_samples(normal[:5]),
+        flow.log_prob(normal[:5]),
+    )
+    with pytest.raises(ValueError, match="weight must be a number of at least 0 or 'learned', got 'most'"):
+        flow.with_anomaly(InputComplexity(weight="most"), train)
 
 
 def test_complexity_is_the_likelihood_less_the_code(flow, nature):

@@ -323,3 +323,12 @@ def test_the_border_keeps_whole_numbers_without_a_copy(trained, digits):
     checked = trained(FlowDetector)._validate(digits, reset=False)
     assert checked.dtype == np.uint8
     assert np.shares_memory(checked, digits)
+
+
+def test_pixels_share_a_variance_by_default(trained, digits):
+    model = trained(VAEDetector).model_
+    assert model.observation.log_deviation.shape == (1,)
+    own = small(VAEDetector, variance="per-feature").fit(digits)
+    assert own.model_.observation.log_deviation.shape == (1, 8, 8)
+    table = small(VAEDetector).fit(digits.reshape(80, -1).astype(float))
+    assert table.model_.observation.log_deviation.shape == (64,)

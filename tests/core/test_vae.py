@@ -85,6 +85,16 @@ def test_bounds_do_not_depend_on_the_anomaly(vae, X):
     assert vae.log_prob(X).mean() > vae.elbo(X).mean()
 
 
+def test_typicality_is_the_distance_of_the_bound_from_its_mean(vae, X):
+    typical = vae.with_anomaly("typicality", X)
+    entropy = typical.anomaly_.entropy_
+    # In the units of standardised rows, where a bound differs from that on X by one constant.
+    bound = -vae.elbo(X) + vae._scaler.log_det
+    np.testing.assert_allclose(-typical.score_samples(X), np.abs(bound - entropy), rtol=1e-9, atol=1e-9)
+    held_out = vae._split(len(X), np.random.RandomState(vae._seeds[0]))[1]
+    assert entropy == pytest.approx(bound[held_out].mean(), rel=1e-6)  # from rows in float32
+
+
 def test_training_raises_the_bound(X):
     short, long = make(max_iter=2).fit(X), make(max_iter=200).fit(X)
     assert long.score(X) > short.score(X) + 0.5
@@ -287,7 +297,7 @@ def test_unfitted_detectors_do_not_interpolate(X):
         ({"degrees_of_freedom": -1.0}, "'degrees_of_freedom' parameter"),
         ({"encoder": "cnn"}, "'encoder' parameter"),
         ({"objective": "likelihood"}, r"objective='likelihood' is unknown\. Known names: 'elbo';"),
-        ({"anomaly": "typicality"}, r"Known names: 'elbo', 'iwae', 'kl', 'likelihood_regret', 'recon"),
+        ({"anomaly": "energy"}, r"Known names: 'elbo', 'iwae', 'kl', 'likelihood_regret', 'recon"),
         ({"encoder": lambda i, o: nn.Linear(i, o // 2)}, r"encoder returned a tensor of shape \(2, 2\)"),
         ({"decoder": lambda i, o: nn.Linear(i, 1)}, r"decoder returned a tensor of shape \(2, 1\)"),
     ],

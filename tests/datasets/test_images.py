@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from anomalib_gen.datasets import load_images, make_defects
+from anomalib_gen.datasets import load_images, load_other_images, make_defects
 
 
 @pytest.fixture
@@ -114,3 +114,55 @@ def test_impossible_defects_are_refused():
         make_defects(pictures(), kind="dent")
     with pytest.raises(ValueError, match="uint8 images"):
         make_defects(pictures() / 255)
+
+
+def jpeg(image, **options):
+    file = io.BytesIO()
+    image.save(file, format="JPEG", **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def coded_home(home):
+    """With a test part of CIFAR-10 of one image of coarse JPEG."""
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    pq = pytest.importorskip("pyarrow.parquet")
+    Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    coded = jpeg(Image.new("RGB", (32, 32), (9, 90, 200)), quality=20, subsampling="4:2:0")
+    table = pa.table({"image": pa.array([coded], pa.binary()), "label": pa.array([0], pa.int8())})
+    pq.write_table(table, home / "images" / "cifar10-test.parquet")
+    return home
+
+
+@pytest.mark.parametrize("source", ["mnist", "photographs"])
+def test_another_source_has_the_coding_of_cifar(coded_home, source):
+    X = load_other_images(source, n_samples=12, random_state=0, data_home=coded_home)
+    assert X.shape == (12, 3, 32, 32)
+    assert X.dtype == np.uint8
+    np.testing.assert_array_equal(
+        load_other_images(source, n_samples=12, random_state=0, data_home=coded_home), X
+    )
+    assert len({image.tobytes() for image in X}) == 12
+    if source == "mnist":
+        Image = pytest.importorskip("PIL.Image")
+        with np.load(coded_home / "images" / "mnist.npz") as archive:
+            first = np.pad(archive["X_test"], ((0, 0), (2, 2), (2, 2)))
+        coded = [jpeg(Image.fromarray(d).convert("RGB"), quality=20, subsampling="4:2:0") for d in first]
+        known = {np.moveaxis(np.asarray(Image.open(io.BytesIO(c))), 2, 0).tobytes() for c in coded}
+        assert {image.tobytes() for image in X} <= known
+
+
+def test_files_without_loss_ask_for_no_coding(coded_home):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    Image = pytest.importorskip("PIL.Image")
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, format="PNG")
+    table = pa.table({"image": pa.array([file.getvalue()], pa.binary()), "label": pa.array([0], pa.int8())})
+    pq.write_table(table, coded_home / "images" / "cifar10-test.parquet")
+    X = load_other_images("mnist", data_home=coded_home, random_state=0)
+    digits = load_images("mnist", normal=0, subset="test", data_home=coded_home).data
+    for channel in range(3):
+        np.testing.assert_array_equal(X[:, channel, 2:-2, 2:-2], digits[:, 0])
+    assert not X[:, :, :2].any()
+    with pytest.raises(ValueError, match="source must be one of 'mnist', 'photographs'"):
+        load_other_images("svhn", data_home=coded_home)
