@@ -82,7 +82,17 @@ html_theme_options = {
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
 # Pages without pages below them have nothing to show at the side.
-_ALONE = ("index", "getting_started", "choosing", "benchmark", "extending", "faq", "glossary", "references")
+_ALONE = (
+    "index",
+    "getting_started",
+    "choosing",
+    "notebooks",
+    "benchmark",
+    "extending",
+    "faq",
+    "glossary",
+    "references",
+)
 html_sidebars = {name: [] for name in _ALONE}
 copybutton_exclude = ".linenos, .gp, .go"
 linkcheck_anchors = False
@@ -175,6 +185,7 @@ def _leave_docs(app: Any, docname: str, source: list[str]) -> None:
     """Links out of the folder of documents, right in the repository, lead to the site's copies or become text."""
     inner = "../" * docname.count("/")
     outer = re.escape(inner + "../")
+    source[0] = re.sub(rf"\[([^\]]*)\]\(({outer}[^)]+\.ipynb)\)", r"{download}`\1 <\2>`", source[0])
     source[0] = re.sub(rf"\]\({outer}benchmarks/results/([^)]+\.md)\)", rf"]({inner}results/\1)", source[0])
     source[0] = re.sub(rf"\[([^\]]*)\]\({outer}[^)]*\)", r"\1", source[0])
 

@@ -123,7 +123,7 @@ def conditional_p_values(
     Returns
     -------
     ndarray of shape (n_rows,)
-        Never below the unadjusted p-values' validity: in (0, 1].
+        In (0, 1], in the order of those given.
 
     Raises
     ------

@@ -356,6 +356,8 @@ def _table(
 ) -> Any:
     import pandas as pd
 
+    if isinstance(n_columns, bool) or not isinstance(n_columns, int | np.integer) or n_columns < 0:
+        raise ValueError(f"n_columns must be a non-negative integer, got {n_columns!r}.")
     known = list(range(len(scores)) if keys is None else keys)
     named = {"keys": known, "p_values": p_values}
     for name, given in named.items():

@@ -7,6 +7,7 @@ come from `random_state` at each call, so that all candidates are judged on the 
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -51,6 +52,9 @@ class Scorer(Component):
 def refit(estimator: Any, X: Any, random: np.random.RandomState) -> Any:
     """Fit a clone of a detector, seeded where its own random states are None, to other rows.
 
+    Seeds are drawn from a copy of `random`: a candidate that needs some leaves as many numbers to what is drawn next as
+    one that does not, so that all are judged on the same rows.
+
     Raises
     ------
     ValueError
@@ -60,7 +64,7 @@ def refit(estimator: Any, X: Any, random: np.random.RandomState) -> Any:
         raise ValueError(
             "estimator is frozen, but this scorer fits it to other rows. Give the detector inside."
         )
-    return seeded_clone(estimator, random).fit(X)
+    return seeded_clone(estimator, copy.deepcopy(random)).fit(X)
 
 
 def as_table(X: Any, needs: str) -> Any:

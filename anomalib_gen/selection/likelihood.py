@@ -113,9 +113,10 @@ def _log_det(scaler: Any) -> float:
         return sum(_log_det(step) for _, step in scaler.steps)
     if scaler is None or scaler == "passthrough":
         return 0.0
-    if isinstance(scaler, MinMaxScaler) and not scaler.clip:
+    clips = getattr(scaler, "clip", False)  # of MaxAbsScaler since scikit-learn 1.8
+    if isinstance(scaler, MinMaxScaler) and not clips:
         return float(np.log(scaler.scale_).sum())
-    if isinstance(scaler, StandardScaler | RobustScaler | MaxAbsScaler):
+    if isinstance(scaler, StandardScaler | RobustScaler | MaxAbsScaler) and not clips:
         return 0.0 if scaler.scale_ is None else -float(np.log(scaler.scale_).sum())
     raise TypeError(
         f"What {type(scaler).__name__} does to a density is not known here, so likelihoods behind it are not in the "

@@ -28,7 +28,10 @@ DOCS = Path(__file__).parents[1]
 RESULTS = DOCS.parent / "benchmarks" / "results"
 PACKAGE = "anomalib_gen"
 
-ORDER = ("calibration", "explain", "heatmaps", "inspection", "images", "persistence", "datasets", "benchmark")
+ORDER = (
+    *("calibration", "selection", "explain", "heatmaps", "inspection", "images"),
+    *("persistence", "monitoring", "datasets", "benchmark"),
+)
 """Of the modules after the package itself; the parts that detectors are made of come next, and others last."""
 PARTS = ("anomaly", "objectives", "models", "paths", "samplers", "networks")
 GROUPS = ("Classes", "Functions", "Exceptions", "Constants")

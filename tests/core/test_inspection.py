@@ -307,6 +307,8 @@ def test_the_table_takes_scores_of_any_detector(fitted, X):
         TopAnomaliesDisplay.from_predictions([1.0, 2.0, 3.0], contributions=found)
     with pytest.raises(ValueError, match="keys must be one for each of 2 rows, got 3"):
         TopAnomaliesDisplay.from_predictions([1.0, 2.0], keys=["a", "b", "c"])
+    with pytest.raises(ValueError, match="n_columns must be a non-negative integer, got -1"):
+        TopAnomaliesDisplay.from_predictions([1.0, 2.0], n_columns=-1)
     with pytest.raises(ValueError, match="n_top must be a positive integer, got 0"):
         TopAnomaliesDisplay.from_predictions([1.0, 2.0], n_top=0)
 

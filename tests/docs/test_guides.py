@@ -6,7 +6,9 @@ build does not see: that code runs, and that links work in the repository too.
 
 import importlib
 import re
+import shlex
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -140,10 +142,64 @@ def test_pages_of_what_is_gone_are_removed(pages, tmp_path):
 def test_every_command_is_listed(pages, tmp_path):
     pages.write_commands(tmp_path / "commands.rst")
     text = (tmp_path / "commands.rst").read_text()
-    for command in ("demo", "benchmark", "fit", "score", "evaluate", "models verify"):
+    work = ("fit", "calibrate", "score", "monitor", "report", "explain", "evaluate", "models verify")
+    for command in ("demo", "benchmark", *work):
         assert f"\nanomalib-gen {command}\n" in text
     assert "--max-bad-rows" in text
     assert "\x1b" not in text
+
+
+def command_lines(path):
+    text = path.read_text(encoding="utf-8")
+    return re.findall(r"^ {4}anomalib-gen (.+)$", text, flags=re.MULTILINE)
+
+
+def check_command(line):
+    """A line of the shell names a command and options that there are."""
+    from typer.main import get_command
+
+    from anomalib_gen.cli import app
+
+    words = shlex.split(line)
+    command = get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    known = {flag for option in command.params for flag in option.opts}
+    assert {word for word in words if word.startswith("-")} <= known, line
+
+
+WITH_COMMANDS = [path for path in (ROOT / "README.md", *GUIDES) if command_lines(path)]
+
+
+@pytest.mark.parametrize("path", WITH_COMMANDS, ids=name_of)
+def test_commands_have_these_options(path):
+    pytest.importorskip("typer")
+    for line in command_lines(path):
+        check_command(line)
+
+
+def test_a_wrong_command_is_found():
+    pytest.importorskip("typer")
+    assert {"README.md", "docs/guide/operations.md"} <= {name_of(path) for path in WITH_COMMANDS}
+    with pytest.raises(KeyError):
+        check_command("scores incoming/ -m model")
+    with pytest.raises(AssertionError):
+        check_command("score incoming/ -m model --keys id")
+
+
+def test_configurations_have_these_keys(tmp_path):
+    from anomalib_gen.scoring.config import read_config
+
+    text = (DOCS / "guide" / "operations.md").read_text(encoding="utf-8")
+    blocks = [
+        block
+        for block in re.findall(r"(?:^ {4}.*\n|^\n)+", text, flags=re.MULTILINE)
+        if "    [score]" in block
+    ]
+    assert len(blocks) == 1
+    path = tmp_path / "job.toml"
+    path.write_text(textwrap.dedent(blocks[0]))
+    assert set(read_config(path)) == {"score", "monitor"}
 
 
 def test_openings_say_what_they_said(pages):
