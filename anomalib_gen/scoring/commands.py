@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from anomalib_gen.scoring._errors import DATA, DONE, INTERRUPTED, ScoringError
-from anomalib_gen.scoring._log import Log
+from anomalib_gen.scoring._log import Log, count
 
 
 class LogFormat(StrEnum):
@@ -237,8 +237,8 @@ def score(
 
         summary = score_files(options, log)
         log.info(
-            f"{summary.rows} rows scored, {summary.outliers} outliers, {summary.bad_rows} bad rows and "
-            f"{summary.bad_files} bad files left out: {options.output}",
+            f"{options.output}: {count(summary.rows, 'row')} scored, {count(summary.outliers, 'outlier')}; left out: "
+            f"{count(summary.bad_rows, 'bad row')}, {count(summary.bad_files, 'bad file')}",
             rows=summary.rows,
             outliers=summary.outliers,
             bad_rows=summary.bad_rows,

@@ -35,14 +35,13 @@ from anomalib_gen.monitoring import (
 from anomalib_gen.persistence import ModelFolderError
 from anomalib_gen.scoring._columns import Wanted, to_frame, wanted_by
 from anomalib_gen.scoring._errors import DONE, PARTIAL, DataError, UsageError, explain_os_error
-from anomalib_gen.scoring._log import Log
+from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import ReportOptions
 from anomalib_gen.scoring.explaining import Explainer, top_fields
-from anomalib_gen.scoring.parts import write_file
-from anomalib_gen.scoring.remote import is_remote
+from anomalib_gen.scoring.parts import quarantine_beside, record_of, write_file
 from anomalib_gen.scoring.rows import load_model
-from anomalib_gen.scoring.run import ADDED, HASH_DIGITS, quarantine_beside, record_of
-from anomalib_gen.scoring.sources import Input, Reader, find_inputs, rows_per_part
+from anomalib_gen.scoring.run import ADDED, HASH_DIGITS
+from anomalib_gen.scoring.sources import Input, Reader, find_inputs, is_remote, rows_per_part
 
 BACKGROUND_ROWS = 1000
 """Normal rows of the run, by which contributions are measured."""
@@ -156,7 +155,8 @@ def report_run(options: ReportOptions, log: Log) -> int:
     for note in found.notes:
         log.warning(note)
     alerts = len(found.drift.alerts) if found.drift else 0
-    log.info(f"{output}: {found.outliers} anomalies, {alerts} alerts", output=str(output), alerts=alerts)
+    counts = f"{count(found.outliers, 'anomaly', 'anomalies')}, {count(alerts, 'alert')}"
+    log.info(f"{output}: {counts}", output=str(output), alerts=alerts)
     return PARTIAL if found.notes else DONE
 
 

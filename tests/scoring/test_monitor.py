@@ -270,6 +270,29 @@ def test_an_alert_is_told_until_somebody_knows_and_then_no_more(run, scored, fit
     assert History(scored / "h.sqlite").entries()[0].notified is not None
 
 
+def test_nothing_that_is_read_is_replaced(run, scored, fitted_model):
+    scores, source = scored / "same.scores.parquet", scored / "same.parquet"
+    before = {path: path.read_bytes() for path in scored.iterdir() if path.is_file()}
+    for flag in ("--output", "--prometheus", "--history"):
+        for place, message in (
+            (scores, "one of the inputs"),
+            (source, "one of the inputs"),
+            (scored, "one of the inputs"),
+            (f"{scores}.run.json", "is the record of"),
+            (fitted_model / "found.json", "in the model folder"),
+            ("memory://found.json", "must be a file of this machine"),
+        ):
+            result = monitor(run, scored, "same", fitted_model, flag, place)
+            assert result.exit_code == 1, result.output
+            assert f"{flag} {place}" in result.stderr
+            assert message in result.stderr
+    result = monitor(run, scored, "same", fitted_model, "-o", scored / "a", "--prometheus", scored / "a")
+    assert result.exit_code == 1
+    assert "is that of --output" in result.stderr
+    assert {path: path.read_bytes() for path in scored.iterdir() if path.is_file()} == before
+    persistence.verify(fitted_model)
+
+
 def test_a_webhook_from_the_environment_and_one_that_is_none(run, scored, fitted_model, post, monkeypatch):
     monkeypatch.setenv("ANOMALIB_GEN_WEBHOOK", "http://host.example/a")
     assert monitor(run, scored, "other", fitted_model).exit_code == 3
