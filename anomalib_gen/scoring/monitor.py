@@ -348,7 +348,7 @@ def _tell(
         return False
     if history is not None:
         try:
-            history.notify(document["run"])
+            history.notify(document["run"], job=document["job"])
         except HistoryError as error:
             log.warning(f"the webhook was told, but that could not be noted: {error}")
     return True

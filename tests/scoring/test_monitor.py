@@ -207,7 +207,7 @@ def test_an_unusual_volume(run, scored, fitted_model):
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("DELETE FROM runs")
         for k in range(5):
-            values = (f"r{k}", row[1] - k - 1, *row[2:5], 1000, *row[6:])
+            values = (row[0], f"r{k}", row[2] - k - 1, *row[3:5], 1000, *row[6:])
             connection.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(row))})", values)
     result = monitor(run, scored, "same", fitted_model, "--history", history)
     assert result.exit_code == 3
