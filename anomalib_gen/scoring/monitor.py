@@ -183,6 +183,11 @@ def input_frames(
             yield None
 
 
+def thresholds_of(options: MonitorOptions) -> Thresholds:
+    """What the options call an alert."""
+    return Thresholds(**{field.name: getattr(options, field.name) for field in fields(Thresholds)})
+
+
 def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], int]:
     """Compare, remember and tell.
 
@@ -198,7 +203,7 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
     UsageError, DataError
         As the exit codes say.
     """
-    limits = Thresholds(**{field.name: getattr(options, field.name) for field in fields(Thresholds)})
+    limits = thresholds_of(options)
     try:
         if options.webhook is not None:
             where(options.webhook)

@@ -36,8 +36,9 @@ from anomalib_gen.persistence import ModelFolderError
 from anomalib_gen.scoring._columns import Wanted, to_frame, wanted_by
 from anomalib_gen.scoring._errors import DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
-from anomalib_gen.scoring.config import ReportOptions
+from anomalib_gen.scoring.config import MonitorOptions, ReportOptions
 from anomalib_gen.scoring.explaining import Explainer, top_fields
+from anomalib_gen.scoring.monitor import thresholds_of
 from anomalib_gen.scoring.parts import quarantine_beside, record_of, write_file
 from anomalib_gen.scoring.rows import load_model
 from anomalib_gen.scoring.run import ADDED, HASH_DIGITS
@@ -125,8 +126,15 @@ class RunReport:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-def report_run(options: ReportOptions, log: Log) -> int:
+def report_run(options: ReportOptions, log: Log, judged: MonitorOptions | None = None) -> int:
     """Write the page of a scoring run; return the exit code.
+
+    Parameters
+    ----------
+    options : ReportOptions
+    log : Log
+    judged : MonitorOptions, optional
+        Whose thresholds and ignored columns say what is an alert; the defaults without them.
 
     Raises
     ------
@@ -145,7 +153,7 @@ def report_run(options: ReportOptions, log: Log) -> int:
         raise UsageError(f"{output} exists already. Choose another output, or replace it with --overwrite.")
     from anomalib_gen.scoring.page import render
 
-    found = gather(scores, options, log)
+    found = gather(scores, options, log, judged)
     page = render(found)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +168,7 @@ def report_run(options: ReportOptions, log: Log) -> int:
     return PARTIAL if found.notes else DONE
 
 
-def gather(scores: Path, options: ReportOptions, log: Log) -> RunReport:
+def gather(scores: Path, options: ReportOptions, log: Log, judged: MonitorOptions | None = None) -> RunReport:
     """Everything that the page of a run shows.
 
     Parameters
@@ -169,6 +177,8 @@ def gather(scores: Path, options: ReportOptions, log: Log) -> RunReport:
         Output of ``score``, with its record beside it.
     options : ReportOptions
     log : Log
+    judged : MonitorOptions, optional
+        As for `report_run`.
 
     Raises
     ------
@@ -222,7 +232,12 @@ def gather(scores: Path, options: ReportOptions, log: Log) -> RunReport:
         columns = () if summariser is None else summariser.columns()
         found.columns = {column.name: column for column in columns}
         batch = Batch(found.rows, found.outliers, found.scores, columns, found.bad_rows, found.bad_files)
-        found.drift = compare(found.reference, batch)
+        found.drift = compare(
+            found.reference,
+            batch,
+            thresholds=None if judged is None else thresholds_of(judged),
+            ignore=() if judged is None else judged.ignore,
+        )
     return found
 
 
