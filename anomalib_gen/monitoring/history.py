@@ -1,11 +1,12 @@
 """What earlier runs found, in one SQLite file: for trends, for the usual volume, and so that nobody is woken twice.
 
-A run has a name that is the same whenever the same files are scored by the same model, and one entry: looking at it
-again replaces the entry. Every change is one transaction, so that a kill leaves what was there; several processes wait
+A run has a name that is the same whenever the same files are scored by the same model, and one entry in its job:
+looking at it again replaces the entry. Jobs share a file without touching each other's runs, even where both call them
+by the date. Every change is one transaction, so that a kill leaves what was there; several processes wait
 for each other. SQLite serves better than a column store here: a few rows a night, written by several, read by anything.
 
-    runs      run, time, job, output, model, n_rows, n_flagged, n_bad_rows, n_bad_files, alert, notified, report (JSON)
-    columns   run, name, distance, psi, wasserstein, p_adjusted, missing, unseen, drifted
+    runs      job, run, time, output, model, n_rows, n_flagged, n_bad_rows, n_bad_files, alert, notified, report (JSON)
+    columns   job, run, name, distance, psi, wasserstein, p_adjusted, missing, unseen, drifted
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from typing import Any
 
 from anomalib_gen.monitoring.drift import DriftReport
 
-VERSION = 1
+VERSION = 2
 WAIT_SECONDS = 30.0
 """How long one process waits for another."""
 _SCHEMA = """
 CREATE TABLE runs (
-    run TEXT PRIMARY KEY,
-    time REAL NOT NULL,
     job TEXT NOT NULL,
+    run TEXT NOT NULL,
+    time REAL NOT NULL,
     output TEXT NOT NULL,
     model TEXT NOT NULL,
     n_rows INTEGER NOT NULL,
@@ -38,10 +39,12 @@ CREATE TABLE runs (
     n_bad_files INTEGER NOT NULL,
     alert INTEGER NOT NULL,
     notified REAL,
-    report TEXT NOT NULL
+    report TEXT NOT NULL,
+    PRIMARY KEY (job, run)
 ) WITHOUT ROWID;
 CREATE TABLE columns (
-    run TEXT NOT NULL REFERENCES runs (run) ON DELETE CASCADE,
+    job TEXT NOT NULL,
+    run TEXT NOT NULL,
     name TEXT NOT NULL,
     distance REAL NOT NULL,
     psi REAL NOT NULL,
@@ -50,7 +53,8 @@ CREATE TABLE columns (
     missing REAL NOT NULL,
     unseen REAL,
     drifted INTEGER NOT NULL,
-    PRIMARY KEY (run, name)
+    PRIMARY KEY (job, run, name),
+    FOREIGN KEY (job, run) REFERENCES runs (job, run) ON DELETE CASCADE
 ) WITHOUT ROWID;
 CREATE INDEX runs_by_time ON runs (job, time);
 """
@@ -155,7 +159,7 @@ class History:
     def add(
         self, run: str, report: DriftReport, *, job: str, output: str, model: str, now: float | None = None
     ) -> Entry:
-        """Keep what a run found, in place of what is there under its name.
+        """Keep what a run found, in place of what its job has under its name.
 
         Parameters
         ----------
@@ -178,35 +182,40 @@ class History:
         document = report.to_dict()
         alert = bool(report.alerts)
         with self._open() as connection:
-            before = connection.execute("SELECT time, notified FROM runs WHERE run = ?", (run,)).fetchone()
+            before = connection.execute(
+                "SELECT time, notified FROM runs WHERE job = ? AND run = ?", (job, run)
+            ).fetchone()
             first, notified = before or (time.time() if now is None else now, None)
             notified = notified if alert else None
-            connection.execute("DELETE FROM runs WHERE run = ?", (run,))
+            connection.execute("DELETE FROM runs WHERE job = ? AND run = ?", (job, run))
             text = json.dumps(document, sort_keys=True, ensure_ascii=False, allow_nan=False)
             counts = report.n_rows, report.n_flagged, report.n_bad_rows, report.n_bad_files
             connection.execute(
                 f"INSERT INTO runs VALUES ({', '.join('?' * 12)})",
-                (run, first, job, output, model, *counts, alert, notified, text),
+                (job, run, first, output, model, *counts, alert, notified, text),
             )
             connection.executemany(
-                f"INSERT INTO columns VALUES ({', '.join('?' * 9)})",
-                [(run, *(getattr(column, name) for name in _COLUMN_FIELDS)) for column in report.columns],
+                f"INSERT INTO columns VALUES ({', '.join('?' * 10)})",
+                [
+                    (job, run, *(getattr(column, name) for name in _COLUMN_FIELDS))
+                    for column in report.columns
+                ],
             )
         return Entry(
             run, first, job, output, model, report.n_rows, report.n_flagged, alert, notified, document
         )
 
-    def notify(self, run: str, *, now: float | None = None) -> None:
+    def notify(self, run: str, *, job: str, now: float | None = None) -> None:
         """Note that somebody was told of a run's alert.
 
         Parameters
         ----------
-        run : str
+        run, job : str
         now : float, optional
         """
         with self._open() as connection:
             moment = time.time() if now is None else now
-            connection.execute("UPDATE runs SET notified = ? WHERE run = ?", (moment, run))
+            connection.execute("UPDATE runs SET notified = ? WHERE job = ? AND run = ?", (moment, job, run))
 
     def entries(self, *, job: str | None = None, limit: int = -1) -> list[Entry]:
         """Runs, the latest first.
@@ -245,10 +254,10 @@ class History:
         """
         query = (
             "SELECT n_rows FROM runs WHERE job = ? AND run != ? AND time <= "
-            "coalesce((SELECT time FROM runs WHERE run = ?), 1e300) ORDER BY time DESC, run LIMIT ?"
+            "coalesce((SELECT time FROM runs WHERE job = ? AND run = ?), 1e300) ORDER BY time DESC, run LIMIT ?"
         )
         with self._open() as connection:
-            return [int(row[0]) for row in connection.execute(query, (job, run, run, limit))]
+            return [int(row[0]) for row in connection.execute(query, (job, run, job, run, limit))]
 
     def forget(self, *, days: float, now: float | None = None) -> int:
         """Remove runs that are older.

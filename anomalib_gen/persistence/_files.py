@@ -125,7 +125,7 @@ def list_folder(folder: Path) -> set[str]:
             found = list(entries)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
-            f"{folder} is no folder. Give the path of a folder that save() made."
+            f"{folder} is no folder. Give the path of a folder that save() or `anomalib-gen fit` made."
         ) from None
     for entry in found:
         if entry.is_symlink() or not entry.is_file(follow_symlinks=False):

@@ -70,7 +70,7 @@ def choose(wanted: Wanted, file_schema: pa.Schema, path: str) -> list[str]:
     present = file_schema.names
     missing_keys = [key for key in wanted.keys if key not in present]
     if missing_keys:
-        raise DataError(f"{path} has no key column {_listed(missing_keys)}. It has {_listed(present)}.")
+        raise DataError(f"{path} has no column {_listed(missing_keys)}. It has {_listed(present)}.")
     if wanted.names is None:
         names = [name for name in present if name not in wanted.keys]
         if len(names) != wanted.count:

@@ -8,6 +8,11 @@ import time
 from typing import Any, TextIO
 
 
+def count(n: int, one: str, many: str | None = None) -> str:
+    """Number of things, in words."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
 class Log:
     """Messages of a run.
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from anomalib_gen.scoring._errors import DATA, DONE, INTERRUPTED, ScoringError
-from anomalib_gen.scoring._log import Log
+from anomalib_gen.scoring._log import Log, count
 
 
 class LogFormat(StrEnum):
@@ -237,8 +237,8 @@ def score(
 
         summary = score_files(options, log)
         log.info(
-            f"{summary.rows} rows scored, {summary.outliers} outliers, {summary.bad_rows} bad rows and "
-            f"{summary.bad_files} bad files left out: {options.output}",
+            f"{options.output}: {count(summary.rows, 'row')} scored, {count(summary.outliers, 'outlier')}; left out: "
+            f"{count(summary.bad_rows, 'bad row')}, {count(summary.bad_files, 'bad file')}",
             rows=summary.rows,
             outliers=summary.outliers,
             bad_rows=summary.bad_rows,
@@ -322,7 +322,8 @@ def report(
 
     It shows the scores beside those of training, the most abnormal rows with the columns that make them so, drift,
     data quality and the model card, holds all that it needs, and can be read on a phone and printed. The files that
-    were scored are read again; run it in the same folder as `score`.
+    were scored are read again; run it in the same folder as `score`. What is an alert, `[monitor]` in the configuration
+    says, as it does for `monitor`; only the usual volume is not known here.
 
     **Exit codes**: 0 done; 1 usage; 2 scores or model that cannot be read, or do not belong together; 4 done, but parts
     are left out and the page says why, for one because the files have changed; 5 internal error.
@@ -331,7 +332,7 @@ def report(
     """
     log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
     with reported(log):
-        from anomalib_gen.scoring.config import ReportOptions, resolve
+        from anomalib_gen.scoring.config import MonitorOptions, ReportOptions, resolve
 
         flags: dict[str, Any] = {
             "scores": scores,
@@ -341,10 +342,12 @@ def report(
             "overwrite": overwrite,
         }
         options = resolve(ReportOptions, "report", flags, config)
+        given = {"scores": options.scores, "model": options.model}
+        judged = resolve(MonitorOptions, "monitor", given, config)
         require("jinja2", "markdown_it", "matplotlib")
         from anomalib_gen.scoring.reporting import report_run
 
-        raise typer.Exit(report_run(options, log))
+        raise typer.Exit(report_run(options, log, judged))
 
 
 def require(*more: str) -> None:

@@ -205,10 +205,10 @@ def read_config(path: Path) -> dict[str, Any]:
             raise UsageError(f"{path}: {table!r} is unknown.{_guess(table, COMMANDS)}")
         if not isinstance(values, dict):
             raise UsageError(f"{path}: {table!r} must be a table, [{table}].")
-        known = [field.name for field in dataclasses.fields(COMMANDS[table])]
+        known = [field.name.replace("_", "-") for field in dataclasses.fields(COMMANDS[table])]
         for key in values:
-            if key.replace("-", "_") not in known:
-                raise UsageError(f"{path}: {table}.{key} is unknown.{_guess(key.replace('-', '_'), known)}")
+            if key.replace("_", "-") not in known:
+                raise UsageError(f"{path}: {table}.{key} is unknown.{_guess(key.replace('_', '-'), known)}")
     return content
 
 
@@ -243,7 +243,9 @@ def resolve(cls: type[Options], name: str, flags: Mapping[str, Any], config: Pat
         if flag is not None and flag is not False and flag != []:
             values[field.name] = _check(flag, field, f"--{field.name.replace('_', '-')}")
         elif field.name in table:
-            values[field.name] = _check(table[field.name], field, f"{config}: {name}.{field.name}")
+            values[field.name] = _check(
+                table[field.name], field, f"{config}: {name}.{field.name.replace('_', '-')}"
+            )
         elif field.default is MISSING:
             shown = {"input": "an INPUT", "scores": "SCORES"}.get(
                 field.name, f"--{field.name.replace('_', '-')}"

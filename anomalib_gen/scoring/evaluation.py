@@ -14,7 +14,7 @@ from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import EvaluateOptions
 from anomalib_gen.scoring.parts import to_json, write_file
 from anomalib_gen.scoring.rows import finite, load_model, score_rows, threshold_of
-from anomalib_gen.scoring.sources import Reader, find_inputs, rows_per_part
+from anomalib_gen.scoring.sources import Reader, check_output, find_inputs, rows_per_part
 
 
 def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
@@ -36,8 +36,11 @@ def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
         raise UsageError(f"{output} exists already. Choose another output, or replace it with --overwrite.")
     model, facts = load_model(options.model)
     wanted = wanted_by(facts["schema"], (options.label,), model)
+    inputs = find_inputs(options.input)
+    if output is not None:
+        check_output(str(options.output), "--output", inputs)
     scores, anomalous = [], []
-    for item in find_inputs(options.input):
+    for item in inputs:
         for part in Reader(item, wanted).parts(rows_per_part(wanted.count)):
             names = wanted.names or [name for name in part.table.column_names if name != options.label]
             frame, bad = to_frame(part.table, list(names), wanted.types)

@@ -17,14 +17,14 @@ import pyarrow as pa
 
 from anomalib_gen.scoring._columns import Wanted, plain_type, to_frame, wanted_by
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
-from anomalib_gen.scoring._log import Log
+from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.calibrating import scored_rows
 from anomalib_gen.scoring.config import ExplainOptions
 from anomalib_gen.scoring.explaining import BLOCK_ROWS, Explainer, shown
 from anomalib_gen.scoring.parts import sole_run
 from anomalib_gen.scoring.rows import load_model, score_rows, threshold_of
 from anomalib_gen.scoring.sinks import is_replaceable, kind_of_output, write_result
-from anomalib_gen.scoring.sources import Reader, find_inputs, rows_per_part
+from anomalib_gen.scoring.sources import Reader, check_output, find_inputs, rows_per_part
 
 ADDED = {
     "file": pa.string(),
@@ -74,15 +74,14 @@ def explain_files(options: ExplainOptions, log: Log) -> int:
     UsageError, DataError
         As the exit codes say. Earlier results are then untouched.
     """
-    output = Path(options.output)
+    output = Path(options.output.removeprefix("file://"))
     kind_of_output(output)
     if clash := sorted(set(options.key) & set(ADDED)):
         raise UsageError(f"--key {clash[0]} has the name of a column that is added. Rename it in the input.")
     model, facts = load_model(options.model)
     wanted = wanted_by(facts["schema"], options.key, model)
     inputs = find_inputs(options.input)
-    if output.resolve() in {Path(item.path).resolve() for item in inputs}:
-        raise UsageError(f"--output {output} is one of the inputs. Choose another.")
+    check_output(options.output, "--output", inputs)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with sole_run(output):
@@ -140,7 +139,7 @@ class _Explanation:
                 keys = keys if keys.num_columns else pa.table({"": pa.nulls(len(frame))})
                 yield _Rows(keys, facts, frame).take(good)
         if left_out:
-            self.log.warning(f"{left_out} rows cannot be scored and are not explained")
+            self.log.warning(f"left out {count(left_out, 'row')} that cannot be scored")
 
     def _flagged(self) -> Iterator[_Rows]:
         for rows in self._all():

@@ -34,12 +34,11 @@ from anomalib_gen.monitoring.webhook import WebhookError, post, where
 from anomalib_gen.persistence import ModelFolderError
 from anomalib_gen.scoring._columns import Wanted, to_frame
 from anomalib_gen.scoring._errors import ALERT, DONE, PARTIAL, DataError, UsageError, explain_os_error
-from anomalib_gen.scoring._log import Log
+from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import MonitorOptions
-from anomalib_gen.scoring.parts import digest, to_json, write_file
-from anomalib_gen.scoring.remote import is_remote
-from anomalib_gen.scoring.run import HASH_DIGITS, record_of
-from anomalib_gen.scoring.sources import Reader, find_inputs, rows_per_part
+from anomalib_gen.scoring.parts import digest, record_of, to_json, write_file
+from anomalib_gen.scoring.run import HASH_DIGITS
+from anomalib_gen.scoring.sources import Reader, check_output, find_inputs, is_remote, rows_per_part
 
 NO_REFERENCE = (
     "{folder} has no training reference to compare with. `anomalib-gen fit` writes one into the folder; to add one to "
@@ -184,6 +183,11 @@ def input_frames(
             yield None
 
 
+def thresholds_of(options: MonitorOptions) -> Thresholds:
+    """What the options call an alert."""
+    return Thresholds(**{field.name: getattr(options, field.name) for field in fields(Thresholds)})
+
+
 def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], int]:
     """Compare, remember and tell.
 
@@ -199,12 +203,13 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
     UsageError, DataError
         As the exit codes say.
     """
-    limits = Thresholds(**{field.name: getattr(options, field.name) for field in fields(Thresholds)})
+    limits = thresholds_of(options)
     try:
         if options.webhook is not None:
             where(options.webhook)
     except WebhookError as error:
         raise UsageError(f"--webhook: {error}") from None
+    _check_outputs(options)
     reference, facts = reference_of_folder(options.model)
     if not reference.held_out:
         log.warning(
@@ -268,6 +273,30 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
     return document, DONE if told and not unreadable else PARTIAL
 
 
+def _check_outputs(options: MonitorOptions) -> None:
+    """Refuse to write over what is read, or one file over another.
+
+    Raises
+    ------
+    UsageError
+    """
+    inputs = find_inputs([options.scores, *options.input])
+    taken = {record_of(Path(item.path)).resolve(): f"the record of {item.path}" for item in inputs}
+    for flag in ("--output", "--prometheus", "--history"):
+        place = getattr(options, flag.removeprefix("--"))
+        if place is None:
+            continue
+        check_output(place, flag, inputs)
+        path = Path(place).resolve()
+        if path in taken:
+            raise UsageError(f"{flag} {place} is {taken[path]}. Choose another file.")
+        if Path(options.model).resolve() in (path, *path.parents):
+            raise UsageError(
+                f"{flag} {place} is in the model folder, which holds nothing else. Choose another."
+            )
+        taken[path] = f"that of {flag}"
+
+
 def _batch(
     options: MonitorOptions, scored: Scored, reference: Reference, facts: dict[str, Any], log: Log
 ) -> tuple[Batch, int]:
@@ -324,7 +353,7 @@ def _tell(
         return False
     if history is not None:
         try:
-            history.notify(document["run"])
+            history.notify(document["run"], job=document["job"])
         except HistoryError as error:
             log.warning(f"the webhook was told, but that could not be noted: {error}")
     return True
@@ -335,9 +364,7 @@ def message(document: dict[str, Any], report: DriftReport) -> dict[str, Any]:
     alerts = [alert.message for alert in report.alerts]
     shown = alerts[:TOLD_ALERTS]
     more = [f"and {len(alerts) - len(shown)} more"] if len(alerts) > len(shown) else []
-    lines = [
-        f"{document['job']}: {len(alerts)} alert{'s' if len(alerts) > 1 else ''} in {document['output']}"
-    ]
+    lines = [f"{document['job']}: {count(len(alerts), 'alert')} in {document['output']}"]
     return {
         **{key: document[key] for key in ("run", "job", "output", "model", "time", "alert")},
         "rows": report.n_rows,
@@ -352,8 +379,8 @@ def table(document: dict[str, Any]) -> str:
     report = document["report"]
     rows, flagged = report["n_rows"], report["n_flagged"]
     lines = [
-        f"run {document['run']} of {document['job']}: {rows} rows, {flagged} outliers, "
-        f"{report['n_bad_rows']} bad rows and {report['n_bad_files']} bad files left out"
+        f"run {document['run']} of {document['job']}: {count(rows, 'row')}, {count(flagged, 'outlier')}; left out: "
+        f"{count(report['n_bad_rows'], 'bad row')}, {count(report['n_bad_files'], 'bad file')}"
     ]
     head = ("", "distance", "PSI", "Wasserstein", "p", "missing", "unseen", "")
     cells: list[tuple[str, ...]] = [head]
@@ -383,8 +410,7 @@ def table(document: dict[str, Any]) -> str:
             lines.append("  ".join([first, *rest, row[-1]]).rstrip())
     if len(columns) > SHOWN_COLUMNS:
         lines.append(f"and {len(columns) - SHOWN_COLUMNS} more columns")
-    count = len(report["alerts"])
-    return "\n".join([*lines, f"{count} alert{'' if count == 1 else 's'}"])
+    return "\n".join([*lines, count(len(report["alerts"]), "alert")])
 
 
 def _numbers(found: dict[str, Any], p: float) -> tuple[str, str, str, str]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anomalib_gen.scoring._log import Log
+from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.commands import (
     Config,
     Inputs,
@@ -171,8 +171,8 @@ def explain(
         require()
         from anomalib_gen.scoring.explaining_files import explain_files
 
-        count = explain_files(options, log)
-        log.info(f"{count} rows explained: {options.output}", rows=count, output=options.output)
+        rows = explain_files(options, log)
+        log.info(f"{options.output}: {count(rows, 'row')} explained", rows=rows, output=options.output)
 
 
 def monitor(

@@ -18,6 +18,7 @@ from anomalib_gen import persistence
 from anomalib_gen.inspection._inline import INK, new_figure, to_svg
 from anomalib_gen.inspection._style import ANOMALY, NORMAL
 from anomalib_gen.monitoring import Distribution, side_by_side
+from anomalib_gen.scoring._log import count
 from anomalib_gen.scoring.reporting import RunReport
 
 SHOWN_COLUMNS = 3
@@ -101,11 +102,6 @@ def share(value: float | None) -> str:
     if 0 < value < 0.0001:
         return "< 0.01 %"
     return f"{100 * value:.2f} %"
-
-
-def count(n: int, one: str, many: str | None = None) -> str:
-    """Number of things."""
-    return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
 def size(n_bytes: int) -> str:

@@ -46,6 +46,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(to_json(value)).hexdigest()[:16]
 
 
+def record_of(output: Path) -> Path:
+    """Where a run tells what an output was made from."""
+    return output.with_name(f"{output.name}.run.json")
+
+
+def quarantine_beside(output: Path) -> Path:
+    """File of what was left out of an output, unless the user names another."""
+    return output.with_name(f"{output.name}.quarantine.jsonl")
+
+
 class Parts:
     """The folder of a run's parts.
 

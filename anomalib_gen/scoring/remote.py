@@ -18,16 +18,11 @@ from typing import Any
 from anomalib_gen.scoring._errors import DataError, UsageError
 from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import ScoreOptions
-from anomalib_gen.scoring.parts import digest, sole_run
+from anomalib_gen.scoring.parts import digest, quarantine_beside, record_of, sole_run
 from anomalib_gen.scoring.sources import find_inputs
 
 WHOLE_OBJECTS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "r2"}
 """Stores in which an upload appears when it is complete."""
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is one of an object store rather than of this machine."""
-    return "://" in path and not path.startswith("file://")
 
 
 def score_to_store(options: ScoreOptions, log: Log, score: Callable[[ScoreOptions], Any]) -> Any:
@@ -77,8 +72,7 @@ def _score_and_upload(
         raise UsageError(
             f"{options.output} exists already. Choose another output, or replace it with --overwrite."
         )
-    record = output.with_name(f"{output.name}.run.json")
-    quarantine = output.with_name(f"{output.name}.quarantine.jsonl")
+    record, quarantine = record_of(output), quarantine_beside(output)
     if output.exists() and not output.stat().st_size:
         output.unlink()
     before = None

@@ -35,14 +35,14 @@ from anomalib_gen.monitoring import (
 from anomalib_gen.persistence import ModelFolderError
 from anomalib_gen.scoring._columns import Wanted, to_frame, wanted_by
 from anomalib_gen.scoring._errors import DONE, PARTIAL, DataError, UsageError, explain_os_error
-from anomalib_gen.scoring._log import Log
-from anomalib_gen.scoring.config import ReportOptions
+from anomalib_gen.scoring._log import Log, count
+from anomalib_gen.scoring.config import MonitorOptions, ReportOptions
 from anomalib_gen.scoring.explaining import Explainer, top_fields
-from anomalib_gen.scoring.parts import write_file
-from anomalib_gen.scoring.remote import is_remote
+from anomalib_gen.scoring.monitor import thresholds_of
+from anomalib_gen.scoring.parts import quarantine_beside, record_of, write_file
 from anomalib_gen.scoring.rows import load_model
-from anomalib_gen.scoring.run import ADDED, HASH_DIGITS, quarantine_beside, record_of
-from anomalib_gen.scoring.sources import Input, Reader, find_inputs, rows_per_part
+from anomalib_gen.scoring.run import ADDED, HASH_DIGITS
+from anomalib_gen.scoring.sources import Input, Reader, find_inputs, is_remote, rows_per_part
 
 BACKGROUND_ROWS = 1000
 """Normal rows of the run, by which contributions are measured."""
@@ -126,8 +126,15 @@ class RunReport:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-def report_run(options: ReportOptions, log: Log) -> int:
+def report_run(options: ReportOptions, log: Log, judged: MonitorOptions | None = None) -> int:
     """Write the page of a scoring run; return the exit code.
+
+    Parameters
+    ----------
+    options : ReportOptions
+    log : Log
+    judged : MonitorOptions, optional
+        Whose thresholds and ignored columns say what is an alert; the defaults without them.
 
     Raises
     ------
@@ -146,7 +153,7 @@ def report_run(options: ReportOptions, log: Log) -> int:
         raise UsageError(f"{output} exists already. Choose another output, or replace it with --overwrite.")
     from anomalib_gen.scoring.page import render
 
-    found = gather(scores, options, log)
+    found = gather(scores, options, log, judged)
     page = render(found)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -156,11 +163,12 @@ def report_run(options: ReportOptions, log: Log) -> int:
     for note in found.notes:
         log.warning(note)
     alerts = len(found.drift.alerts) if found.drift else 0
-    log.info(f"{output}: {found.outliers} anomalies, {alerts} alerts", output=str(output), alerts=alerts)
+    counts = f"{count(found.outliers, 'anomaly', 'anomalies')}, {count(alerts, 'alert')}"
+    log.info(f"{output}: {counts}", output=str(output), alerts=alerts)
     return PARTIAL if found.notes else DONE
 
 
-def gather(scores: Path, options: ReportOptions, log: Log) -> RunReport:
+def gather(scores: Path, options: ReportOptions, log: Log, judged: MonitorOptions | None = None) -> RunReport:
     """Everything that the page of a run shows.
 
     Parameters
@@ -169,6 +177,8 @@ def gather(scores: Path, options: ReportOptions, log: Log) -> RunReport:
         Output of ``score``, with its record beside it.
     options : ReportOptions
     log : Log
+    judged : MonitorOptions, optional
+        As for `report_run`.
 
     Raises
     ------
@@ -222,7 +232,12 @@ def gather(scores: Path, options: ReportOptions, log: Log) -> RunReport:
         columns = () if summariser is None else summariser.columns()
         found.columns = {column.name: column for column in columns}
         batch = Batch(found.rows, found.outliers, found.scores, columns, found.bad_rows, found.bad_files)
-        found.drift = compare(found.reference, batch)
+        found.drift = compare(
+            found.reference,
+            batch,
+            thresholds=None if judged is None else thresholds_of(judged),
+            ignore=() if judged is None else judged.ignore,
+        )
     return found
 
 

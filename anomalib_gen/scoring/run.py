@@ -25,11 +25,27 @@ from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import ScoreOptions
 from anomalib_gen.scoring.explaining import Explainer, top_columns, top_fields
 from anomalib_gen.scoring.overlap import Ahead, Behind
-from anomalib_gen.scoring.parts import Parts, digest, sole_run, to_json, write_file
-from anomalib_gen.scoring.remote import is_remote, score_to_store
+from anomalib_gen.scoring.parts import (
+    Parts,
+    digest,
+    quarantine_beside,
+    record_of,
+    sole_run,
+    to_json,
+    write_file,
+)
+from anomalib_gen.scoring.remote import score_to_store
 from anomalib_gen.scoring.rows import finite, load_model, score_rows, threshold_of
 from anomalib_gen.scoring.sinks import is_replaceable, kind_of_output, write_result
-from anomalib_gen.scoring.sources import Input, Part, Reader, find_inputs, rows_per_part
+from anomalib_gen.scoring.sources import (
+    Input,
+    Part,
+    Reader,
+    check_output,
+    find_inputs,
+    is_remote,
+    rows_per_part,
+)
 
 ADDED = ("score", "p_value", "label", "threshold", "model")
 """Columns that the output may have beside the keys; those of explanations begin with ``top_``."""
@@ -100,20 +116,6 @@ def score_files(options: ScoreOptions, log: Log) -> Summary:
         raise explain_os_error(error, f"writing {output}") from error
 
 
-def record_of(output: Path) -> Path:
-    """Where a run tells what an output was made from."""
-    return output.with_name(f"{output.name}.run.json")
-
-
-def quarantine_beside(output: Path) -> Path:
-    """File of what was left out of an output, unless the user names another."""
-    return output.with_name(f"{output.name}.quarantine.jsonl")
-
-
-def _quarantine_of(options: ScoreOptions, output: Path) -> Path:
-    return Path(options.quarantine or quarantine_beside(output))
-
-
 def _refuse_overlap(options: ScoreOptions, output: Path, inputs: list[Input]) -> None:
     """Refuse to write over what is read, and a quarantine over the output.
 
@@ -121,19 +123,11 @@ def _refuse_overlap(options: ScoreOptions, output: Path, inputs: list[Input]) ->
     ------
     UsageError
     """
-    place = output.resolve()
-    quarantine = _quarantine_of(options, output).resolve()
-    if quarantine in (place, record_of(place)):
+    place, quarantine = output.resolve(), options.quarantine or quarantine_beside(output)
+    if Path(quarantine).resolve() in (place, record_of(place)):
         raise UsageError(f"--quarantine {options.quarantine} is written by the run itself. Choose another.")
-    for item in inputs:
-        read = Path(item.path.removeprefix("file://")).resolve()
-        # (An output that is a folder has the files that were written before.)
-        if place in (read, *read.parents) or quarantine == read:
-            what = "--quarantine" if quarantine == read else f"--output {options.output}"
-            raise UsageError(
-                f"{what} would replace {item.path}, which is one of the inputs. Choose another, in a folder that is "
-                "not read."
-            )
+    check_output(output, "--output", inputs)
+    check_output(quarantine, "--quarantine", inputs)
 
 
 class _Run:
@@ -158,7 +152,7 @@ class _Run:
         self.explainer: Explainer | None = None
         self.parts = Parts(output.with_name(f".{output.name}.parts"))
         self.record = record_of(output)
-        self.quarantine = _quarantine_of(options, output)
+        self.quarantine = Path(options.quarantine or quarantine_beside(output))
         self.summary = Summary()
         self.key_types: dict[str, pa.DataType] | None = None
 

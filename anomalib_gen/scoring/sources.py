@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 
 from anomalib_gen.scoring._columns import Wanted, check_types, choose
-from anomalib_gen.scoring._errors import DataError
+from anomalib_gen.scoring._errors import DataError, UsageError
 
 VALUES_PER_PART = 2**22
 """Values of a part: some tens of megabytes."""
@@ -97,6 +98,32 @@ def find_inputs(patterns: Sequence[str]) -> list[Input]:
         for item in here:
             found.setdefault(item.place, item)
     return list(found.values())
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is one of an object store rather than of this machine."""
+    return "://" in path and not path.startswith("file://")
+
+
+def check_output(output: str | Path, flag: str, inputs: Sequence[Input]) -> None:
+    """Refuse to write over what is read, and to what is no file of this machine.
+
+    Raises
+    ------
+    UsageError
+        If the output is in an object store, is one of the inputs, or is a folder that holds one.
+    """
+    if is_remote(str(output)):
+        raise UsageError(f"{flag} {output} must be a file of this machine.")
+    place = Path(str(output).removeprefix("file://")).resolve()
+    for item in inputs:
+        read = Path(item.path.removeprefix("file://")).resolve()
+        # (An output that is a folder has the files that were written before.)
+        if place in (read, *read.parents):
+            raise UsageError(
+                f"{flag} {output} would replace {item.path}, which is one of the inputs. Choose another, in a folder "
+                "that is not read."
+            )
 
 
 def _find(pattern: str) -> list[Input]:
@@ -208,6 +235,9 @@ class Reader:
     def __init__(self, item: Input, wanted: Wanted) -> None:
         self.item, self.wanted = item, wanted
         self._malformed: dict[int, tuple[str, str]] = {}
+        # (Of a store the size may not be known.)
+        if not item.size and "://" not in item.path:
+            raise DataError(f"{item.path} is empty: it has 0 bytes.")
         try:
             self._dataset = self._open(None)
             self.names = choose(wanted, self._dataset.schema, item.path)

@@ -1,4 +1,4 @@
-"""Score the files of each day with anomalib-gen: one run a day, retried where that can help."""
+"""Score the files of each day, compare them with training and report: one run a day, retried where that can help."""
 
 import subprocess
 from datetime import datetime, timedelta
@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from airflow.exceptions import AirflowException, AirflowFailException
 from airflow.sdk import dag, task
 
-FOLDER = "/srv/anomalies"  # with model/, incoming/, scores/ and score.toml
+FOLDER = "/srv/anomalies"  # with model/, incoming/, scores/, nightly.sh and score.toml
 
 
 @dag(
@@ -20,10 +20,11 @@ FOLDER = "/srv/anomalies"  # with model/, incoming/, scores/ and score.toml
 def nightly_scores():
     @task
     def score(day: str) -> int:
-        command = ["anomalib-gen", "score", f"incoming/{day}", "--output", f"scores/{day}.parquet"]
-        code = subprocess.run([*command, "--config", "score.toml"], cwd=FOLDER, check=False).returncode
+        code = subprocess.run(["sh", f"{FOLDER}/nightly.sh", day], check=False).returncode
         if code == 3:
-            raise AirflowFailException(f"Alert: more anomalies on {day} than expected; the scores are there.")
+            raise AirflowFailException(
+                f"Alert: more anomalies on {day} than expected, or drift; see the report."
+            )
         if code in (1, 2):
             raise AirflowFailException(f"Wrong options or unfit files on {day} (code {code}); see the log.")
         if code not in (0, 4):

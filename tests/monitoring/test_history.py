@@ -40,10 +40,26 @@ def test_a_run_is_counted_once(history):
 
 def test_an_alert_is_told_once_and_forgotten_when_it_is_over(history):
     history.add("a", LOUD, **FACTS)
-    history.notify("a", now=7.0)
+    history.notify("a", job="nightly", now=7.0)
     assert history.add("a", LOUD, **FACTS).notified == 7.0
     assert history.add("a", QUIET, **FACTS).notified is None
     assert history.add("a", LOUD, **FACTS).notified is None
+
+
+def test_jobs_that_call_their_runs_alike_keep_their_own(history):
+    column = ColumnDrift("x", "number", 0.0, 0.0, None, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, None, (), False)
+    other = {**FACTS, "job": "other"}
+    history.add("2026-11-24", replace(LOUD, columns=(column,)), **FACTS, now=1.0)
+    history.notify("2026-11-24", job="nightly", now=2.0)
+    assert history.add("2026-11-24", LOUD, **other, now=3.0).notified is None
+    history.notify("2026-11-24", job="other", now=4.0)
+    assert [(entry.job, entry.notified) for entry in history.entries()] == [("other", 4.0), ("nightly", 2.0)]
+    assert history.recent_rows("2026-11-24", job="nightly") == []
+    assert history.add("2026-11-24", LOUD, **other).time == 3.0
+    with sqlite3.connect(history.path) as connection:
+        assert connection.execute("SELECT job, run, name FROM columns").fetchall() == [
+            ("nightly", "2026-11-24", "x")
+        ]
 
 
 def test_the_usual_volume_is_that_of_earlier_runs_of_the_job(history):

@@ -13,11 +13,13 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anomalib_gen import load, persistence
+from anomalib_gen.monitoring import Summariser, load_reference, reference_of
 from anomalib_gen.persistence import ModelFolderError
 from anomalib_gen.persistence._document import canonical, content_hash
 
@@ -73,6 +75,14 @@ def rehash(files, document):
     return {**files, "model.json": canonical(document)}
 
 
+def reference_bytes():
+    """A training reference of numbers and categories."""
+    random = np.random.default_rng(0)
+    summary = Summariser()
+    summary.add(pd.DataFrame({"amount": random.normal(size=50), "kind": random.choice(["a", "b"], 50)}))
+    return reference_of(summary.columns(), random.normal(size=50), threshold=-2.0, held_out=True).to_bytes()
+
+
 def document_of(files):
     return json.loads(files["model.json"])
 
@@ -93,6 +103,7 @@ def refused_or_read(folder):
     happened.clear()
     watched["on"] = True
     try:
+        load_reference(folder)
         return load(folder)
     except ModelFolderError:
         return None
@@ -475,7 +486,11 @@ def folders(draw):
     """Files of a folder with something wrong with it, with right hashes or without."""
     files = dict(SOURCES[draw(st.sampled_from(sorted(SOURCES)))])
     document = document_of(files)
-    what = draw(st.sampled_from(["bytes", "tensors", "header", "part", "schema", "tree", "tree", "document"]))
+    what = draw(
+        st.sampled_from(
+            ["bytes", "tensors", "header", "part", "schema", "tree", "tree", "document", "reference"]
+        )
+    )
     if what == "bytes":
         name = draw(st.sampled_from([name for name in files if name != "MODEL_CARD.md"]))
         files[name] = draw(changed_bytes(files[name]))
@@ -495,6 +510,13 @@ def folders(draw):
         else:
             data = archive_of(schema=lambda schema: draw(changed_json(schema)))
         return rehash({**WHOLE, "part-0.skops": data}, document)
+    if what == "reference":
+        data = reference_bytes()
+        if draw(st.booleans()):
+            data = draw(changed_bytes(data))
+        else:
+            data = json.dumps(draw(changed_json(json.loads(data)))).encode()
+        return rehash({**files, "reference.json": data}, document)
     if what == "tree":
         return rehash(files, {**document, "model": draw(changed_json(document["model"]))})
     changed = draw(changed_json({key: part for key, part in document.items() if key != "model"}))
@@ -510,6 +532,18 @@ QUIET = [
     HealthCheck.function_scoped_fixture,
     HealthCheck.large_base_example,
 ]
+
+
+def test_a_training_reference_is_read_or_refused(tmp_path):
+    """A folder with a sound one is read: what the examples below change is not refused already."""
+    document, data = document_of(WHOLE), reference_bytes()
+    folder = write(tmp_path / "m", rehash({**WHOLE, "reference.json": data}, document))
+    assert load_reference(folder).n_scored == 50
+    assert refused_or_read(folder) is not None
+    for broken in (b"", b"[]", data[:-1], data.replace(b'"held_out"', b'"held"'), b"[" * 100_000):
+        write(folder, rehash({**WHOLE, "reference.json": broken}, document))
+        with pytest.raises(ModelFolderError, match="training reference cannot be read"):
+            load_reference(folder)
 
 
 @given(folders())

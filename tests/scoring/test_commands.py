@@ -10,6 +10,7 @@ from sklearn.metrics import average_precision_score, f1_score, precision_score, 
 from anomalib_gen import FlowDetector, load, persistence
 from anomalib_gen.scoring import config
 from anomalib_gen.scoring._errors import UsageError
+from anomalib_gen.scoring._log import count
 
 FLOW = (
     "anomalib_gen.FlowDetector(transform='realnvp', n_layers=2, hidden_features=8, max_iter=20, device='cpu')"
@@ -127,6 +128,22 @@ def test_evaluate_without_anomalies_or_with_bad_rows(run, rows, model, tmp_path)
     assert result.exit_code == 2
 
 
+def test_evaluate_replaces_no_input(run, rows, model, tmp_path):
+    path = tmp_path / "a.csv"
+    rows(20, 0).assign(y=1).to_csv(path, index=False)
+    before = path.read_bytes()
+    result = run("evaluate", path, "-m", model, "--label", "y", "--overwrite", "-o", path)
+    assert result.exit_code == 1
+    assert "one of the inputs" in result.stderr
+    assert path.read_bytes() == before
+
+
+def test_numbers_of_things_are_in_words():
+    assert [count(n, "row") for n in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]
+    assert count(1, "anomaly", "anomalies") == "1 anomaly"
+    assert count(2, "anomaly", "anomalies") == "2 anomalies"
+
+
 def test_models(run, model, tmp_path):
     content = persistence.verify(model)
     assert json.loads(run("models", "inspect", model).stdout)["hash"] == content
@@ -170,14 +187,14 @@ def test_a_file_gives_what_flags_do_not(run, rows, model, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[score]\nmax_bad_row = 1", "score.max_bad_row is unknown. Did you mean 'max_bad_rows'"),
+        ("[score]\nmax_bad_row = 1", "score.max_bad_row is unknown. Did you mean 'max-bad-rows'"),
         ("[scores]\nx = 1", "'scores' is unknown. Did you mean 'score'"),
         ("score = 1", "'score' must be a table"),
-        ("[score]\nmax-bad-rows = 'many'", "score.max_bad_rows must be a whole number, got 'many'"),
-        ("[score]\nmax-bad-rows = true", "score.max_bad_rows must be a whole number, got True"),
-        ("[score]\nmax-bad-rows = -1", "score.max_bad_rows must be at least 0, got -1"),
-        ("[score]\nalert-above = 2", "score.alert_above must be from 0 to 1, got 2"),
-        ("[score]\nalert-above = nan", "score.alert_above must be from 0 to 1, got nan"),
+        ("[score]\nmax-bad-rows = 'many'", "score.max-bad-rows must be a whole number, got 'many'"),
+        ("[score]\nmax-bad-rows = true", "score.max-bad-rows must be a whole number, got True"),
+        ("[score]\nmax-bad-rows = -1", "score.max-bad-rows must be at least 0, got -1"),
+        ("[score]\nalert-above = 2", "score.alert-above must be from 0 to 1, got 2"),
+        ("[score]\nalert-above = nan", "score.alert-above must be from 0 to 1, got nan"),
         ("[score]\nkey = [1]", r"score.key must be a list of texts, got [1]"),
         ("[score]\nresume = 'yes'", "score.resume must be true or false, got 'yes'"),
         ("[score]\nmodel = ''", "score.model must be text"),

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 import types
 from pathlib import Path
 
@@ -30,9 +29,13 @@ pytestmark = [
 
 
 @pytest.fixture
-def place(tmp_path, model, rows):
-    """The folder that all examples work in: a model, and the files of a day."""
-    shutil.copytree(model, tmp_path / "model")
+def place(tmp_path, described, rows):
+    """The folder that all examples work in: a model, the files of a day, and what to do, without alerts."""
+    shutil.copytree(described, tmp_path / "model")
+    shutil.copy(EXAMPLES / "nightly.sh", tmp_path)
+    text = (EXAMPLES / "score.toml").read_text()
+    assert "alert-above = 0.05" in text
+    (tmp_path / "score.toml").write_text(text.replace("alert-above = 0.05", "alert-above = 1"))
     (tmp_path / "incoming" / YESTERDAY).mkdir(parents=True)
     rows(60, 1).to_parquet(tmp_path / "incoming" / YESTERDAY / "rows.parquet")
     (tmp_path / "scores").mkdir()
@@ -79,24 +82,22 @@ def assert_scored(place, day=YESTERDAY):
     assert list(pd.read_parquet(place / "scores" / f"{day}.parquet")["id"]) == [
         f"1-{k:05d}" for k in range(60)
     ]
+    assert (place / "scores" / f"{day}.parquet.html").exists()
+    assert (place / "scores" / "monitor.sqlite").exists()
 
 
 # What all have in common -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_configurations_are_valid(name):
-    path = EXAMPLES / name / "score.toml"
-    found = config.read_config(path)
+def test_the_configuration_is_valid():
+    path = EXAMPLES / "score.toml"
     options = config.resolve(
         config.ScoreOptions, "score", {"input": ["a.parquet"], "output": "b.parquet"}, path
     )
     assert options.resume
     assert options.overwrite
-    common = tomllib.loads((EXAMPLES / "cron" / "score.toml").read_text())
-    assert found["score"] == common["score"]
     for command, options in (("monitor", config.MonitorOptions), ("report", config.ReportOptions)):
-        config.resolve(options, command, {"scores": "a.parquet", "model": "m"}, path)
+        assert config.resolve(options, command, {"scores": "a.parquet"}, path).model == "model"
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -104,28 +105,23 @@ def test_every_file_is_explained(name):
     text = (EXAMPLES / name / "README.md").read_text()
     for path in (EXAMPLES / name).iterdir():
         if path.suffix in (".sh", ".toml", ".py"):
-            assert path.name in text or path.name == "score.toml", path
+            assert path.name in text, path
+    assert "nightly.sh" in text
+    assert "score.toml" in text
     assert f"]({name})" in (EXAMPLES / "README.md").read_text()
 
 
 # cron ------------------------------------------------------------------------------------------------------
 
 
-def test_cron_scores_a_day(place, command, described):
+def test_cron_scores_a_day(place, command):
     path = command()
-    for name in ("nightly.sh", "score.toml"):
-        shutil.copy(EXAMPLES / "cron" / name, place)
-    shutil.rmtree(place / "model")
-    shutil.copytree(described, place / "model")  # (Drift needs a training reference.)
-    text = (place / "score.toml").read_text()
-    (place / "score.toml").write_text(text.replace("alert-above = 0.05", "alert-above = 1"))
     done = run_in("/", [place / "nightly.sh"], path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert_scored(place)
-    assert (place / "scores" / f"{YESTERDAY}.parquet.html").exists()
-    assert (place / "monitor.sqlite").exists()
     # The same day by its name, with another threshold.
-    (place / "score.toml").write_text(text.replace("alert-above = 0.05", "alert-above = 0"))
+    text = (place / "score.toml").read_text()
+    (place / "score.toml").write_text(text.replace("alert-above = 1", "alert-above = 0"))
     done = run_in("/", [place / "nightly.sh", YESTERDAY], path)
     assert done.returncode == 3
     assert f"ALERT for {YESTERDAY}" in done.stdout.splitlines()[-1]
@@ -152,7 +148,6 @@ def test_cron_scores_a_day(place, command, described):
 )
 def test_cron_acts_on_codes(place, command, codes, called, code, last):
     path = command(*codes)
-    shutil.copy(EXAMPLES / "cron" / "nightly.sh", place)
     done = run_in("/", [place / "nightly.sh"], path)
     assert done.returncode == code
     calls = (place / "bin" / "calls").read_text().splitlines()
@@ -185,14 +180,10 @@ def unit(name):
 
 
 def test_systemd_runs_the_command(place, command):
-    path = command()
-    shutil.copy(EXAMPLES / "systemd" / "score.toml", place)
-    text = (place / "score.toml").read_text()
-    (place / "score.toml").write_text(text.replace("alert-above = 0.05", "alert-above = 1"))
-    (place / ".venv").mkdir()
-    (place / ".venv" / "bin").symlink_to(place / "bin")
-    line = unit("anomalib-score.service")["ExecStart"]
-    done = run_in(place, shlex.split(line.replace("$$", "$").replace("%%", "%")), path)
+    found = unit("anomalib-score.service")
+    assert found["Environment"].startswith("PATH=/srv/anomalies/.venv/bin:")
+    line = found["ExecStart"].replace("/srv/anomalies", str(place))
+    done = run_in(place, shlex.split(line), command())
     assert done.returncode == 0, done.stderr
     assert_scored(place)
 
@@ -228,8 +219,6 @@ def test_systemd_alert_says_what_happened(place, command):
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 def test_systemd_accepts_the_units(place, command):
     command(0)
-    (place / ".venv").mkdir()
-    (place / ".venv" / "bin").symlink_to(place / "bin")
     shutil.copy(EXAMPLES / "systemd" / "alert.sh", place)
     names = ("anomalib-score.service", "anomalib-score.timer", "anomalib-alert.service")
     for name in names:
@@ -305,9 +294,6 @@ def test_airflow_imports_the_dag(dag):
 
 
 def test_airflow_scores_a_day(dag, place, command, monkeypatch):
-    shutil.copy(EXAMPLES / "airflow" / "score.toml", place)
-    text = (place / "score.toml").read_text()
-    (place / "score.toml").write_text(text.replace("alert-above = 0.05", "alert-above = 1"))
     monkeypatch.setenv("PATH", command())
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(dag.module, "FOLDER", str(place))
@@ -316,8 +302,8 @@ def test_airflow_scores_a_day(dag, place, command, monkeypatch):
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 5, 137])
-def test_airflow_acts_on_codes(dag, place, command, monkeypatch, code):
-    monkeypatch.setenv("PATH", command(code))
+def test_airflow_acts_on_codes(dag, place, monkeypatch, code):
+    (place / "nightly.sh").write_text(f"exit {code}\n")
     monkeypatch.setattr(dag.module, "FOLDER", str(place))
     if code in (0, 4):
         assert dag.task(YESTERDAY) == code
@@ -385,12 +371,9 @@ def test_the_compose_file_runs_the_command(place, command):
     workdir = [rest for word, rest in instructions() if word == "WORKDIR"][-1]
     assert {there for there, _ in where.values()} == {f"{workdir}/{name}" for name in where}
     assert [name for name, (_, fixed) in where.items() if not fixed] == ["scores"]
+    assert {name for name in where if "." in name} == {"nightly.sh", "score.toml"}
     # What the container would run, in a folder like its own.
-    shutil.copy(EXAMPLES / "docker" / "score.toml", place)
-    text = (place / "score.toml").read_text()
-    (place / "score.toml").write_text(text.replace("alert-above = 0.05", "alert-above = 1"))
     arguments = [str(part).replace("${DAY:?}", YESTERDAY) for part in service["command"]]
-    entry = json.loads(dict(instructions())["ENTRYPOINT"])
-    done = run_in(place, [str(place / "bin" / entry[0]), *arguments], command())
+    done = run_in(place, [*service["entrypoint"], *arguments], command())
     assert done.returncode == 0, done.stderr
     assert_scored(place)

@@ -42,7 +42,7 @@ def test_lowest_rows_are_explained_as_in_python(run, incoming, frame, model, loa
     monkeypatch.setattr(explaining_files, "rows_per_part", lambda n_columns: 100)
     result = explain(run, incoming, model, tmp_path / "why.parquet", "--top", 12)
     assert result.exit_code == 0, result.output
-    assert "1 rows cannot be scored" in result.stderr
+    assert "left out 1 row that cannot be scored" in result.stderr
     found = pd.read_parquet(tmp_path / "why.parquet")
     assert list(found) == ["id", *explaining_files.ADDED]
     rows = frame.drop(columns="id")
@@ -98,7 +98,14 @@ def test_what_cannot_be_explained_or_replaced(run, incoming, model, fitted, X, t
     assert explain(run, incoming, model, tmp_path / "a.csv").exit_code == 1
     assert (tmp_path / "a.csv").read_text() == "earlier"
     assert explain(run, incoming, model, tmp_path / "a.csv", "--overwrite", "--top", 3).exit_code == 0
-    assert explain(run, incoming, model, incoming / "b.csv", "--overwrite").exit_code == 1
+    for place, message in (
+        (incoming / "b.csv", "one of the inputs"),
+        (incoming, "one of the inputs"),
+        ("memory://why.csv", "must be a file of this machine"),
+    ):
+        result = explain(run, incoming, model, place, "--overwrite")
+        assert result.exit_code == 1
+        assert message in result.stderr
     assert (
         run("explain", incoming, "-m", model, "-k", "id", "-k", "id", "-o", tmp_path / "b.csv").exit_code == 1
     )

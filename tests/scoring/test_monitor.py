@@ -207,7 +207,7 @@ def test_an_unusual_volume(run, scored, fitted_model):
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("DELETE FROM runs")
         for k in range(5):
-            values = (f"r{k}", row[1] - k - 1, *row[2:5], 1000, *row[6:])
+            values = (row[0], f"r{k}", row[2] - k - 1, *row[3:5], 1000, *row[6:])
             connection.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(row))})", values)
     result = monitor(run, scored, "same", fitted_model, "--history", history)
     assert result.exit_code == 3
@@ -268,6 +268,29 @@ def test_an_alert_is_told_until_somebody_knows_and_then_no_more(run, scored, fit
     assert got[1]["rows"] == 400
     assert "x: has drifted" in got[1]["text"]
     assert History(scored / "h.sqlite").entries()[0].notified is not None
+
+
+def test_nothing_that_is_read_is_replaced(run, scored, fitted_model):
+    scores, source = scored / "same.scores.parquet", scored / "same.parquet"
+    before = {path: path.read_bytes() for path in scored.iterdir() if path.is_file()}
+    for flag in ("--output", "--prometheus", "--history"):
+        for place, message in (
+            (scores, "one of the inputs"),
+            (source, "one of the inputs"),
+            (scored, "one of the inputs"),
+            (f"{scores}.run.json", "is the record of"),
+            (fitted_model / "found.json", "in the model folder"),
+            ("memory://found.json", "must be a file of this machine"),
+        ):
+            result = monitor(run, scored, "same", fitted_model, flag, place)
+            assert result.exit_code == 1, result.output
+            assert f"{flag} {place}" in result.stderr
+            assert message in result.stderr
+    result = monitor(run, scored, "same", fitted_model, "-o", scored / "a", "--prometheus", scored / "a")
+    assert result.exit_code == 1
+    assert "is that of --output" in result.stderr
+    assert {path: path.read_bytes() for path in scored.iterdir() if path.is_file()} == before
+    persistence.verify(fitted_model)
 
 
 def test_a_webhook_from_the_environment_and_one_that_is_none(run, scored, fitted_model, post, monkeypatch):

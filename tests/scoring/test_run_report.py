@@ -157,6 +157,23 @@ def test_report_and_monitor_find_the_same(run, scored, described, rows, tmp_path
     assert json.loads(result.stdout)["report"] == json.loads(json.dumps(found.drift.to_dict()))
 
 
+def test_a_configuration_of_monitor_holds_for_report(run, scored, described, rows, tmp_path):
+    frame = rows(300, 1)
+    frame["x"] += 1
+    output = scored(frame)
+    result = run("report", output, "-m", described, "-o", tmp_path / "a.html")
+    assert re.search("[1-9] alerts?$", result.stderr.strip())
+    path = tmp_path / "run.toml"
+    path.write_text("[monitor]\nalpha = 1e-9\ndistance = 1\npsi = 99\nwasserstein = 99\nalert-rate = 99\n")
+    result = run("report", output, "-m", described, "-o", tmp_path / "b.html", "--config", path)
+    assert "anomal" in result.stderr
+    assert ", 0 alerts" in result.stderr
+    path.write_text("[monitor]\npsi = 'much'\n")
+    result = run("report", output, "-m", described, "-o", tmp_path / "c.html", "--config", path)
+    assert result.exit_code == 1
+    assert "monitor.psi must be a number" in result.stderr
+
+
 def test_one_run_gives_one_page(run, scored, described, rows, tmp_path):
     output = scored(rows(120, 1))
     for name in ("a.html", "b.html"):

@@ -240,7 +240,7 @@ def test_reordered_and_extra_columns_do_not_matter(run, rows, model, loaded, tmp
     ("change", "message"),
     [
         (lambda f: f.drop(columns="x"), "lacks the column 'x', which the model needs"),
-        (lambda f: f.drop(columns="id"), "has no key column 'id'"),
+        (lambda f: f.drop(columns="id"), "has no column 'id'"),
         (
             lambda f: f.assign(x=f["x"].astype(str)),
             "'x' of .* has the type (large_)?string, and the model was fitted to float",
@@ -477,6 +477,7 @@ def test_an_input_is_never_replaced(run, rows, model, tmp_path, monkeypatch, nam
         (source, "one of the inputs"),
         ("out.csv", "by the run"),
         ("out.csv.run.json", "by the run"),
+        ("memory://bad.jsonl", "must be a file of this machine"),
     ):
         result = run("score", "incoming", "-m", model, "-o", "out.csv", "--quarantine", path)
         assert result.exit_code == 1
@@ -484,6 +485,15 @@ def test_an_input_is_never_replaced(run, rows, model, tmp_path, monkeypatch, nam
     assert source.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["incoming"]
     assert run("score", "incoming", "-m", model, "-o", "incoming.csv").exit_code == 0
+
+
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet", "feather"])
+def test_a_file_without_a_byte_says_so(run, model, tmp_path, ending):
+    source = tmp_path / f"a.{ending}"
+    source.touch()
+    result = run("score", source, "-m", model, "-o", tmp_path / "out.csv")
+    assert result.exit_code == 2
+    assert f"{source} is empty: it has 0 bytes." in result.stderr
 
 
 def test_a_model_of_images_is_refused_at_once(run, rows, tmp_path):
