@@ -391,7 +391,7 @@ class ImageReader(TransformerMixin, BaseEstimator):
             from PIL import Image
         except ImportError as error:  # pragma: no cover
             raise ModuleNotFoundError(
-                "Reading image files needs Pillow: pip install 'anomalib_gen[images]'."
+                "Reading image files needs Pillow: pip install 'anomalib-gen[images]'."
             ) from error
 
         try:

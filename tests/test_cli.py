@@ -121,3 +121,15 @@ def test_importing_the_command_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_package_runs_as_the_command():
+    def call(*arguments):
+        command = [sys.executable, "-m", "anomalib_gen", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert call("--version").stdout == run("--version").output
+    wrong = call("no-such-command")
+    assert wrong.returncode == 1
+    assert wrong.stdout == ""
+    assert "python -m anomalib_gen" in wrong.stderr

@@ -146,7 +146,7 @@ class InputComplexity(Component):
             from PIL import Image
         except ImportError as error:  # pragma: no cover
             raise ModuleNotFoundError(
-                "Input complexity needs Pillow: pip install 'anomalib_gen[images]'."
+                "Input complexity needs Pillow: pip install 'anomalib-gen[images]'."
             ) from error
 
         channels, height, width = levels.shape

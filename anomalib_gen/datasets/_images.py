@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,7 @@ def _patches(
 
 def _coder_of(path: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
     """Code and decode an image ``(3, height, width)`` as the first one of a file of coded images was."""
+    _require_readers()
     import pyarrow.parquet as pq
     from PIL import Image, JpegImagePlugin
 
@@ -228,15 +230,18 @@ def _candidates(file: str, data_home: str | os.PathLike[str] | None) -> Iterator
             yield Path(home).expanduser() / file
 
 
+def _require_readers() -> None:
+    if find_spec("pyarrow") is None or find_spec("PIL") is None:
+        raise ModuleNotFoundError(
+            "Reading CIFAR-10 needs pyarrow and Pillow. Install them with: pip install 'anomalib-gen[benchmark]'"
+        )
+
+
 def _read_parquet(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images ``(n, 3, 32, 32)`` and classes of a file with columns ``image`` and ``label``."""
-    try:
-        import pyarrow.parquet as pq
-        from PIL import Image
-    except ImportError as error:  # pragma: no cover
-        raise ModuleNotFoundError(
-            "Reading CIFAR-10 needs pyarrow and Pillow: pip install 'anomalib_gen[benchmark]'."
-        ) from error
+    _require_readers()
+    import pyarrow.parquet as pq
+    from PIL import Image
 
     table = pq.read_table(path, columns=["image", "label"])
     X = np.empty((table.num_rows, 3, 32, 32), dtype=np.uint8)

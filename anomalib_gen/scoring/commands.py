@@ -103,7 +103,7 @@ def fit(
 
         flags = {"input": input, "model": model, "detector": detector, "columns": columns, "exclude": exclude}
         options = resolve(FitOptions, "fit", {**flags, "seed": seed, "overwrite": overwrite}, config)
-        require()
+        require("skops")
         from anomalib_gen.scoring.fitting import fit_files
 
         typer.echo(fit_files(options, log))

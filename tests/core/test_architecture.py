@@ -35,7 +35,7 @@ LAYERS = [
     {"detectors"},
     {"calibration", "explain", "features", "heatmaps", "images", "inspection", "selection"},
     {"monitoring"},
-    {"datasets", "benchmark", "scoring", "cli"},
+    {"datasets", "benchmark", "scoring", "cli", "__main__"},
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 BORDER = LAYER["_scaling"]

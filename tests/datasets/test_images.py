@@ -69,6 +69,13 @@ def test_what_is_missing_is_told(home):
         load_images("svhn", normal=0)
 
 
+def test_missing_packages_are_told(home, monkeypatch):
+    (home / "images" / "cifar10-train.parquet").touch()
+    monkeypatch.setattr("anomalib_gen.datasets._images.find_spec", lambda name: None if name == "PIL" else 1)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'anomalib-gen\[benchmark\]'"):
+        load_images("cifar10", normal=0, data_home=home)
+
+
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_the_real_files(name):
     try:

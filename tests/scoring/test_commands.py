@@ -237,3 +237,10 @@ def test_the_extra_is_asked_for(run, monkeypatch):
     result = run("score", "a.csv", "-m", "m", "-o", "b.csv")
     assert result.exit_code == 1
     assert "pip install 'anomalib-gen[scoring]'" in result.stderr
+
+
+def test_fit_asks_before_it_trains_for_what_it_needs_to_save(run, monkeypatch):
+    monkeypatch.setattr("anomalib_gen.scoring._extra.find_spec", lambda name: None if name == "skops" else 1)
+    result = run("fit", "a.csv", "-m", "m")
+    assert result.exit_code == 1
+    assert "not installed: skops." in result.stderr
