@@ -301,7 +301,8 @@ def monitor(
 
     Compared are the scores, the share of outliers, the number of rows and, with `--input`, every column. A difference
     is an alert if it is both large (one of the thresholds) and sure (`--alpha`). What one run found has one entry in
-    the history, however often it is looked at; the webhook is called for an alert until it was reached once.
+    the history, however often it is looked at; the webhook is called for an alert until it was reached
+    once. Without a history it is called at every look.
 
     **Exit codes**: 0 nothing to see; 1 usage; 2 files that cannot be read or written, or a model without a training
     reference; 3 alert; 4 done, but for input files that cannot be read or a webhook that was not reached; 5 internal
