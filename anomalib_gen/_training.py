@@ -345,7 +345,7 @@ def train(
                 loss = losses.mean()
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
-            except Exception as error:
+            except Exception as error:  # devices differ in what they raise when memory runs out
                 if not _runtime.is_out_of_memory(error) or batch_size == 1:
                     raise
                 batch_size = max(1, batch_size // 2)

@@ -514,10 +514,11 @@ def evaluate_cell(job: Job) -> tuple[dict[str, Any], tuple[Any, Split, Evaluatio
         split = _split(cell.suite, job.source, job.data_home, cell.seed)
     except SplitError as error:
         return describe_failure(cell, "data", str(error)), None
-    except Exception as error:
+    except Exception as error:  # a file that cannot be read fails its cells, not the run
         return describe_failure(cell, "data", error), None
     images_shown = split.X_test if cell.suite in IMAGE_SUITES else None
     try:
+        # For peers that draw from the global generators; the process is the benchmark's own.
         random.seed(cell.seed)
         np.random.seed(cell.seed)  # noqa: NPY002
         if not issubclass(job.detector.resolve(), GenerativeDetector):
