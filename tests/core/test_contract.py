@@ -157,20 +157,18 @@ def test_another_anomaly_must_be_known(trained, family, X):
 @each_combination
 def test_every_weight_learns(family, parts, X, monkeypatch):
     """No parameter may be without a gradient through the whole of training."""
-    moved = {}
-    update = _training._MovingAverage.update
+    moved = set()
+    gather = _training._FlatWeights.gather
 
-    def watch(average, step):
-        for number, weight in enumerate(average.source):
-            gradient = weight.grad
-            alive = gradient is not None and bool((gradient != 0).any())
-            moved[number] = moved.get(number, False) or alive
-        update(average, step)
+    def watch(flat):
+        for parameter in (parameter for group in flat.groups for parameter in group):
+            if parameter.grad is not None and bool((parameter.grad != 0).any()):
+                moved.add(parameter)
+        gather(flat)
 
-    monkeypatch.setattr(_training._MovingAverage, "update", watch)
+    monkeypatch.setattr(_training._FlatWeights, "gather", watch)
     detector = small(family, **parts).fit(X)
-    names = [name for name, p in detector.model_.named_parameters() if p.requires_grad]
-    still = {name for name, alive in zip(names, moved.values(), strict=True) if not alive}
+    still = {name for name, p in detector.model_.named_parameters() if p.requires_grad and p not in moved}
     # An energy is known up to a constant, which only some objectives learn.
     assert still <= ({"log_z", "network.output.bias"} if hasattr(detector.model_, "log_z") else set())
 

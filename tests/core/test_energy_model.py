@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from anomalib_gen._runtime import forked_rng, make_generator
-from anomalib_gen._training import _MovingAverage
+from anomalib_gen._training import _FlatWeights, _MovingAverage
 from anomalib_gen.models import EnergyModel, TailedNormal
 from anomalib_gen.networks import MLP, ResidualMLP, SpectralLinear
 
@@ -188,7 +188,8 @@ def test_copies_pickles_and_averages_are_the_same_and_calls_change_nothing(varia
     model, x = make(**variant), draw(5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     energy = model.energy(x)
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), _MovingAverage(model, 0.9).model):
+    average = _MovingAverage(model, _FlatWeights(list(model.parameters())), 0.9)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), average.model):
         assert torch.equal(copied.energy(x), energy)
     assert torch.equal(model.energy(x), energy)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

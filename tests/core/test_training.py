@@ -1,5 +1,6 @@
 """The training loop: what it keeps, how it ends, and what it says when something goes wrong."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from anomalib_gen import _training
-from anomalib_gen._training import TrainingOptions, _MovingAverage, evaluate, train
+from anomalib_gen._training import TrainingOptions, _FlatWeights, _MovingAverage, evaluate, train
 from anomalib_gen.objectives import MaximumLikelihood
 
 CPU = torch.device("cpu")
@@ -147,6 +148,75 @@ def test_weight_decay_is_for_matrices_only():
     np.testing.assert_array_equal(model.vector.detach(), 1)
 
 
+class Several(nn.Module):
+    """Matrices and vectors of two precisions."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, (shape, dtype) in {
+            "a": ((2, 3), torch.float32),
+            "b": ((3,), torch.float32),
+            "c": ((), torch.float64),
+            "d": ((2, 1, 2), torch.float64),
+            "e": ((4, 1), torch.float32),
+        }.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)))
+
+
+def test_weights_laid_end_to_end_are_the_same_weights():
+    model = Several()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flat = _FlatWeights(list(model.parameters()))
+    assert [(vector.numel(), vector.dtype) for vector in flat.vectors] == [
+        (10, torch.float32),
+        (3, torch.float32),
+        (1, torch.float64),
+        (4, torch.float64),
+    ]
+    assert flat.decayed == [True, False, False, True]
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name])
+    (model.a.square().sum() + (3 * model.d).sum()).backward()
+    flat.gather()
+    matrices, vectors, number, cubes = flat.vectors
+    torch.testing.assert_close(matrices.grad[:6], 2 * before["a"].flatten())
+    assert not matrices.grad[6:].any()  # of e, which took no part
+    assert not vectors.grad.any()
+    assert not number.grad.any()
+    assert (cubes.grad == 3).all()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with torch.no_grad():
+        for vector in flat.vectors:
+            vector.add_(1)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value.detach(), before[name] + 1)
+    flat.release()
+    places = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert len(places) == 5
+    with torch.no_grad():
+        flat.vectors[0].zero_()
+    torch.testing.assert_close(model.a.detach(), before["a"] + 1)
+    flat.load([torch.zeros_like(vector) for vector in flat.vectors])
+    assert not any(parameter.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_weight_has_its_own_memory_after_training(fails):
+    model = Several()
+
+    def loss(model, x, generator):
+        if fails and model.b.sum() < 100:
+            raise ValueError("no")
+        return x.sum(1) + sum(parameter.sum() for parameter in model.parameters())
+
+    with pytest.raises(ValueError, match="no") if fails else contextlib.nullcontext():
+        run(model, loss, make_rows(), max_iter=2)
+    for parameter in model.parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
+        assert parameter.grad is None
+
+
 def test_frozen_parameters_stay():
     model = Centre()
     model.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
@@ -201,7 +271,7 @@ def test_the_step_size_warms_up_linearly(monkeypatch):
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.995])
 def test_the_average_is_the_weighted_sum_it_claims_to_be(decay):
     model = Centre(1, start=5.0)
-    average = _MovingAverage(model, decay)
+    average = _MovingAverage(model, _FlatWeights([model.centre]), decay)
     values = np.random.default_rng(0).normal(size=30)
     weights = np.zeros(31)  # of the start and of each value
     weights[0] = 1.0
