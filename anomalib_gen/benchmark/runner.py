@@ -26,6 +26,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -343,43 +344,51 @@ def run_jobs(
     jobs: int,
     time_limit: float | None = None,
 ) -> None:
-    """Keep `jobs` workers busy with `function` until `on_done` was called for every cell of `todo`."""
+    """Keep `jobs` workers busy with `function` until `on_done` was called for every cell of `todo`.
+
+    Neighbours in `todo` that differ in the anomaly alone go to one worker, one after the other: it fits once.
+    """
     if not todo:
         return
-    waiting = deque(todo)
+    waiting = deque(list(group) for _, group in groupby(todo, _fit_identity))
     broken: dict[Job, int] = {}
-    pool = _start_pool(folder, min(jobs, len(todo)))
-    running: dict[Future[Any], Job] = {}
+    # A pool for each worker, because a pool does not let one say who does what.
+    pools = [_start_pool(folder) for _ in range(min(jobs, len(waiting)))]
+    running: dict[Future[Any], tuple[Job, int]] = {}
     try:
         while waiting or running:
-            # A short queue in the pool, so that stopping has little to throw away.
-            while waiting and len(running) < 2 * jobs:
-                job = waiting.popleft()
-                running[pool.schedule(function, args=(job,), timeout=time_limit)] = job
+            for idle in set(range(len(pools))) - {slot for _, slot in running.values()}:
+                for job in waiting.popleft() if waiting else ():
+                    future = pools[idle].schedule(function, args=(job,), timeout=time_limit)
+                    running[future] = job, idle
             # A time-out lets Ctrl-C through on every platform.
             for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
-                job = running.pop(future)
+                job, _ = running.pop(future)
                 try:
                     record = _record(job.cell, future, time_limit)
                 except BrokenProcessPool:
                     # The pool itself has failed, usually through a worker that died between two cells.
                     broken[job] = broken.get(job, 0) + 1
                     if broken[job] < 3:
-                        waiting.appendleft(job)
+                        waiting.appendleft([job])
                         continue
                     reason = "the worker processes died three times"
                     record = describe_failure(job.cell, "worker died", reason)
                 on_done(job, record)
-            if not pool.active:
-                waiting.extendleft(running.values())
-                running.clear()
-                pool.stop()
-                pool.join()
-                pool = _start_pool(folder, min(jobs, len(todo)))
-        pool.close()
+            for slot, pool in enumerate(pools):
+                if not pool.active:
+                    lost = [future for future, (_, where) in running.items() if where == slot]
+                    if lost:
+                        waiting.appendleft([running.pop(future)[0] for future in lost])
+                    pool.stop()
+                    pool.join()
+                    pools[slot] = _start_pool(folder)
+        for pool in pools:
+            pool.close()
     finally:
-        pool.stop()  # harmless after close; kills what still runs otherwise
-        pool.join()
+        for pool in pools:
+            pool.stop()  # harmless after close; kills what still runs otherwise
+            pool.join()
 
 
 def _record(cell: _Cell, future: Future[Any], time_limit: float | None) -> dict[str, Any]:
@@ -403,7 +412,8 @@ def _death(exitcode: int | None) -> str:
     return f"exit code {exitcode}; see workers.log"
 
 
-def _start_pool(folder: Path, jobs: int) -> Any:
+def _start_pool(folder: Path) -> Any:
+    """Start a pool of one worker."""
     import multiprocessing
 
     from pebble import ProcessPool
@@ -414,7 +424,7 @@ def _start_pool(folder: Path, jobs: int) -> Any:
     context.set_forkserver_preload([__name__])
     log = os.fspath((folder / "workers.log").resolve())
     return ProcessPool(
-        max_workers=jobs, initializer=_start_worker, initargs=(log, dict(os.environ)), context=context
+        max_workers=1, initializer=_start_worker, initargs=(log, dict(os.environ)), context=context
     )
 
 

@@ -99,13 +99,14 @@ def test_failed_cells_run_again_only_when_asked(tables, tmp_path, helpers):
         assert len(log.read_text().splitlines()) == fits
 
 
-def test_views_of_one_model_share_its_fit(tables, tmp_path):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_views_of_one_model_share_its_fit(tables, tmp_path, jobs):
     flow = (
         "anomalib_gen.FlowDetector(transform='realnvp', n_layers=2, hidden_features=8, max_iter=20, device='cpu', "
         "anomaly='{}')"
     )
     views = [f"{name}={flow.format(name)}" for name in ("likelihood", "typicality")]
-    arguments = {"suite": "clean", "datasets": tables[:2], "seeds": (0, 1)}
+    arguments = {"suite": "clean", "datasets": tables[:2], "seeds": (0, 1), "jobs": jobs}
     shared = run_benchmark(views, output=tmp_path / "shared", **arguments).set_index("detector")
     alone = run_benchmark(views[1:], output=tmp_path / "alone", **arguments).set_index("detector")
     seconds = shared["fit_seconds"]
