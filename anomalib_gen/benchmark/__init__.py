@@ -23,7 +23,9 @@ from .protocols import (
     images,
     published,
 )
-from .runner import BenchmarkInterrupted, DataError, load_results, run_benchmark
+from .runner import BenchmarkInterrupted, run_benchmark
+from .sources import DataError
+from .store import load_results
 
 __all__ = [
     "DEEP_PEERS",

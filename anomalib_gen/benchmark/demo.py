@@ -13,20 +13,14 @@ import numpy as np
 from anomalib_gen.inspection._inline import new_figure, to_svg
 
 from ._extra import require_benchmark_extra
+from .cells import Job, result_row, results_frame
 from .detectors import Detector
 from .evaluation import Evaluation
 from .protocols import Split
 from .report import Panel, print_summary, summarise, to_html
-from .runner import (
-    Job,
-    evaluate_cell,
-    load_source,
-    make_cell,
-    progress_bar,
-    result_row,
-    results_frame,
-    run_jobs,
-)
+from .runner import make_cell, progress_bar, run_jobs
+from .sources import load_source
+from .worker import evaluate_cell
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -32,7 +32,7 @@ from anomalib_gen.inspection._inline import INK, new_figure, to_svg
 
 from ._extra import require_benchmark_extra
 from .cases import KINDS, ranks_in_words
-from .runner import load_cases, load_results
+from .store import load_cases, load_results
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -541,7 +541,7 @@ def to_html(
         Further figures, in the order given.
     cases : mapping of str to mapping, optional
         Pictures of the best and worst cases on images, by data set and detector, from
-        `anomalib_gen.benchmark.runner.load_cases`.
+        `anomalib_gen.benchmark.store.load_cases`.
 
     Returns
     -------

@@ -14,7 +14,7 @@ from PIL import Image
 from anomalib_gen.benchmark import run_benchmark
 from anomalib_gen.benchmark.cases import KINDS, describe_cases, pick_cases, ranks_in_words, strip_png
 from anomalib_gen.benchmark.report import write_report
-from anomalib_gen.benchmark.runner import load_cases
+from anomalib_gen.benchmark.store import load_cases
 
 Y = np.array([1, 1, 1, -1, -1, -1])
 SCORES = np.array([5.0, 0.5, 4.0, 1.0, 6.0, 0.0])
