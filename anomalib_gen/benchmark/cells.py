@@ -25,11 +25,7 @@ from .evaluation import Evaluation
 from .protocols import Split
 
 FORMAT = 1
-
-
 _PACKAGES = ("anomalib-gen", "numpy", "scikit-learn", "torch", "pyod")
-
-
 _FIGURES = (
     "auroc",
     "average_precision",

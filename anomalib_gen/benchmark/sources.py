@@ -22,8 +22,6 @@ class DataError(ValueError):
 
 IMAGE_CLASSES = {"mnist": 10, "cifar10": 10}
 """Collections of images and their numbers of classes."""
-
-
 IMAGE_TASKS = (
     *(f"mnist:not-{digit}" for digit in (1, 4, 5, 7, 9)),
     *(f"mnist:only-{digit}" for digit in range(10)),
@@ -33,8 +31,6 @@ IMAGE_TASKS = (
 )
 """Tasks that a suite of images has by default: those with published figures, and CIFAR-10 against other sources of the
 same coding."""
-
-
 OTHER_IMAGES = 10_000
 """Images of another source in the test part, as many as there are of CIFAR-10."""
 
