@@ -14,7 +14,7 @@ Langevin chains on E (samplers.langevin).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -222,6 +222,9 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         """Members without their names; what is frozen is taken out of its wrapper."""
         if not self.detectors:
             raise ValueError("detectors is empty; give at least one (name, detector).")
+        for member in self.detectors:
+            if not (isinstance(member, tuple | list) and len(member) == 2 and isinstance(member[0], str)):
+                raise ValueError(f"detectors must hold pairs (name, detector), got {member!r}.")
         names = [name for name, _ in self.detectors]
         self._validate_names(names)
         members = [m.estimator if isinstance(m, FrozenEstimator) else m for _, m in self.detectors]
@@ -286,8 +289,18 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         if wanted is None:
             return np.arange(self.n_features_in_)
         known = list(getattr(self, "feature_names_in_", []))
+        if isinstance(wanted, str) or not isinstance(wanted, Iterable):
+            raise ValueError(
+                f"columns must hold a list of names or positions, or None, for each member, got {wanted!r} for member "
+                f"{name!r}."
+            )
+        wanted = list(wanted)
         positions = []
         for column in wanted:
+            if isinstance(column, bool | np.bool_):
+                raise ValueError(
+                    f"columns of member {name!r} are a mask; give the positions instead: numpy.flatnonzero(mask)."
+                )
             if isinstance(column, str):
                 if column not in known:
                     raise ValueError(
@@ -301,6 +314,8 @@ class ComposedDetector(OutlierScores, _BaseComposition):
                     f"columns of member {name!r} hold {column!r}; names or positions from 0 to "
                     f"{self.n_features_in_ - 1} are needed."
                 )
+        if len(set(positions)) < len(positions) or not positions:
+            raise ValueError(f"columns of member {name!r} must be at least one and differ, got {wanted!r}.")
         return np.array(positions, dtype=np.int64)
 
     # Scoring ----------------------------------------------------------------------------------------------

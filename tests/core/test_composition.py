@@ -245,6 +245,17 @@ def test_bad_compositions_are_refused(tiny, fitted, X):
     with pytest.raises(ValueError, match="name 'age', which X lacks"):
         fit(fitted, columns=[["age", 1, 2]])
     narrow = tiny().fit(X[:, :2])
+    for mask in ([True, True, False], np.array([True, True, False])):
+        with pytest.raises(ValueError, match=r"columns of member 'm0' are a mask.*flatnonzero"):
+            fit(narrow, columns=[mask])
+    for columns in ("age", slice(0, 2), 1):
+        with pytest.raises(ValueError, match=r"a list of names or positions, or None, .* for member 'm0'"):
+            fit(narrow, columns=[columns])
+    for columns in ([0, 0], []):
+        with pytest.raises(ValueError, match="columns of member 'm0' must be at least one and differ"):
+            fit(narrow, columns=[columns])
+    with pytest.raises(ValueError, match=r"pairs \(name, detector\), got FlowDetector"):
+        ComposedDetector([fitted]).fit(X)
     with pytest.raises(ValueError, match="same columns"):
         fit(narrow, narrow, rule="mixture", columns=[[0, 1], [1, 2]])
     with pytest.raises(NotFittedError):
