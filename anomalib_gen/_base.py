@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABCMeta, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -240,17 +239,6 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         """
         with self._restored_on_failure():
             return self._fit(X, sample_weight, continued=hasattr(self, "model_"), one_pass=True)
-
-    @contextmanager
-    def _restored_on_failure(self) -> Iterator[None]:
-        """Leave the detector as it was, fitted or not, if fitting fails or is interrupted before its first step."""
-        before = dict(vars(self))
-        try:
-            yield
-        except BaseException:
-            self.__dict__.clear()
-            self.__dict__.update(before)
-            raise
 
     def _fit(self, X: Any, sample_weight: Any, *, continued: bool, one_pass: bool) -> Self:
         X = self._validate(X, reset=not continued, min_rows=2)

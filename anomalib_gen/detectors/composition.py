@@ -199,6 +199,10 @@ class ComposedDetector(OutlierScores, _BaseComposition):
             If members, weights and columns do not fit together; the message says which.
         """
         self._validate_params()
+        with self._restored_on_failure():
+            return self._fit(X)
+
+    def _fit(self, X: Any) -> Self:
         members = self._check_members()
         weights = self._check_weights(len(members))
         rows = validate_rows(self, X, reset=True, min_rows=1 if self.prefit else 2)

@@ -262,3 +262,12 @@ def test_bad_compositions_are_refused(tiny, fitted, X):
         ComposedDetector([("a", fitted)]).score_samples(X)
     with pytest.raises(ValueError, match="n_samples"):
         fit(fitted).sample(0)
+
+
+def test_a_failed_refit_keeps_the_fitted_composition(tiny, fitted, X):
+    narrow = tiny().fit(X[:, 1:])
+    composed = ComposedDetector([("all", fitted), ("some", narrow)], columns=[range(3), [1, 2]]).fit(X)
+    scores = composed.score_samples(X)
+    with pytest.raises(ValueError, match="from 0 to 1 are needed"):
+        composed.fit(X[:, :2])
+    np.testing.assert_array_equal(composed.score_samples(X), scores)
