@@ -7,6 +7,7 @@ from typing import Any, Self
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
+from anomalib_gen._inputs import validate_rows
 from anomalib_gen.calibration._wrapped import innermost, score_rows
 from anomalib_gen.explain._columns import names_of
 from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_labels, ink, start
@@ -448,12 +449,25 @@ class SamplesDisplay:
         check_is_fitted(estimator)
         if not hasattr(estimator, "sample"):
             raise TypeError(f"{type(estimator).__name__} draws no rows: it has no sample.")
+        if len(getattr(estimator, "event_shape_", ())) > 1:
+            raise ValueError(
+                f"SamplesDisplay shows columns of tables; this {type(estimator).__name__} draws images of shape "
+                f"{tuple(estimator.event_shape_)}. Show those of its sample(), e.g. with matplotlib's imshow."
+            )
+        rows = validate_rows(estimator, X, reset=False, min_rows=1)
         names = names_of(X, estimator)
-        wanted = range(min(3, len(names))) if columns is None else columns
+        wanted = list(range(min(3, len(names))) if columns is None else columns)
+        unknown = [
+            c for c in wanted if c not in (names if isinstance(c, str) else range(-len(names), len(names)))
+        ]
+        if unknown or not wanted:
+            raise ValueError(
+                f"columns must be among {names}, or positions from 0 to {len(names) - 1}, got {unknown}."
+            )
         positions = [names.index(c) if isinstance(c, str) else int(c) for c in wanted]
         drawn = estimator.sample(n_samples, random_state=random_state)
         return cls.from_predictions(
-            np.asarray(X, dtype=np.float64)[:, positions],
+            rows[:, positions],
             drawn[:, positions],
             feature_names=[names[j] for j in positions],
             name=type(estimator).__name__,

@@ -198,6 +198,24 @@ def test_samples_are_shown_by_column_and_pair(fitted, X):
         SamplesDisplay.from_estimator(IsolationForest().fit(X), X)
 
 
+def test_samples_stand_beside_rows_of_the_same_columns(fitted, X):
+    """Each of these was drawn, or ended in an error of matplotlib after the rows were drawn."""
+    named = clone(fitted).fit(pd.DataFrame(X, columns=["a", "b", "c"]))
+    frame = pd.DataFrame(X, columns=["c", "b", "a"])
+    with pytest.raises(ValueError, match="same order"):
+        SamplesDisplay.from_estimator(named, frame, n_samples=5)
+    with pytest.raises(ValueError, match="2 features"):
+        SamplesDisplay.from_estimator(fitted, X[:, :2], n_samples=5)
+    with pytest.raises(ValueError, match="NaN in column 0"):
+        SamplesDisplay.from_estimator(fitted, np.where(np.arange(3) == 0, np.nan, X), n_samples=5)
+    for columns in (["d"], [3], []):
+        with pytest.raises(ValueError, match=r"columns must be among \['x0', 'x1', 'x2'\], or positions"):
+            SamplesDisplay.from_estimator(fitted, X, columns=columns, n_samples=5)
+    images = np.random.default_rng(0).normal(size=(10, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"draws images of shape \(1, 8, 8\)"):
+        SamplesDisplay.from_estimator(VAEDetector(max_iter=1, device="cpu").fit(images), images)
+
+
 def test_contributions_are_ordered_and_the_rest_is_added_up(fitted, X):
     found = feature_contributions(fitted, X[:5] + np.array([0.0, 3.0, 0.0]), background=X)
     display = FeatureContributionsDisplay.from_contributions(found, row=2, max_columns=2)
