@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from anomalib_gen._inputs import validate_rows
+from anomalib_gen._inputs import as_kind_of, validate_rows
 from anomalib_gen.calibration._wrapped import innermost, score_rows
 from anomalib_gen.explain._columns import names_of
 from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_labels, ink, start
@@ -111,14 +111,14 @@ class LandscapeDisplay:
         space = margin * np.where(high > low, high - low, 1.0)
         u, v = (np.linspace(low[j] - space[j], high[j] + space[j], resolution) for j in (0, 1))
         points = np.column_stack([axis.ravel() for axis in np.meshgrid(u, v)])
-        if hasattr(X, "iloc"):
-            points = type(X)(points, columns=X.columns)
+        # As many points as there are have no index of X.
+        grid = type(X)(points, columns=X.columns) if hasattr(X, "iloc") else as_kind_of(points, X)
         threshold = None
         if response_method == "score_samples":
-            values = score_rows(estimator, points, "auto")
+            values = score_rows(estimator, grid, "auto")
             threshold = getattr(innermost(estimator), "offset_", None)
         else:
-            values = getattr(estimator, response_method)(points)
+            values = getattr(estimator, response_method)(grid)
         return cls(
             x=u,
             y=v,
@@ -240,6 +240,13 @@ class LossCurveDisplay:
         Returns
         -------
         LossCurveDisplay
+
+        Raises
+        ------
+        TypeError
+            If the detector keeps no loss curve.
+        ValueError
+            If it has none because nothing was trained, as in the closed form of `DiffusionDetector`.
         """
         inner = innermost(estimator)
         check_is_fitted(inner)
@@ -248,6 +255,10 @@ class LossCurveDisplay:
                 f"{type(inner).__name__} keeps no loss_curve_. Use a detector that anomalib_gen trains."
             )
         training = np.asarray(inner.loss_curve_, dtype=np.float64)
+        if not len(training):
+            raise ValueError(
+                f"The loss_curve_ of this {type(inner).__name__} is empty: its model has no weights that were trained."
+            )
         # Evaluations are evenly spaced, and the last is that of the last step.
         steps = inner.n_iter_ * np.arange(1, len(training) + 1) / max(len(training), 1)
         return cls(

@@ -5,15 +5,18 @@ import sys
 
 import numpy as np
 import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 from scipy import stats
 from sklearn.base import clone
+from sklearn.compose import make_column_transformer
 from sklearn.ensemble import IsolationForest
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from anomalib_gen import VAEDetector, inspection
+from anomalib_gen import DiffusionDetector, VAEDetector, inspection
 from anomalib_gen.calibration import SplitConformalDetector
 from anomalib_gen.explain import feature_contributions
 from anomalib_gen.heatmaps import explain_images
@@ -400,6 +403,37 @@ def test_wrong_labels_and_scores_are_refused(fitted, X):
         ScoreHistogramDisplay.from_predictions([0.0, np.nan, np.inf])
     with pytest.raises(ValueError, match=r"scores must be one number a row, .*got shape \(0,\)"):
         ScoreHistogramDisplay.from_predictions([])
+
+
+def test_dollars_in_names_and_values_are_no_mathematics(tiny, X):
+    """Between two of them matplotlib sets text as formulas, or fails where it is none."""
+    frame = pd.DataFrame(X, columns=["US$ in A$", r"$\x$", "b"])
+    detector = tiny().fit(frame)
+    bars = FeatureContributionsDisplay.from_estimator(detector, frame)
+    labels = [label.get_text() for label in bars.ax_.get_yticklabels()]
+    assert any(label.startswith(r"US\$ in A\$ = ") for label in labels)
+    bars.figure_.canvas.draw()
+    table = TopAnomaliesDisplay.from_estimator(detector, frame, keys=[r"$\y$"] * len(frame), n_top=2)
+    table.figure_.canvas.draw()
+    assert r"$\y$" in table._repr_html_()
+
+
+def test_a_closed_form_has_no_loss_to_draw(X):
+    detector = DiffusionDetector(denoiser="closed-form", device="cpu").fit(X)
+    with pytest.raises(ValueError, match="loss_curve_ of this DiffusionDetector is empty"):
+        LossCurveDisplay.from_estimator(detector)
+
+
+@pytest.mark.parametrize("make", [pd.DataFrame, pl.DataFrame, pa.table])
+def test_displays_hand_frames_of_any_library_on(tiny, plane, make, recwarn):
+    frame = make({"a": plane[:, 0], "b": plane[:, 1]})
+    pipeline = make_pipeline(make_column_transformer((StandardScaler(), ["b", "a"])), tiny()).fit(frame)
+    bars = FeatureContributionsDisplay.from_estimator(pipeline, frame, row=3)
+    np.testing.assert_array_equal(bars.contributions.data, plane[[3]])
+    landscape = LandscapeDisplay.from_estimator(pipeline, frame, resolution=4)
+    corner = make({"a": landscape.x[:1], "b": landscape.y[:1]})
+    np.testing.assert_allclose(landscape.values[0, 0], pipeline.score_samples(corner)[0])
+    assert not [w for w in recwarn if "feature names" in str(w.message)]
 
 
 @pytest.mark.parametrize("name", inspection.__all__)
