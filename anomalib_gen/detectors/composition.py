@@ -30,7 +30,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from anomalib_gen import _runtime
 from anomalib_gen._base import AUTO_FALSE_POSITIVES
-from anomalib_gen._inputs import validate_rows
+from anomalib_gen._inputs import check_images, validate_rows
 from anomalib_gen._outlier import OutlierScores
 from anomalib_gen.samplers import mala
 
@@ -208,6 +208,10 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         rows = validate_rows(self, X, reset=True, min_rows=1 if self.prefit else 2)
         self.event_shape_ = rows.shape[1:]
         columns = self._check_columns(members)
+        if rows.ndim > 2:
+            for member, frozen, chosen in zip(members, self._frozen(), columns, strict=True):
+                if self.prefit or frozen:
+                    check_images(member, _take(rows, chosen), reset=False)
         if not self.prefit:
             seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
             members = [
@@ -218,6 +222,11 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         share = AUTO_FALSE_POSITIVES if self.contamination == "auto" else float(self.contamination)
         self.offset_ = float(np.quantile(-self._energy(rows), share))
         return self
+
+    @property
+    def _eight_bit(self) -> bool:
+        """Whether rows are images of whole numbers, as the members know."""
+        return any(getattr(member, "_eight_bit", False) for member in self.detectors_)
 
     def _frozen(self) -> list[bool]:
         return [isinstance(member, FrozenEstimator) for _, member in self.detectors]
@@ -403,7 +412,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
 
     # Sampling ---------------------------------------------------------------------------------------------
 
-    def sample(self, n_samples: int = 1, *, random_state: Any = None) -> npt.NDArray[np.float64]:
+    def sample(self, n_samples: int = 1, *, random_state: Any = None) -> npt.NDArray[Any]:
         """Draw new rows: from a mixture exactly, from a product by Langevin chains that start at members' samples.
 
         Parameters
@@ -415,8 +424,8 @@ class ComposedDetector(OutlierScores, _BaseComposition):
 
         Returns
         -------
-        ndarray of shape (n_samples, n_features)
-            In the units and the order of X's columns.
+        ndarray of shape (n_samples, n_features) or (n_samples, channels, height, width)
+            In the units and the order of X's columns; uint8 for members of such images.
 
         Raises
         ------
@@ -443,7 +452,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
             rows = np.flatnonzero(order == k)
             start[np.ix_(rows, self._columns[k])] = self.detectors_[k].sample(len(rows), random_state=random)
         if self.rule == "mixture":
-            return start
+            return self._as_fitted(start)
         device = torch.device("cpu")
         energy, x = self._torch_energy(device), torch.from_numpy(start)
         # Chains move in units in which all columns are alike.
@@ -454,7 +463,11 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         x, _ = mala(
             energy, x, self.n_steps - warmup, step_size=0.1, scale=scale, n_warmup=warmup, generator=generator
         )
-        return x.numpy()
+        return self._as_fitted(x.numpy())
+
+    def _as_fitted(self, rows: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
+        """Whole numbers for images of them."""
+        return np.clip(np.rint(rows), 0, 255).astype(np.uint8) if self._eight_bit else rows
 
 
 def _take(rows: npt.NDArray[Any], columns: npt.NDArray[np.int64]) -> npt.NDArray[Any]:

@@ -271,3 +271,22 @@ def test_a_failed_refit_keeps_the_fitted_composition(tiny, fitted, X):
     with pytest.raises(ValueError, match="from 0 to 1 are needed"):
         composed.fit(X[:, :2])
     np.testing.assert_array_equal(composed.score_samples(X), scores)
+
+
+def test_compositions_of_images_keep_to_the_units_of_their_members():
+    images = np.random.default_rng(0).integers(0, 256, (12, 1, 8, 8)).astype(np.uint8)
+    small = {"max_iter": 2, "hidden_features": 16, "random_state": 0, "device": "cpu"}
+    a, b = (VAEDetector(**small, n_components=n).fit(images) for n in (2, 3))
+    for rule in ("product", "mixture"):
+        composed = ComposedDetector([("a", a), ("b", b)], rule=rule, n_steps=2).fit(images)
+        drawn = composed.sample(2, random_state=0)
+        assert drawn.dtype == np.uint8
+        assert np.isfinite(composed.score_samples(drawn)).all()
+        with pytest.raises(ValueError, match="ComposedDetector was fitted on uint8 images"):
+            composed.score_samples(images / 255)
+    with pytest.raises(
+        ValueError, match="VAEDetector was fitted on uint8 images, 0 to 255, and X is float64"
+    ):
+        ComposedDetector([("a", a)]).fit(images / 255)
+    with pytest.raises(ValueError, match=r"images of shape \(1, 9, 8\)"):
+        ComposedDetector([("a", a)]).fit(np.zeros((3, 1, 9, 8), np.uint8))
