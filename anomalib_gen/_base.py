@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABCMeta, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -39,6 +38,12 @@ AUTO_FALSE_POSITIVES = 0.05
 """Share of held-out rows below the threshold that ``contamination="auto"`` sets."""
 TABLE_BATCH, IMAGE_BATCH, IMAGE_BATCH_PIXELS = 256, 64, 2**18
 """Rows a gradient step by default; fewer images where there are more pixels, 4 of 256 x 256."""
+COMPONENTS = {
+    "anomaly": "anomalib_gen.anomaly",
+    "objective": "anomalib_gen.objectives",
+    "path": "anomalib_gen.paths",
+}
+"""Parameters that are components, or names of them, and where those are found."""
 MIN_HELD_OUT, MAX_HELD_OUT = 5, 2048
 """Fewer held-out rows say nothing about when to stop; more cost time and say nothing new."""
 
@@ -111,6 +116,38 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     validation_curve_: list[float]
     _scaler: Standardizer
     _seeds: list[int]
+
+    def set_params(self, **params: Any) -> Self:
+        """Set parameters of this detector, or of its components as ``<component>__<parameter>``.
+
+        Parameters
+        ----------
+        **params : dict
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            If there is no such parameter, as where a component is given by its name, which stands for its defaults.
+        """
+        own = self.get_params(deep=False)
+        for name in params:
+            argument, nested, _ = name.partition("__")
+            value = params.get(argument, own.get(argument))
+            if (
+                nested
+                and argument in COMPONENTS.keys() & own.keys()
+                and (value is None or isinstance(value, str))
+            ):
+                raise ValueError(
+                    f"{name} cannot be set while {argument}={value!r}: a name, or None, stands for a component with "
+                    f"its defaults. Set {argument} to an object of {COMPONENTS[argument]} first."
+                )
+        super().set_params(**params)
+        return self
 
     # What a family provides -------------------------------------------------------------------------------
 
@@ -240,17 +277,6 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         """
         with self._restored_on_failure():
             return self._fit(X, sample_weight, continued=hasattr(self, "model_"), one_pass=True)
-
-    @contextmanager
-    def _restored_on_failure(self) -> Iterator[None]:
-        """Leave the detector as it was, fitted or not, if fitting fails or is interrupted before its first step."""
-        before = dict(vars(self))
-        try:
-            yield
-        except BaseException:
-            self.__dict__.clear()
-            self.__dict__.update(before)
-            raise
 
     def _fit(self, X: Any, sample_weight: Any, *, continued: bool, one_pass: bool) -> Self:
         X = self._validate(X, reset=not continued, min_rows=2)

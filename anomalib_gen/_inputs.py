@@ -16,6 +16,8 @@ MIN_SIDE = 8
 """Smallest height and width of images: below this they are tables of a few columns."""
 SHOWN = 10
 """Columns named in a message; the others are counted."""
+TIMES = ("date", "time", "duration", "period")
+"""What the names of types of dates, times and spans of time begin with, in numpy, pandas, polars and pyarrow."""
 
 
 def validate_rows(detector: Any, X: Any, *, reset: bool, min_rows: int) -> npt.NDArray[Any]:
@@ -38,14 +40,17 @@ def validate_rows(detector: Any, X: Any, *, reset: bool, min_rows: int) -> npt.N
         As scikit-learn's `validate_data`, but naming columns that are no numbers or not finite, and telling what is
         wrong with the shape or the values of images.
     """
+    refuse_hidden(X)
     images = count_dimensions(X) == 4
     if images:
         X = np.asarray(X)
         check_images(detector, X, reset=reset)
     elif not reset and len(getattr(detector, "event_shape_", ())) == 3:
+        wanted = ", ".join(str(size) for size in detector.event_shape_)
+        hint = " Of one image that is X[None]." if np.shape(X) == tuple(detector.event_shape_) else ""
         raise ValueError(
-            f"{type(detector).__name__} was fitted on images of shape {detector.event_shape_}, (channels, height, "
-            f"width), and is given an array of {count_dimensions(X)} dimensions. Give (n, *{detector.event_shape_})."
+            f"{type(detector).__name__} was fitted on images of shape ({wanted}), (channels, height, width), and is "
+            f"given an array of {count_dimensions(X)} dimensions. Give an array (n, {wanted}).{hint}"
         )
     try:
         checked = validate_data(
@@ -58,6 +63,11 @@ def validate_rows(detector: Any, X: Any, *, reset: bool, min_rows: int) -> npt.N
             allow_nd=images,
         )
     except (TypeError, ValueError) as error:
+        if count_dimensions(X) == 3:
+            raise ValueError(
+                f"{error} If these are grey images (n, height, width), put anomalib_gen.images.ChannelsFirst() before "
+                "the detector."
+            ) from error
         message = describe_non_numeric(X)
         if message is None:
             raise
@@ -80,6 +90,46 @@ def validate_rows(detector: Any, X: Any, *, reset: bool, min_rows: int) -> npt.N
         names = getattr(detector, "feature_names_in_", None)
         raise ValueError(describe_non_finite(bad, names, missing=missing))
     return checked
+
+
+def refuse_hidden(X: Any) -> None:
+    """Refuse rows that numpy would turn into numbers other than those that they stand for.
+
+    It reads dates as nanoseconds (and a missing one as -9e18), and what a mask hides as if it were not masked.
+
+    Raises
+    ------
+    TypeError
+        If columns hold dates or times, or rows are not read yet.
+    ValueError
+        If values are masked.
+    """
+    if hasattr(X, "collect_schema") and hasattr(X, "collect"):
+        raise TypeError(f"X is a {type(X).__name__}, whose rows are not read yet. Call X.collect() first.")
+    if isinstance(X, np.ma.MaskedArray) and np.ma.is_masked(X):
+        hidden = np.ma.getmaskarray(X)
+        where = f"image {int(np.flatnonzero(hidden.reshape(len(X), -1).any(axis=1))[0])}"
+        if X.ndim <= 2:
+            where = name_columns([str(j) for j in np.flatnonzero(np.atleast_2d(hidden).any(axis=0))])
+        raise ValueError(
+            f"X is a masked array with masked values in {where}. Fill them first, e.g. X.filled(numpy.nan) and "
+            "sklearn.impute.SimpleImputer in a pipeline."
+        )
+    if _holds_times(X):
+        raise TypeError(describe_non_numeric(X))
+
+
+def _holds_times(X: Any) -> bool:
+    """Whether columns of a table hold dates or times, by their types alone."""
+    if hasattr(X, "iloc") and hasattr(X, "columns"):
+        types: Any = X.dtypes
+    elif hasattr(X, "column_names"):
+        types = X.schema.types
+    elif hasattr(X, "schema"):
+        types = X.dtypes
+    else:
+        types = [X.dtype] if isinstance(X, np.ndarray) and X.ndim == 2 else []
+    return any(str(kind).lower().startswith(TIMES) for kind in types)
 
 
 def column_names(X: Any) -> list[Any] | None:
@@ -218,6 +268,7 @@ def describe_non_finite(bad: npt.NDArray[np.bool_], names: Any, *, missing: bool
 def describe_non_numeric(X: Any) -> str | None:
     """Say which columns are no numbers, with a value of each, and what to do; None if all seem to be numbers."""
     bad = []
+    missing = times = False
     for name, values in _columns(X):
         if values.dtype.kind in "biuf":
             continue
@@ -226,20 +277,31 @@ def describe_non_numeric(X: Any) -> str | None:
             continue
         if values.dtype.kind in "mM":
             bad.append(f"{name} (dates or times)")
+            times = True
             continue
         for value in values:
             try:
                 float("nan" if value is None else value)
             except (TypeError, ValueError):
-                bad.append(f"{name} (e.g. {str(value)[:30]!r})")
+                if type(value).__name__ == "NAType":
+                    missing = True
+                    bad.append(f"{name} (pandas.NA among objects)")
+                else:
+                    bad.append(f"{name} (e.g. {str(value)[:30]!r})")
                 break
     if not bad:
         return None
-    return (
-        f"Input X has values that are not real numbers in {name_columns(bad)}. Encode text, e.g. with "
-        "sklearn.preprocessing.OneHotEncoder in a ColumnTransformer, split other things into numbers, "
-        "or drop those columns."
+    advice = (
+        "Encode text, e.g. with sklearn.preprocessing.OneHotEncoder in a ColumnTransformer, split other things into "
+        "numbers, or drop those columns."
     )
+    if times:
+        advice += " Of a date that may be the weekday, or the days since another one."
+    if missing:
+        advice += (
+            " X.convert_dtypes() finds the types of columns of objects, and turns missing values into NaN."
+        )
+    return f"Input X has values that are not real numbers in {name_columns(bad)}. {advice}"
 
 
 def _columns(X: Any) -> Iterator[tuple[str, npt.NDArray[Any]]]:

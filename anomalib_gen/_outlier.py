@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -97,3 +99,14 @@ class OutlierScores(OutlierMixin):
             If the detector is not fitted.
         """
         return persistence.save(self, folder, X=X, overwrite=overwrite)
+
+    @contextmanager
+    def _restored_on_failure(self) -> Iterator[None]:
+        """Leave the detector as it was, fitted or not, if fitting fails or is interrupted before its first step."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise

@@ -6,6 +6,8 @@ Nothing here changes a global: no seed, no thread count, no backend flag.
 from __future__ import annotations
 
 import gc
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,6 +15,18 @@ import torch
 
 SCORING_VALUES_PER_BLOCK = 2**18
 """Input values scored at once on a CPU; keeps a block's activations in tens of megabytes."""
+_global_generators = threading.RLock()
+"""Held by the thread that has torch's global generators to itself."""
+
+
+def _renew_lock() -> None:
+    """Free the lock in a forked child: the thread that held it is not there to release it."""
+    global _global_generators
+    _global_generators = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -102,20 +116,24 @@ def forked_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
     Layers draw their first weights, and dropout its masks, from the global generators and take no others. Those
     of the CPU and of a CUDA `device` are forked; networks are built on the CPU and moved afterwards. (On MPS, dropout
     draws from a generator that is left alone.)
+
+    All threads share the global generators, so blocks of several threads take turns: detectors that are fitted in
+    threads are the same as those fitted one after the other, and no faster.
     """
-    cpu_state = torch.get_rng_state()
     cuda = device if device is not None and device.type == "cuda" else None
-    cuda_state = None if cuda is None else torch.cuda.get_rng_state(cuda)
-    try:
-        torch.default_generator.manual_seed(seed)
-        if cuda is not None:
-            with torch.cuda.device(cuda):
-                torch.cuda.manual_seed(seed)
-        yield
-    finally:
-        torch.set_rng_state(cpu_state)
-        if cuda is not None and cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state, cuda)
+    with _global_generators:
+        cpu_state = torch.get_rng_state()
+        cuda_state = None if cuda is None else torch.cuda.get_rng_state(cuda)
+        try:
+            torch.default_generator.manual_seed(seed)
+            if cuda is not None:
+                with torch.cuda.device(cuda):
+                    torch.cuda.manual_seed(seed)
+            yield
+        finally:
+            torch.set_rng_state(cpu_state)
+            if cuda is not None and cuda_state is not None:
+                torch.cuda.set_rng_state(cuda_state, cuda)
 
 
 def expand_as_rows(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

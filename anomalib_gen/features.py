@@ -107,7 +107,7 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             If the network does not return rows or maps of features.
         """
         X = self._check(X)
-        self.event_shape_ = X.shape[1:]
+        self.event_shape_, self._eight_bit = X.shape[1:], X.dtype == np.uint8
         self._n_features_out = self._extract(X[:1]).shape[1]
         return self
 
@@ -126,12 +126,18 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         Raises
         ------
         ValueError
-            If the images have another shape than in `fit`.
+            If the images have another shape than in `fit`, or whole numbers stand for real ones or the other way round.
         """
         check_is_fitted(self)
         X = self._check(X)
         if X.shape[1:] != self.event_shape_:
             raise ValueError(f"X holds images of shape {X.shape[1:]}, but {self.event_shape_} were fitted.")
+        if (X.dtype == np.uint8) != self._eight_bit:
+            fitted = "uint8 images, 0 to 255" if self._eight_bit else "images of real numbers"
+            raise ValueError(
+                f"X is {X.dtype}, but {fitted} were fitted, and only those of uint8 are divided by 255. Give images in "
+                "the units of `fit`."
+            )
         return self._extract(X)
 
     @staticmethod

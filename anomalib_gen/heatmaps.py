@@ -74,7 +74,7 @@ def explain_images(
     ValueError
         If the detector was fitted on a table, or `kind` or `smooth` is none of the values above.
     TypeError
-        If the model lacks what the kind asks for.
+        If `detector` is none of this package, or the model lacks what the kind asks for.
 
     Examples
     --------
@@ -87,6 +87,12 @@ def explain_images(
     >>> explain_images(detector, images[:2]).shape
     (2, 8, 8)
     """
+    if not isinstance(detector, GenerativeDetector):
+        hint = "explain_images(pipeline[-1], pipeline[:-1].transform(X))"
+        raise TypeError(
+            f"Heat maps are for detectors of images of anomalib_gen, got {type(detector).__name__}. "
+            f"Of a pipeline explain the last step: {hint}."
+        )
     check_is_fitted(detector)
     if len(detector.event_shape_) != 3:
         raise ValueError(

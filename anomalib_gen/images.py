@@ -21,6 +21,7 @@ import numpy.typing as npt
 from sklearn.base import BaseEstimator, TransformerMixin, _fit_context, clone
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
 
 from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._runtime import row_blocks
@@ -230,7 +231,8 @@ class ImageReader(TransformerMixin, BaseEstimator):
         Height and width that images are resized to, one number for both. None keeps them as they are, and then all must
         have the size of the first one that is read in `fit`.
     mode : {"RGB", "L"}, default="RGB"
-        Colour, three channels, or grey, one. Transparency is dropped.
+        Colour, three channels, or grey, one. Transparency is dropped. Files with more than 8 bits a value cannot be
+        read: what is beyond 255 would be cut.
     on_error : {"raise", "skip"}, default="raise"
         What to do about files that cannot be read: refuse them all by name before anything is returned, or warn and
         leave them out. The result then has fewer images than files; `skipped_` says which are missing.
@@ -351,6 +353,7 @@ class ImageReader(TransformerMixin, BaseEstimator):
         UserWarning
             If files were skipped.
         """
+        check_is_fitted(self)
         paths = list_images(X)
         images = self._allocate(len(paths))
         errors: list[str] = []
@@ -396,6 +399,12 @@ class ImageReader(TransformerMixin, BaseEstimator):
 
         try:
             with Image.open(path) as file:
+                if file.mode[0] in "IF":
+                    # Pillow would cut what is beyond 255, and fractions.
+                    raise ValueError(
+                        f"more than 8 bits a value, mode {file.mode!r}; convert it to 8 bits, or read it into an array "
+                        "of real numbers"
+                    )
                 image = file.convert(self.mode)
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from error
@@ -424,6 +433,8 @@ def list_images(X: Any) -> list[str]:
     ------
     ValueError
         If there are none.
+    TypeError
+        If X holds something else than paths.
     """
     if isinstance(X, str | os.PathLike):
         folder = Path(X)
@@ -435,7 +446,14 @@ def list_images(X: Any) -> list[str]:
         if not paths:
             raise ValueError(f"There are no image files ({', '.join(SUFFIXES)}) in {folder}.")
         return paths
-    paths = [os.fspath(path) for path in np.asarray(X, dtype=object).ravel()]
+    paths = []
+    for path in np.asarray(X, dtype=object).ravel():
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(
+                f"X must be a folder or paths of files, but holds {type(path).__name__} values. Arrays of images need "
+                "no reader."
+            )
+        paths.append(os.fspath(path))
     if not paths:
         raise ValueError("X names no files.")
     return paths

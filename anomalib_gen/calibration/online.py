@@ -128,8 +128,15 @@ class OnlineControl(ABC):
         ------
         ValueError
             If it is no p-value; the state is as before.
+        TypeError
+            If it is no number, such as an array.
         """
-        p = float(p_value)
+        try:
+            p = float(p_value)
+        except TypeError as error:
+            raise TypeError(
+                f"p_value must be one number, got {type(p_value).__name__}; test_each takes several."
+            ) from error
         if not 0 <= p <= 1:
             raise ValueError(f"p_value must lie in [0, 1], got {p_value!r}.")
         level = self.level

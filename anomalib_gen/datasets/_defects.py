@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 
 KINDS = ("blob", "missing", "scratch")
+MIN_SIDE = 8
 MIN_CHANGE = 32
 MIN_PIXELS, MAX_TRIES = 4, 100
 """A defect changes so many pixels visibly; where it does not, another is drawn."""
@@ -60,6 +61,11 @@ def make_defects(
     if X.ndim != 4 or X.dtype != np.uint8:
         raise ValueError(
             f"X must be uint8 images (n, channels, height, width), got {X.dtype} of shape {X.shape}."
+        )
+    if min(X.shape[2:]) < MIN_SIDE:
+        raise ValueError(
+            f"X has shape {X.shape}, which is read as (images, channels, height, width); height and width must be at "
+            f"least {MIN_SIDE}. Put the channels before them, e.g. by anomalib_gen.images.ChannelsFirst."
         )
     if kind not in ("mixed", *KINDS):
         raise ValueError(f"kind={kind!r} is unknown. Known kinds: 'mixed', {', '.join(map(repr, KINDS))}.")

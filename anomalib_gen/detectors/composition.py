@@ -14,7 +14,7 @@ Langevin chains on E (samplers.langevin).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -30,7 +30,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from anomalib_gen import _runtime
 from anomalib_gen._base import AUTO_FALSE_POSITIVES
-from anomalib_gen._inputs import validate_rows
+from anomalib_gen._inputs import check_images, validate_rows
 from anomalib_gen._outlier import OutlierScores
 from anomalib_gen.samplers import mala
 
@@ -199,11 +199,19 @@ class ComposedDetector(OutlierScores, _BaseComposition):
             If members, weights and columns do not fit together; the message says which.
         """
         self._validate_params()
+        with self._restored_on_failure():
+            return self._fit(X)
+
+    def _fit(self, X: Any) -> Self:
         members = self._check_members()
         weights = self._check_weights(len(members))
         rows = validate_rows(self, X, reset=True, min_rows=1 if self.prefit else 2)
         self.event_shape_ = rows.shape[1:]
         columns = self._check_columns(members)
+        if rows.ndim > 2:
+            for member, frozen, chosen in zip(members, self._frozen(), columns, strict=True):
+                if self.prefit or frozen:
+                    check_images(member, _take(rows, chosen), reset=False)
         if not self.prefit:
             seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
             members = [
@@ -215,6 +223,11 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         self.offset_ = float(np.quantile(-self._energy(rows), share))
         return self
 
+    @property
+    def _eight_bit(self) -> bool:
+        """Whether rows are images of whole numbers, as the members know."""
+        return any(getattr(member, "_eight_bit", False) for member in self.detectors_)
+
     def _frozen(self) -> list[bool]:
         return [isinstance(member, FrozenEstimator) for _, member in self.detectors]
 
@@ -222,6 +235,9 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         """Members without their names; what is frozen is taken out of its wrapper."""
         if not self.detectors:
             raise ValueError("detectors is empty; give at least one (name, detector).")
+        for member in self.detectors:
+            if not (isinstance(member, tuple | list) and len(member) == 2 and isinstance(member[0], str)):
+                raise ValueError(f"detectors must hold pairs (name, detector), got {member!r}.")
         names = [name for name, _ in self.detectors]
         self._validate_names(names)
         members = [m.estimator if isinstance(m, FrozenEstimator) else m for _, m in self.detectors]
@@ -286,8 +302,18 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         if wanted is None:
             return np.arange(self.n_features_in_)
         known = list(getattr(self, "feature_names_in_", []))
+        if isinstance(wanted, str) or not isinstance(wanted, Iterable):
+            raise ValueError(
+                f"columns must hold a list of names or positions, or None, for each member, got {wanted!r} for member "
+                f"{name!r}."
+            )
+        wanted = list(wanted)
         positions = []
         for column in wanted:
+            if isinstance(column, bool | np.bool_):
+                raise ValueError(
+                    f"columns of member {name!r} are a mask; give the positions instead: numpy.flatnonzero(mask)."
+                )
             if isinstance(column, str):
                 if column not in known:
                     raise ValueError(
@@ -301,6 +327,8 @@ class ComposedDetector(OutlierScores, _BaseComposition):
                     f"columns of member {name!r} hold {column!r}; names or positions from 0 to "
                     f"{self.n_features_in_ - 1} are needed."
                 )
+        if len(set(positions)) < len(positions) or not positions:
+            raise ValueError(f"columns of member {name!r} must be at least one and differ, got {wanted!r}.")
         return np.array(positions, dtype=np.int64)
 
     # Scoring ----------------------------------------------------------------------------------------------
@@ -384,7 +412,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
 
     # Sampling ---------------------------------------------------------------------------------------------
 
-    def sample(self, n_samples: int = 1, *, random_state: Any = None) -> npt.NDArray[np.float64]:
+    def sample(self, n_samples: int = 1, *, random_state: Any = None) -> npt.NDArray[Any]:
         """Draw new rows: from a mixture exactly, from a product by Langevin chains that start at members' samples.
 
         Parameters
@@ -396,8 +424,8 @@ class ComposedDetector(OutlierScores, _BaseComposition):
 
         Returns
         -------
-        ndarray of shape (n_samples, n_features)
-            In the units and the order of X's columns.
+        ndarray of shape (n_samples, n_features) or (n_samples, channels, height, width)
+            In the units and the order of X's columns; uint8 for members of such images.
 
         Raises
         ------
@@ -424,7 +452,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
             rows = np.flatnonzero(order == k)
             start[np.ix_(rows, self._columns[k])] = self.detectors_[k].sample(len(rows), random_state=random)
         if self.rule == "mixture":
-            return start
+            return self._as_fitted(start)
         device = torch.device("cpu")
         energy, x = self._torch_energy(device), torch.from_numpy(start)
         # Chains move in units in which all columns are alike.
@@ -435,7 +463,11 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         x, _ = mala(
             energy, x, self.n_steps - warmup, step_size=0.1, scale=scale, n_warmup=warmup, generator=generator
         )
-        return x.numpy()
+        return self._as_fitted(x.numpy())
+
+    def _as_fitted(self, rows: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
+        """Whole numbers for images of them."""
+        return np.clip(np.rint(rows), 0, 255).astype(np.uint8) if self._eight_bit else rows
 
 
 def _take(rows: npt.NDArray[Any], columns: npt.NDArray[np.int64]) -> npt.NDArray[Any]:

@@ -336,7 +336,7 @@ class DiffusionDetector(GenerativeDetector):
         def clean(model: Any, x: torch.Tensor) -> torch.Tensor:
             return model.denoise(x, x.new_full((len(x),), level))
 
-        return self._rows_to_rows(clean, X)
+        return self._rows_to_rows(clean, self._validate(X, reset=False))
 
     def reconstruct(self, X: Any, *, noise: float = 1.0, n_steps: int = 20) -> npt.NDArray[np.float64]:
         """What rows should have looked like: the normal row that is reached from each by taking noise away.
@@ -366,10 +366,16 @@ class DiffusionDetector(GenerativeDetector):
         level = self._check_level(noise)
         if not isinstance(n_steps, Integral) or n_steps < 1:
             raise ValueError(f"n_steps must be a positive integer, got {n_steps!r}.")
+        return self._reconstruct(self._validate(X, reset=False), level, int(n_steps))
+
+    def _reconstruct(
+        self, rows: npt.NDArray[Any], level: float = 1.0, n_steps: int = 20
+    ) -> npt.NDArray[np.float64]:
+        """Reconstruct validated rows."""
 
         def way(model: Any, x: torch.Tensor) -> torch.Tensor:
             levels = torch.logspace(
-                np.log10(level), np.log10(model.noise_levels[0]), int(n_steps) + 1, dtype=torch.float64
+                np.log10(level), np.log10(model.noise_levels[0]), n_steps + 1, dtype=torch.float64
             )
 
             def field(y: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
@@ -378,7 +384,7 @@ class DiffusionDetector(GenerativeDetector):
             y, _ = solve_ode(field, x, levels, method="heun")
             return model.denoise(y, y.new_full((len(y),), float(levels[-1])))
 
-        return self._rows_to_rows(way, X)
+        return self._rows_to_rows(way, rows)
 
     def log_prob(self, X: Any, *, n_steps: int = 100) -> npt.NDArray[np.float64]:
         """Log-density of rows by the probability-flow equation, whatever the detector's anomaly.
@@ -475,9 +481,8 @@ class DiffusionDetector(GenerativeDetector):
             )
         return float(noise)
 
-    def _rows_to_rows(self, function: Any, X: Any) -> npt.NDArray[np.float64]:
-        X = self._validate(X, reset=False)
-        return self._scaler.inverse_transform(self._map(function, X, self.event_shape_, self._scaler))
+    def _rows_to_rows(self, function: Any, rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        return self._scaler.inverse_transform(self._map(function, rows, self.event_shape_, self._scaler))
 
     # What a family provides -------------------------------------------------------------------------------
 

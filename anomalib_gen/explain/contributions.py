@@ -157,7 +157,7 @@ def feature_contributions(
     TypeError
         If the detector has nothing to explain by that method.
     ValueError
-        If a column seen by the detector was made from several input columns.
+        If a column seen by the detector was made from several input columns, or the detector is one of images.
 
     Warns
     -----
@@ -192,6 +192,11 @@ def feature_contributions(
         raise TypeError(
             f"{type(inner).__name__} has no energy to explain. Use a detector of anomalib_gen; for trees there is the "
             "shap package."
+        )
+    if len(getattr(inner, "event_shape_", ())) > 1:
+        raise ValueError(
+            f"Contributions are for tables; this {type(inner).__name__} was fitted on images of shape "
+            f"{tuple(inner.event_shape_)}. Use anomalib_gen.heatmaps.explain_images."
         )
     names = names_of(X, detector)
     Z = X if front is None else front.transform(X)
@@ -400,7 +405,9 @@ def _reconstruction(
 
         values = detector._map(residuals, X, X.shape[1:], scaler)
     else:
-        values = (scaler.transform(X) - scaler.transform(detector.reconstruct(X))) ** 2 / D
+        # The rows are checked already, and have lost their names.
+        reconstructed = getattr(detector, "_reconstruct", detector.reconstruct)(X)
+        values = (scaler.transform(X) - scaler.transform(reconstructed)) ** 2 / D
     return values, values.sum(1)
 
 

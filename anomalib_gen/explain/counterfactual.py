@@ -46,7 +46,7 @@ def nearest_normal_rows(detector: Any, X: Any, **options: Any) -> NormalRows:
     ----------
     detector : fitted detector
         A `VAEDetector` or `DiffusionDetector`, or a pipeline that ends in one and whose transformers have inverses.
-    X : array-like or data frame of shape (n_rows, n_columns)
+    X : array-like or data frame of shape (n_rows, n_columns), or images (n_rows, channels, height, width)
     **options : dict
         Passed to the detector's `reconstruct`; for a diffusion model ``noise`` says how much of a row may be replaced.
 
@@ -80,7 +80,11 @@ def nearest_normal_rows(detector: Any, X: Any, **options: Any) -> NormalRows:
             f"{type(inner).__name__} reconstructs no rows. Use a VAEDetector or a DiffusionDetector."
         )
     Z = X if front is None else front.transform(X)
-    rows = as_kind_of(invert(front, inner.reconstruct(Z, **options), X), X)
+    reconstructed = inner.reconstruct(Z, **options)
+    if getattr(inner, "_eight_bit", False):
+        # Whole numbers again, as the images that the detector was fitted on.
+        reconstructed = np.clip(np.rint(reconstructed), 0, 255).astype(np.uint8)
+    rows = as_kind_of(invert(front, reconstructed, X), X)
     return NormalRows(
         rows=rows,
         score_before=detector.score_samples(X),

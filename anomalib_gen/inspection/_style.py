@@ -32,6 +32,11 @@ def ink() -> str:
     return str(mpl.rcParams["text.color"])
 
 
+def literal(text: str) -> str:
+    """Text as it stands: matplotlib would set what is between two dollar signs as mathematics."""
+    return text.replace("$", r"\$")
+
+
 def threshold_of(estimator: Any) -> float | None:
     """Score below which a fitted detector flags rows, None if it has no threshold."""
     inner = innermost(estimator)

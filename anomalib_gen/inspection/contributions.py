@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, Self
 
 import numpy as np
+from sklearn.utils import _safe_indexing
 
 from anomalib_gen.explain import FeatureContributions, feature_contributions
-from anomalib_gen.inspection._style import ANOMALY, NORMAL, ink, start
+from anomalib_gen.inspection._style import ANOMALY, NORMAL, ink, literal, start
 
 UNITS = {
     "integrated-gradients": "contribution to the energy, in nats",
@@ -62,8 +63,7 @@ class FeatureContributionsDisplay:
         -------
         FeatureContributionsDisplay
         """
-        chosen = X.iloc[[row]] if hasattr(X, "iloc") else np.asarray(X)[[row]]
-        found = feature_contributions(estimator, chosen, **options)
+        found = feature_contributions(estimator, _safe_indexing(X, [row]), **options)
         return cls.from_contributions(found, ax=ax, max_columns=max_columns)
 
     @classmethod
@@ -118,7 +118,7 @@ class FeatureContributionsDisplay:
             bars[-1].set_alpha(0.5)
         ax.bar_label(bars, [f"{height:+.2f}" for height in heights], padding=3, fontsize="small")
         ax.axvline(0, color=ink(), lw=0.8)
-        ax.set_yticks(positions, labels)
+        ax.set_yticks(positions, [literal(label) for label in labels])
         ax.margins(x=0.18)
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.tick_params(axis="y", length=0)

@@ -7,6 +7,7 @@ from typing import Any, Self
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
+from anomalib_gen._inputs import as_kind_of, validate_rows
 from anomalib_gen.calibration._wrapped import innermost, score_rows
 from anomalib_gen.explain._columns import names_of
 from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_labels, ink, start
@@ -110,14 +111,14 @@ class LandscapeDisplay:
         space = margin * np.where(high > low, high - low, 1.0)
         u, v = (np.linspace(low[j] - space[j], high[j] + space[j], resolution) for j in (0, 1))
         points = np.column_stack([axis.ravel() for axis in np.meshgrid(u, v)])
-        if hasattr(X, "iloc"):
-            points = type(X)(points, columns=X.columns)
+        # As many points as there are have no index of X.
+        grid = type(X)(points, columns=X.columns) if hasattr(X, "iloc") else as_kind_of(points, X)
         threshold = None
         if response_method == "score_samples":
-            values = score_rows(estimator, points, "auto")
+            values = score_rows(estimator, grid, "auto")
             threshold = getattr(innermost(estimator), "offset_", None)
         else:
-            values = getattr(estimator, response_method)(points)
+            values = getattr(estimator, response_method)(grid)
         return cls(
             x=u,
             y=v,
@@ -239,6 +240,13 @@ class LossCurveDisplay:
         Returns
         -------
         LossCurveDisplay
+
+        Raises
+        ------
+        TypeError
+            If the detector keeps no loss curve.
+        ValueError
+            If it has none because nothing was trained, as in the closed form of `DiffusionDetector`.
         """
         inner = innermost(estimator)
         check_is_fitted(inner)
@@ -247,6 +255,10 @@ class LossCurveDisplay:
                 f"{type(inner).__name__} keeps no loss_curve_. Use a detector that anomalib_gen trains."
             )
         training = np.asarray(inner.loss_curve_, dtype=np.float64)
+        if not len(training):
+            raise ValueError(
+                f"The loss_curve_ of this {type(inner).__name__} is empty: its model has no weights that were trained."
+            )
         # Evaluations are evenly spaced, and the last is that of the last step.
         steps = inner.n_iter_ * np.arange(1, len(training) + 1) / max(len(training), 1)
         return cls(
@@ -448,12 +460,25 @@ class SamplesDisplay:
         check_is_fitted(estimator)
         if not hasattr(estimator, "sample"):
             raise TypeError(f"{type(estimator).__name__} draws no rows: it has no sample.")
+        if len(getattr(estimator, "event_shape_", ())) > 1:
+            raise ValueError(
+                f"SamplesDisplay shows columns of tables; this {type(estimator).__name__} draws images of shape "
+                f"{tuple(estimator.event_shape_)}. Show those of its sample(), e.g. with matplotlib's imshow."
+            )
+        rows = validate_rows(estimator, X, reset=False, min_rows=1)
         names = names_of(X, estimator)
-        wanted = range(min(3, len(names))) if columns is None else columns
+        wanted = list(range(min(3, len(names))) if columns is None else columns)
+        unknown = [
+            c for c in wanted if c not in (names if isinstance(c, str) else range(-len(names), len(names)))
+        ]
+        if unknown or not wanted:
+            raise ValueError(
+                f"columns must be among {names}, or positions from 0 to {len(names) - 1}, got {unknown}."
+            )
         positions = [names.index(c) if isinstance(c, str) else int(c) for c in wanted]
         drawn = estimator.sample(n_samples, random_state=random_state)
         return cls.from_predictions(
-            np.asarray(X, dtype=np.float64)[:, positions],
+            rows[:, positions],
             drawn[:, positions],
             feature_names=[names[j] for j in positions],
             name=type(estimator).__name__,

@@ -10,7 +10,15 @@ from sklearn.utils import _safe_indexing
 from anomalib_gen.calibration._wrapped import score_rows
 from anomalib_gen.explain import FeatureContributions, feature_contributions
 from anomalib_gen.explain._columns import split_pipeline
-from anomalib_gen.inspection._style import ANOMALY, check_labels, check_scores, ink, start, threshold_of
+from anomalib_gen.inspection._style import (
+    ANOMALY,
+    check_labels,
+    check_scores,
+    ink,
+    literal,
+    start,
+    threshold_of,
+)
 from anomalib_gen.inspection.contributions import UNITS, _show
 
 HEADS = {"key": "row", "score": "score", "p_value": "p-value", "flagged": "flagged", "label": "label"}
@@ -225,7 +233,7 @@ class TopAnomaliesDisplay:
 
         color = ink()
         table = ax.table(
-            cellText=[heads, *rows],
+            cellText=[[literal(text) for text in row] for row in [heads, *rows]],
             colWidths=[n / sum(letters) for n in letters],
             cellLoc="left",
             bbox=(0, 0, 1, 1),

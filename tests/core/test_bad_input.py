@@ -292,3 +292,70 @@ def test_a_number_of_samples_is_a_positive_integer(fitted, n_samples):
 def test_a_series_is_refused_with_the_way_out(tiny):
     with pytest.raises(ValueError, match="2-dimensional container"):
         tiny().fit(pd.Series([1.0, 2.0, 3.0]))
+
+
+# Values that numpy would read as others -------------------------------------------------------------------
+
+
+DATES = pd.DataFrame({"from": pd.date_range("2020-01-01", periods=3), "to": pd.date_range("2021", periods=3)})
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        pytest.param(DATES, "columns 'from'", id="pandas"),
+        pytest.param(DATES - DATES.iloc[0], "columns 'from'", id="durations"),
+        pytest.param(DATES.to_numpy(), "columns 0", id="array"),
+        pytest.param(pl.from_pandas(DATES), "columns 'from'", id="polars"),
+        pytest.param(
+            pl.from_pandas(DATES).select(pl.col("to").cast(pl.Date), one=1.0), "column 'to'", id="days"
+        ),
+        pytest.param(pa.Table.from_pandas(DATES), "columns 'from'", id="pyarrow"),
+    ],
+)
+def test_dates_are_refused_also_where_all_columns_are_dates(tiny, rows, named):
+    with pytest.raises(TypeError, match=rf"not real numbers in {named} \(dates or times\).*weekday"):
+        tiny().fit(rows)
+
+
+def test_masked_values_are_refused_and_a_mask_that_hides_nothing_is_not(tiny, fitted, X):
+    masked = np.ma.masked_array(X, mask=np.zeros(X.shape, dtype=bool))
+    np.testing.assert_array_equal(fitted.score_samples(masked), fitted.score_samples(X))
+    masked[3, 1] = np.ma.masked
+    for call in (tiny().fit, fitted.score_samples):
+        with pytest.raises(ValueError, match=r"masked values in column 1\. .*filled\(numpy\.nan\)"):
+            call(masked)
+
+
+def test_masked_pixels_are_refused(tiny):
+    images = np.ma.masked_array(np.zeros((4, 1, 8, 8)), mask=False)
+    images[2, 0, 3, 3] = np.ma.masked
+    with pytest.raises(ValueError, match="masked values in image 2"):
+        tiny().fit(images)
+
+
+def test_missing_objects_of_pandas_come_with_the_way_out(tiny):
+    frame = pd.DataFrame({"x": [1, pd.NA, 3], "y": [1.0, 2.0, 3.0]}, dtype=object)
+    with pytest.raises(TypeError, match=r"column 'x' \(pandas\.NA among objects\).*convert_dtypes\(\)"):
+        tiny().fit(frame)
+    with pytest.raises(ValueError, match="NaN in column 'x'"):
+        tiny().fit(frame.convert_dtypes())
+
+
+def test_rows_that_are_not_read_yet_are_refused(tiny):
+    with pytest.raises(TypeError, match=r"X is a LazyFrame.*collect\(\)"):
+        tiny().fit(pl.LazyFrame({"x": [1.0, 2.0, 3.0]}))
+
+
+def test_three_dimensions_may_be_grey_images(tiny):
+    with pytest.raises(ValueError, match=r"dim 3.*ChannelsFirst\(\)"):
+        tiny().fit(np.zeros((5, 8, 8)))
+
+
+def test_one_image_without_its_first_axis_is_told_how(tiny):
+    images = np.random.default_rng(0).normal(size=(10, 1, 8, 8))
+    detector = tiny().fit(images)
+    with pytest.raises(ValueError, match=r"Give an array \(n, 1, 8, 8\)\. Of one image that is X\[None\]"):
+        detector.score_samples(images[0])
+    with pytest.raises(ValueError, match=r"given an array of 2 dimensions\. Give an array \(n, 1, 8, 8\)\.$"):
+        detector.score_samples(images[:, 0, 0])

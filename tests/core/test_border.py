@@ -339,6 +339,21 @@ def test_parameters_of_the_anomaly_are_nested(tiny, X):
     assert copied.anomaly.factor == 3.0
 
 
+@pytest.mark.parametrize("anomaly", ["typicality", None])
+def test_a_name_has_no_parameters_to_set(tiny, X, anomaly):
+    detector = tiny(anomaly=anomaly)
+    message = (
+        rf"anomaly__factor cannot be set while anomaly={anomaly!r}.*an object of anomalib_gen\.anomaly first"
+    )
+    with pytest.raises(ValueError, match=message):
+        detector.set_params(anomaly__factor=2.0)
+    with pytest.raises(ValueError, match=message):
+        GridSearchCV(detector, {"anomaly__factor": [1.0, 2.0]}, cv=2, error_score="raise").fit(X)
+    assert detector.set_params(anomaly=Scaled(), anomaly__factor=2.0).anomaly.factor == 2.0
+    with pytest.raises(ValueError, match="Invalid parameter 'objective'"):
+        detector.set_params(objective__beta=1.0)
+
+
 def test_what_an_anomaly_learns_stays_off_the_users_object(tiny, X):
     mine = Typicality()
     detector = tiny(anomaly=mine).fit(X)

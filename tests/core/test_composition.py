@@ -245,9 +245,48 @@ def test_bad_compositions_are_refused(tiny, fitted, X):
     with pytest.raises(ValueError, match="name 'age', which X lacks"):
         fit(fitted, columns=[["age", 1, 2]])
     narrow = tiny().fit(X[:, :2])
+    for mask in ([True, True, False], np.array([True, True, False])):
+        with pytest.raises(ValueError, match=r"columns of member 'm0' are a mask.*flatnonzero"):
+            fit(narrow, columns=[mask])
+    for columns in ("age", slice(0, 2), 1):
+        with pytest.raises(ValueError, match=r"a list of names or positions, or None, .* for member 'm0'"):
+            fit(narrow, columns=[columns])
+    for columns in ([0, 0], []):
+        with pytest.raises(ValueError, match="columns of member 'm0' must be at least one and differ"):
+            fit(narrow, columns=[columns])
+    with pytest.raises(ValueError, match=r"pairs \(name, detector\), got FlowDetector"):
+        ComposedDetector([fitted]).fit(X)
     with pytest.raises(ValueError, match="same columns"):
         fit(narrow, narrow, rule="mixture", columns=[[0, 1], [1, 2]])
     with pytest.raises(NotFittedError):
         ComposedDetector([("a", fitted)]).score_samples(X)
     with pytest.raises(ValueError, match="n_samples"):
         fit(fitted).sample(0)
+
+
+def test_a_failed_refit_keeps_the_fitted_composition(tiny, fitted, X):
+    narrow = tiny().fit(X[:, 1:])
+    composed = ComposedDetector([("all", fitted), ("some", narrow)], columns=[range(3), [1, 2]]).fit(X)
+    scores = composed.score_samples(X)
+    with pytest.raises(ValueError, match="from 0 to 1 are needed"):
+        composed.fit(X[:, :2])
+    np.testing.assert_array_equal(composed.score_samples(X), scores)
+
+
+def test_compositions_of_images_keep_to_the_units_of_their_members():
+    images = np.random.default_rng(0).integers(0, 256, (12, 1, 8, 8)).astype(np.uint8)
+    small = {"max_iter": 2, "hidden_features": 16, "random_state": 0, "device": "cpu"}
+    a, b = (VAEDetector(**small, n_components=n).fit(images) for n in (2, 3))
+    for rule in ("product", "mixture"):
+        composed = ComposedDetector([("a", a), ("b", b)], rule=rule, n_steps=2).fit(images)
+        drawn = composed.sample(2, random_state=0)
+        assert drawn.dtype == np.uint8
+        assert np.isfinite(composed.score_samples(drawn)).all()
+        with pytest.raises(ValueError, match="ComposedDetector was fitted on uint8 images"):
+            composed.score_samples(images / 255)
+    with pytest.raises(
+        ValueError, match="VAEDetector was fitted on uint8 images, 0 to 255, and X is float64"
+    ):
+        ComposedDetector([("a", a)]).fit(images / 255)
+    with pytest.raises(ValueError, match=r"images of shape \(1, 9, 8\)"):
+        ComposedDetector([("a", a)]).fit(np.zeros((3, 1, 9, 8), np.uint8))

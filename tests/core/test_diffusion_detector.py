@@ -42,6 +42,11 @@ def test_the_path_suits_the_objective_unless_it_is_chosen(rows):
     detector = make(objective="flow-matching", path=own, max_iter=2).fit(rows)
     assert detector.model_.path is not own
     assert repr(detector.model_.path) == repr(own)
+    with pytest.raises(
+        ValueError, match=r"path__sigma_max cannot be set while path='cosine'.*anomalib_gen\.paths"
+    ):
+        make(path="cosine").set_params(path__sigma_max=7.0)
+    assert make(path=own).set_params(path__sigma_max=8.0).path.sigma_max == 8.0
 
 
 @pytest.mark.parametrize("network", ["energy", "mlp"])

@@ -379,3 +379,34 @@ def test_transformers_are_undone(frame, encoder, rows):
 def test_only_models_that_reconstruct_have_counterfactuals(fitted, rows):
     with pytest.raises(TypeError, match="FlowDetector reconstructs no rows"):
         nearest_normal_rows(fitted["flow"], rows)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (12, 1, 8, 8)).astype(np.uint8)
+
+
+def test_contributions_of_images_are_refused_with_the_way_out(images):
+    detector = VAEDetector(max_iter=2, random_state=0, device="cpu").fit(images)
+    for method in ("auto", "reconstruction"):
+        with pytest.raises(ValueError, match=r"fitted on images of shape \(1, 8, 8\)\. Use .*explain_images"):
+            feature_contributions(detector, images[:2], method=method)
+
+
+@pytest.mark.parametrize("as_float", [False, True])
+def test_nearest_normal_images_are_of_the_kind_that_was_fitted(images, as_float):
+    images = images / 255 if as_float else images
+    detector = VAEDetector(max_iter=2, random_state=0, device="cpu").fit(images)
+    found = nearest_normal_rows(detector, images[:2])
+    assert found.rows.dtype == images.dtype
+    np.testing.assert_allclose(found.rows, detector.reconstruct(images[:2]), atol=0 if as_float else 0.5)
+    np.testing.assert_array_equal(found.score_after, detector.score_samples(found.rows))
+
+
+def test_residuals_of_named_rows_warn_of_nothing(rows, recwarn):
+    frame = pd.DataFrame(rows, columns=["a", "b", "c"])
+    detector = DiffusionDetector(denoiser="closed-form", random_state=0, device="cpu").fit(frame)
+    found = feature_contributions(detector, frame[:3], method="reconstruction")
+    scaled = [detector._scaler.transform(x) for x in (rows[:3], detector.reconstruct(frame[:3]))]
+    np.testing.assert_allclose(found.values, (scaled[0] - scaled[1]) ** 2 / 3)
+    assert not recwarn.list

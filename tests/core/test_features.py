@@ -102,8 +102,11 @@ def test_what_cannot_work_is_said(digits, network):
     for bad, found in ((lambda x: x.mean(), r"\(\)"), (lambda x: [x], "list"), (lambda x: x[:, 0], "8, 8")):
         with pytest.raises(TypeError, match=f"for 64 images, got .*{found}"):
             FeatureExtractor(bad, device="cpu").fit(images)
+    whole = FeatureExtractor(network, device="cpu").fit(images.astype(np.uint8))
+    with pytest.raises(ValueError, match="X is float64, but uint8 images, 0 to 255 were fitted"):
+        whole.transform(images.astype(np.float64))
     flaw = images.astype(float)
     flaw[2] = np.nan
-    flat = FeatureExtractor(torch.nn.Flatten(), device="cpu").fit(images)
+    flat = FeatureExtractor(torch.nn.Flatten(), device="cpu").fit(images.astype(float))
     with pytest.raises(ValueError, match="not finite for image 2"):
         flat.transform(flaw)

@@ -5,10 +5,12 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
 
 from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
 from anomalib_gen.anomaly import ReconstructionError
 from anomalib_gen.heatmaps import _average, explain_images
+from anomalib_gen.images import ChannelsFirst
 
 FAMILIES = [DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector]
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
@@ -104,6 +106,9 @@ def test_what_there_is_no_map_of_is_refused(trained, digits):
     table = VAEDetector(max_iter=2, device="cpu").fit(np.random.default_rng(0).normal(size=(50, 3)))
     with pytest.raises(ValueError, match="Heat maps are for detectors of images"):
         explain_images(table, digits[:2])
+    pipeline = make_pipeline(ChannelsFirst(), trained(VAEDetector))
+    with pytest.raises(TypeError, match=r"got Pipeline\. Of a pipeline explain the last step"):
+        explain_images(pipeline, digits[:2, 0])
 
 
 @pytest.mark.parametrize("scale", [1, 1 / 255], ids=["uint8", "float"])

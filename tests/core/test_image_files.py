@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import make_pipeline
 
 from anomalib_gen import FlowDetector
@@ -121,3 +122,24 @@ def test_files_that_would_unpack_to_too_much_are_named_too(folder, monkeypatch):
         reader.transform(folder)
     assert len(reader.set_params(on_error="skip").transform(folder)) == 12
     assert [path.endswith("huge.png") for path in reader.skipped_] == [True]
+
+
+def test_files_of_more_than_eight_bits_are_named_and_not_cut(tmp_path):
+    deep = np.array([[0, 255], [256, 65535]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray(deep.astype(np.float32) / 65535).save(tmp_path / "real.tif")
+    Image.fromarray(deep.astype(np.uint8)).save(tmp_path / "plain.png")
+    with pytest.raises(
+        ValueError, match=r"deep\.png \(more than 8 bits a value.*real\.tif \(more than 8 bits"
+    ):
+        ImageReader(mode="L", size=2).fit_transform(tmp_path)
+    reader = ImageReader(mode="L", on_error="skip")
+    with pytest.warns(UserWarning, match="2 of 3 files"):
+        assert reader.fit_transform(tmp_path).shape == (1, 1, 2, 2)
+
+
+def test_readers_are_fitted_first_and_take_paths(folder):
+    with pytest.raises(NotFittedError):
+        ImageReader().transform(folder)
+    with pytest.raises(TypeError, match=r"holds float values\. Arrays of images need no reader"):
+        ImageReader().fit(np.zeros((3, 8, 8)))

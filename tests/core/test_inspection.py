@@ -5,15 +5,18 @@ import sys
 
 import numpy as np
 import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 from scipy import stats
 from sklearn.base import clone
+from sklearn.compose import make_column_transformer
 from sklearn.ensemble import IsolationForest
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from anomalib_gen import VAEDetector, inspection
+from anomalib_gen import DiffusionDetector, VAEDetector, inspection
 from anomalib_gen.calibration import SplitConformalDetector
 from anomalib_gen.explain import feature_contributions
 from anomalib_gen.heatmaps import explain_images
@@ -196,6 +199,24 @@ def test_samples_are_shown_by_column_and_pair(fitted, X):
         SamplesDisplay.from_predictions(X, X[:, :2])
     with pytest.raises(TypeError, match="IsolationForest draws no rows"):
         SamplesDisplay.from_estimator(IsolationForest().fit(X), X)
+
+
+def test_samples_stand_beside_rows_of_the_same_columns(fitted, X):
+    """Each of these was drawn, or ended in an error of matplotlib after the rows were drawn."""
+    named = clone(fitted).fit(pd.DataFrame(X, columns=["a", "b", "c"]))
+    frame = pd.DataFrame(X, columns=["c", "b", "a"])
+    with pytest.raises(ValueError, match="same order"):
+        SamplesDisplay.from_estimator(named, frame, n_samples=5)
+    with pytest.raises(ValueError, match="2 features"):
+        SamplesDisplay.from_estimator(fitted, X[:, :2], n_samples=5)
+    with pytest.raises(ValueError, match="NaN in column 0"):
+        SamplesDisplay.from_estimator(fitted, np.where(np.arange(3) == 0, np.nan, X), n_samples=5)
+    for columns in (["d"], [3], []):
+        with pytest.raises(ValueError, match=r"columns must be among \['x0', 'x1', 'x2'\], or positions"):
+            SamplesDisplay.from_estimator(fitted, X, columns=columns, n_samples=5)
+    images = np.random.default_rng(0).normal(size=(10, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"draws images of shape \(1, 8, 8\)"):
+        SamplesDisplay.from_estimator(VAEDetector(max_iter=1, device="cpu").fit(images), images)
 
 
 def test_contributions_are_ordered_and_the_rest_is_added_up(fitted, X):
@@ -382,6 +403,37 @@ def test_wrong_labels_and_scores_are_refused(fitted, X):
         ScoreHistogramDisplay.from_predictions([0.0, np.nan, np.inf])
     with pytest.raises(ValueError, match=r"scores must be one number a row, .*got shape \(0,\)"):
         ScoreHistogramDisplay.from_predictions([])
+
+
+def test_dollars_in_names_and_values_are_no_mathematics(tiny, X):
+    """Between two of them matplotlib sets text as formulas, or fails where it is none."""
+    frame = pd.DataFrame(X, columns=["US$ in A$", r"$\x$", "b"])
+    detector = tiny().fit(frame)
+    bars = FeatureContributionsDisplay.from_estimator(detector, frame)
+    labels = [label.get_text() for label in bars.ax_.get_yticklabels()]
+    assert any(label.startswith(r"US\$ in A\$ = ") for label in labels)
+    bars.figure_.canvas.draw()
+    table = TopAnomaliesDisplay.from_estimator(detector, frame, keys=[r"$\y$"] * len(frame), n_top=2)
+    table.figure_.canvas.draw()
+    assert r"$\y$" in table._repr_html_()
+
+
+def test_a_closed_form_has_no_loss_to_draw(X):
+    detector = DiffusionDetector(denoiser="closed-form", device="cpu").fit(X)
+    with pytest.raises(ValueError, match="loss_curve_ of this DiffusionDetector is empty"):
+        LossCurveDisplay.from_estimator(detector)
+
+
+@pytest.mark.parametrize("make", [pd.DataFrame, pl.DataFrame, pa.table])
+def test_displays_hand_frames_of_any_library_on(tiny, plane, make, recwarn):
+    frame = make({"a": plane[:, 0], "b": plane[:, 1]})
+    pipeline = make_pipeline(make_column_transformer((StandardScaler(), ["b", "a"])), tiny()).fit(frame)
+    bars = FeatureContributionsDisplay.from_estimator(pipeline, frame, row=3)
+    np.testing.assert_array_equal(bars.contributions.data, plane[[3]])
+    landscape = LandscapeDisplay.from_estimator(pipeline, frame, resolution=4)
+    corner = make({"a": landscape.x[:1], "b": landscape.y[:1]})
+    np.testing.assert_allclose(landscape.values[0, 0], pipeline.score_samples(corner)[0])
+    assert not [w for w in recwarn if "feature names" in str(w.message)]
 
 
 @pytest.mark.parametrize("name", inspection.__all__)

@@ -208,6 +208,9 @@ def test_errors_leave_the_state(control):
     for wrong in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"p_value must lie in \[0, 1\]"):
             running.test(wrong)
+    for wrong in (np.array([0.1, 0.2]), [0.1], None):
+        with pytest.raises(TypeError, match=r"p_value must be one number, got .*test_each"):
+            running.test(wrong)
     assert running.get_state() == before
     with pytest.raises(ValueError, match="alpha must lie between 0 and 1, got 0"):
         control(alpha=0)

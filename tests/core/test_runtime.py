@@ -1,7 +1,11 @@
 """Scores do not depend on the rows beside them, and nothing global is touched."""
 
+import os
 import random
+import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -283,6 +287,54 @@ def test_the_fork_is_seeded_and_leaves_no_trace(fails):
             pass
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_threads_take_turns_with_the_global_generators():
+    def draw(seed):
+        with _runtime.forked_rng(seed):
+            first = torch.rand(3)
+            time.sleep(0.01)  # where another thread would get in
+            return torch.stack([first, torch.rand(3)])
+
+    state, seeds = torch.get_rng_state(), range(8)
+    expected = [draw(seed) for seed in seeds]
+    with ThreadPoolExecutor(4) as threads:
+        for drawn, alone in zip(threads.map(draw, seeds), expected, strict=True):
+            assert torch.equal(drawn, alone)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_fits_in_threads_are_those_of_one_thread(tiny, X):
+    seeds, state = range(6), torch.get_rng_state()
+
+    def scores(seed):
+        return tiny(max_iter=10, random_state=seed).fit(X).score_samples(X[:5])
+
+    expected = [scores(seed) for seed in seeds]
+    with ThreadPoolExecutor(3) as threads:
+        np.testing.assert_array_equal(list(threads.map(scores, seeds)), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_does_not_wait_for_a_thread_that_it_lacks():
+    held, release = threading.Event(), threading.Event()
+
+    def hold():
+        with _runtime.forked_rng(0):
+            held.set()
+            release.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(30)
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        os._exit(0 if _runtime._global_generators.acquire(timeout=5) else 1)
+    release.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize(("n", "size"), [(0, 3), (1, 3), (3, 3), (10, 3), (2, 100)])

@@ -121,6 +121,8 @@ def test_impossible_defects_are_refused():
         make_defects(pictures(), kind="dent")
     with pytest.raises(ValueError, match="uint8 images"):
         make_defects(pictures() / 255)
+    with pytest.raises(ValueError, match=r"shape \(2, 16, 16, 3\).* at least 8.*ChannelsFirst"):
+        make_defects(np.zeros((2, 16, 16, 3), np.uint8))
 
 
 def jpeg(image, **options):
