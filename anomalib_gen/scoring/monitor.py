@@ -8,6 +8,7 @@ counted twice, and of an alert that was told before nobody is told again.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -188,6 +189,14 @@ def thresholds_of(options: MonitorOptions) -> Thresholds:
     return Thresholds(**{field.name: getattr(options, field.name) for field in fields(Thresholds)})
 
 
+def job_of(options: MonitorOptions) -> str:
+    """Series that a run belongs to: the model's folder, however its path is written.
+
+    Links are not followed: where one names the model of the day, the series goes on with the next model.
+    """
+    return options.job or os.path.abspath(options.model)
+
+
 def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], int]:
     """Compare, remember and tell.
 
@@ -220,7 +229,7 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
         raise UsageError(f"--ignore {unknown[0]} is no column of the model.")
     scored = read_scored(options.scores, facts["hash"])
     run = options.run or scored.run
-    job = options.job or str(options.model).rstrip("/")
+    job = job_of(options)
     batch, unreadable = _batch(options, scored, reference, facts, log)
     history = None if options.history is None else History(options.history)
     now, notified = time.time(), None

@@ -200,7 +200,10 @@ def monitor(
     ] = None,
     job: Annotated[
         str | None,
-        _option(metavar="NAME", help="Series that this run belongs to. Default: the model folder."),
+        _option(
+            metavar="NAME",
+            help="Series that this run belongs to. Default: the full path of the model folder.",
+        ),
     ] = None,
     run: Annotated[
         str | None,

@@ -188,6 +188,18 @@ def test_a_run_has_one_entry_however_often_it_is_looked_at(run, scored, fitted_m
         assert connection.execute("SELECT count(*) FROM columns").fetchone() == (9,)
 
 
+def test_a_model_is_one_series_however_its_path_is_written(run, scored, fitted_model, monkeypatch):
+    history = scored / "h.sqlite"
+    (scored / "current").symlink_to(fitted_model)
+    monkeypatch.chdir(scored)
+    for k, path in enumerate(
+        ("current", "./current/", scored / "current", scored / ".." / scored.name / "current")
+    ):
+        assert monitor(run, scored, "same", path, "--history", history, "--run", k).exit_code == 0
+    # The link is the series, whichever model it names.
+    assert {entry.job for entry in History(history).entries()} == {str(scored / "current")}
+
+
 def test_old_runs_are_forgotten(run, scored, fitted_model):
     history = scored / "h.sqlite"
     monitor(run, scored, "same", fitted_model, "--history", history)
