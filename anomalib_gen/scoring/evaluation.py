@@ -12,7 +12,7 @@ from anomalib_gen.scoring._columns import to_frame, wanted_by
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import EvaluateOptions
-from anomalib_gen.scoring.parts import to_json, write_file
+from anomalib_gen.scoring.parts import to_json, write_output
 from anomalib_gen.scoring.rows import finite, load_model, score_rows, threshold_of
 from anomalib_gen.scoring.sources import Reader, check_output, find_inputs, rows_per_part
 
@@ -67,7 +67,7 @@ def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
         )
     if output is not None:
         try:
-            write_file(output, to_json(found) + b"\n")
+            write_output(output, to_json(found) + b"\n")
         except OSError as error:
             raise explain_os_error(error, f"writing {output}") from None
     return found

@@ -37,7 +37,7 @@ from anomalib_gen.scoring._columns import Wanted, to_frame
 from anomalib_gen.scoring._errors import ALERT, DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import MonitorOptions
-from anomalib_gen.scoring.parts import digest, record_of, to_json, write_file
+from anomalib_gen.scoring.parts import digest, record_of, to_json, write_output
 from anomalib_gen.scoring.run import HASH_DIGITS
 from anomalib_gen.scoring.sources import Reader, check_output, find_inputs, is_remote, rows_per_part
 
@@ -262,7 +262,7 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
         "report": report.to_dict(),
     }
     for place, write in (
-        (options.output, lambda path: write_file(Path(path), to_json(document) + b"\n")),
+        (options.output, lambda path: write_output(Path(path), to_json(document) + b"\n")),
         (
             options.prometheus,
             lambda path: write_metrics(path, report, job=job, model=facts["hash"][:HASH_DIGITS], time=now),

@@ -23,17 +23,40 @@ from anomalib_gen.persistence import sync_folder
 from anomalib_gen.scoring._errors import UsageError
 
 PLAN = "plan.json"
+WAIT_SECONDS = 30.0
+"""How long a short output waits for another run that writes to it."""
 
 
 def write_file(path: Path, data: bytes | pa.Buffer) -> None:
-    """Write a file that is there and whole, or not there."""
+    """Write a file that is there and whole, or not there. Who calls it holds the lock of the output.
+
+    The temporary name is always the same, so that what a killed process leaves is used by the next one.
+    """
     fresh = path.with_name(f"{path.name}.tmp")
-    with open(fresh, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    try:
+        with open(fresh, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise
     sync_folder(path.parent)
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """Write a file as `write_file` does, and its folder if need be; of several that want to, one after the other.
+
+    Raises
+    ------
+    UsageError
+        If another run writes to it for long.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with sole_run(path, wait=WAIT_SECONDS):
+        write_file(path, data)
 
 
 def to_json(value: Any) -> bytes:
@@ -140,8 +163,14 @@ class Parts:
 
 
 @contextlib.contextmanager
-def sole_run(output: Path) -> Iterator[None]:
+def sole_run(output: Path, *, wait: float = 0) -> Iterator[None]:
     """Hold the lock of an output; the system gives it back when the process dies, however it does.
+
+    Parameters
+    ----------
+    output : Path
+    wait : float, default=0
+        Seconds to wait for another run.
 
     Raises
     ------
@@ -150,7 +179,7 @@ def sole_run(output: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
+    lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=wait)
     try:
         lock.acquire()
     except Timeout:

@@ -39,7 +39,7 @@ from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import MonitorOptions, ReportOptions
 from anomalib_gen.scoring.explaining import Explainer, top_fields
 from anomalib_gen.scoring.monitor import thresholds_of
-from anomalib_gen.scoring.parts import quarantine_beside, record_of, write_file
+from anomalib_gen.scoring.parts import quarantine_beside, record_of, write_output
 from anomalib_gen.scoring.rows import load_model
 from anomalib_gen.scoring.run import ADDED, HASH_DIGITS
 from anomalib_gen.scoring.sources import Input, Reader, find_inputs, is_remote, rows_per_part
@@ -156,8 +156,7 @@ def report_run(options: ReportOptions, log: Log, judged: MonitorOptions | None =
     found = gather(scores, options, log, judged)
     page = render(found)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_file(output, page.encode())
+        write_output(output, page.encode())
     except OSError as error:
         raise explain_os_error(error, f"writing {output}") from error
     for note in found.notes:
