@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from anomalib_gen.persistence import sync_folder
-from anomalib_gen.scoring._errors import UsageError
+from anomalib_gen.scoring._errors import DataError, UsageError
 
 PLAN = "plan.json"
 WAIT_SECONDS = 30.0
@@ -72,6 +73,36 @@ def digest(value: Any) -> str:
 def record_of(output: Path) -> Path:
     """Where a run tells what an output was made from."""
     return output.with_name(f"{output.name}.run.json")
+
+
+def read_record(data: bytes, path: str | Path) -> dict[str, Any]:
+    """What the record of a run says.
+
+    Returns
+    -------
+    dict
+        "rows", "outliers", "bad_rows", "bad_files", "model", "threshold" (minus infinity for one that flags nothing),
+        "plan", "quarantine", and "inputs": the path, size and time of each file.
+
+    Raises
+    ------
+    DataError
+        If it is none.
+    """
+    try:
+        record = json.loads(data)
+        counts = ("rows", "outliers", "bad_rows", "bad_files")
+        found: dict[str, Any] = {name: int(record[name]) for name in counts}
+        found |= {
+            "model": str(record["model"]),
+            "plan": str(record["plan"]),
+            "quarantine": record.get("quarantine"),
+        }
+        found["threshold"] = -math.inf if record["threshold"] is None else float(record["threshold"])
+        found["inputs"] = [(str(path), int(size), int(mtime)) for path, size, mtime in record["inputs"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no record of a run: {error!r}. Score the files again.") from None
+    return found
 
 
 def quarantine_beside(output: Path) -> Path:

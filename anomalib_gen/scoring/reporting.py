@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +38,7 @@ from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import MonitorOptions, ReportOptions
 from anomalib_gen.scoring.explaining import Explainer, top_fields
 from anomalib_gen.scoring.monitor import thresholds_of
-from anomalib_gen.scoring.parts import quarantine_beside, record_of, write_output
+from anomalib_gen.scoring.parts import quarantine_beside, read_record, record_of, write_output
 from anomalib_gen.scoring.rows import load_model
 from anomalib_gen.scoring.run import ADDED, HASH_DIGITS
 from anomalib_gen.scoring.sources import Input, Reader, find_inputs, is_remote, rows_per_part
@@ -251,18 +250,11 @@ def _read_record(scores: Path) -> dict[str, Any]:
         raise DataError(f"{scores} does not exist. Name the output of `anomalib-gen score`.")
     path = record_of(scores)
     try:
-        record = json.loads(path.read_bytes())
-        counts = ("rows", "outliers", "bad_rows", "bad_files")
-        checked: dict[str, Any] = {name: int(record[name]) for name in counts}
-        checked |= {"model": str(record["model"]), "quarantine": record.get("quarantine")}
-        # (A threshold that flags nothing is no number.)
-        checked["threshold"] = -math.inf if record["threshold"] is None else float(record["threshold"])
-        checked["inputs"] = [(str(path), int(size), int(mtime)) for path, size, mtime in record["inputs"]]
+        return read_record(path.read_bytes(), path)
     except FileNotFoundError:
         raise DataError(f"{path} is missing. It is written beside the scores; keep them together.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} cannot be read: {error}.") from None
-    return checked
+    except OSError as error:
+        raise explain_os_error(error, f"reading {path}") from None
 
 
 def _read_quarantine(path: Path, record: dict[str, Any]) -> list[dict[str, Any]] | None:
