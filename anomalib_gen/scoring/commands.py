@@ -313,6 +313,18 @@ def report(
             show_default=False,
         ),
     ] = None,
+    history: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="SQLite file of `monitor`, for the usual volume and the trend of the last runs; it is only read.",
+            show_default=False,
+        ),
+    ] = None,
+    job: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Series in the history, as for `monitor`.", show_default=False),
+    ] = None,
     overwrite: Overwrite = False,
     config: Config = None,
     quiet: Quiet = False,
@@ -322,8 +334,8 @@ def report(
 
     It shows the scores beside those of training, the most abnormal rows with the columns that make them so, drift,
     data quality and the model card, holds all that it needs, and can be read on a phone and printed. The files that
-    were scored are read again; run it in the same folder as `score`. What is an alert, `[monitor]` in the configuration
-    says, as it does for `monitor`; only the usual volume is not known here.
+    were scored are read again; run it in the same folder as `score`. What is an alert, and where the history is,
+    `[monitor]` in the configuration says, as it does for `monitor`.
 
     **Exit codes**: 0 done; 1 usage; 2 scores or model that cannot be read, or do not belong together; 4 done, but parts
     are left out and the page says why, for one because the files have changed; 5 internal error.
@@ -342,7 +354,7 @@ def report(
             "overwrite": overwrite,
         }
         options = resolve(ReportOptions, "report", flags, config)
-        given = {"scores": options.scores, "model": options.model}
+        given = {"scores": options.scores, "model": options.model, "history": history, "job": job}
         judged = resolve(MonitorOptions, "monitor", given, config)
         require("jinja2", "markdown_it", "matplotlib")
         from anomalib_gen.scoring.reporting import report_run

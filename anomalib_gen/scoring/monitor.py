@@ -297,7 +297,7 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
     try:
         if history is not None:
             history.path.parent.mkdir(parents=True, exist_ok=True)
-            recent = history.recent_rows(run, job=job)
+            recent = [entry.n_rows for entry in history.earlier(run, job=job)]
         report = compare(
             reference,
             batch,

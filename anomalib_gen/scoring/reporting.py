@@ -31,14 +31,15 @@ from anomalib_gen.monitoring import (
     compare,
     load_reference,
 )
+from anomalib_gen.monitoring.history import History, HistoryError
 from anomalib_gen.persistence import ModelFolderError
 from anomalib_gen.scoring._columns import Wanted, to_frame, wanted_by
 from anomalib_gen.scoring._errors import DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import MonitorOptions, ReportOptions
 from anomalib_gen.scoring.explaining import Explainer, top_fields
-from anomalib_gen.scoring.monitor import thresholds_of
-from anomalib_gen.scoring.parts import quarantine_beside, read_record, record_of, write_output
+from anomalib_gen.scoring.monitor import job_of, thresholds_of
+from anomalib_gen.scoring.parts import digest, quarantine_beside, read_record, record_of, write_output
 from anomalib_gen.scoring.rows import load_model
 from anomalib_gen.scoring.run import ADDED, HASH_DIGITS
 from anomalib_gen.scoring.sources import Input, Reader, find_inputs, is_remote, rows_per_part
@@ -74,6 +75,29 @@ class Anomaly:
     contributions: list[tuple[str, Any, float]] = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """A run that `monitor` has looked at.
+
+    Attributes
+    ----------
+    run : str
+    time : float
+        In seconds since 1970.
+    rows, outliers : int
+    distance : float or None
+        Kolmogorov-Smirnov distance of its scores from training, where they were compared.
+    alert : bool
+    """
+
+    run: str
+    time: float
+    rows: int
+    outliers: int
+    distance: float | None
+    alert: bool
+
+
 @dataclasses.dataclass
 class RunReport:
     """What a page is made from.
@@ -102,6 +126,8 @@ class RunReport:
     drift : DriftReport or None
     columns : dict of str to Column
         Of the input, by name; empty if it was not read.
+    earlier : list of Past or None
+        Runs of the same job before this one, the first one first; None without a history.
     notes : list of str
         What is left out, and why.
     """
@@ -122,6 +148,7 @@ class RunReport:
     reference: Reference | None = None
     drift: DriftReport | None = None
     columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+    earlier: list[Past] | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -133,7 +160,8 @@ def report_run(options: ReportOptions, log: Log, judged: MonitorOptions | None =
     options : ReportOptions
     log : Log
     judged : MonitorOptions, optional
-        Whose thresholds and ignored columns say what is an alert; the defaults without them.
+        Whose thresholds and ignored columns say what is an alert, and whose history what is usual; the defaults, and
+        no history, without them.
 
     Raises
     ------
@@ -229,14 +257,39 @@ def gather(scores: Path, options: ReportOptions, log: Log, judged: MonitorOption
     if found.reference is not None:
         columns = () if summariser is None else summariser.columns()
         found.columns = {column.name: column for column in columns}
+        if judged is not None and judged.history is not None:
+            found.earlier = _earlier(judged, record, found)
         batch = Batch(found.rows, found.outliers, found.scores, columns, found.bad_rows, found.bad_files)
         found.drift = compare(
             found.reference,
             batch,
             thresholds=None if judged is None else thresholds_of(judged),
+            recent_rows=[past.rows for past in found.earlier or ()],
             ignore=() if judged is None else judged.ignore,
         )
     return found
+
+
+def _earlier(judged: MonitorOptions, record: dict[str, Any], found: RunReport) -> list[Past] | None:
+    """Runs before this one in the history of `monitor`, which is left as it is; None, with a note, if it has none."""
+    assert judged.history is not None
+    history, job = History(judged.history), job_of(judged)
+    try:
+        if not history.path.is_file():
+            raise HistoryError(f"The history {history.path} is not there.")
+        name = judged.run or history.name_of(
+            judged.scores, job=job, model=record["model"], n_rows=record["rows"], n_flagged=record["outliers"]
+        )
+        entries = history.earlier(name or digest([record["plan"], record["model"]]), job=job)
+    except HistoryError as error:
+        found.notes.append(f"Earlier runs and the usual volume are not known: {error}")
+        return None
+    pasts = []
+    for entry in reversed(entries):
+        scores = entry.report["scores"]
+        distance = None if scores is None else float(scores["distance"])
+        pasts.append(Past(entry.run, entry.time, entry.n_rows, entry.n_flagged, distance, entry.alert))
+    return pasts
 
 
 def _time_of(path: Path) -> str:
