@@ -38,7 +38,7 @@ from anomalib_gen.scoring._columns import Wanted, to_frame, wanted_by
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import CalibrateOptions
-from anomalib_gen.scoring.rows import finite, load_model, score_rows, threshold_of
+from anomalib_gen.scoring.rows import check_folder, finite, load_model, score_rows, threshold_of
 from anomalib_gen.scoring.sources import Reader, find_inputs, rows_per_part
 
 MAX_SCORES = 2**20
@@ -63,6 +63,7 @@ def calibrate_files(options: CalibrateOptions, log: Log) -> dict[str, Any]:
     if os.path.lexists(folder) and not options.overwrite:
         what = "Choose another --output" if options.output else "Give an --output"
         raise UsageError(f"{folder} exists already. {what}, or replace it with --overwrite.")
+    check_folder(folder, overwrite=options.overwrite)
     model, facts = load_model(options.model)
     wanted = wanted_by(facts["schema"], (), model)
     summary, sample = Summariser(), _Sample(MAX_SCORES)

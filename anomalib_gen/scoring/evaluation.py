@@ -32,6 +32,8 @@ def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
         As the exit codes say.
     """
     output = None if options.output is None else Path(options.output)
+    if output is not None and output.is_dir():
+        raise UsageError(f"--output {output} is a folder. Name a file.")
     if output is not None and output.exists() and not options.overwrite:
         raise UsageError(f"{output} exists already. Choose another output, or replace it with --overwrite.")
     model, facts = load_model(options.model)
@@ -55,6 +57,8 @@ def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
             scores.append(values_of_part)
             anomalous.append(np.array([_same(value, options.anomaly) for value in values], dtype=bool))
         log.info(f"scored {item.path}", file=item.path)
+    if not sum(map(len, scores)):
+        raise DataError("The files have no rows.")
     threshold = threshold_of(model)
     found = {
         "model": facts["hash"],

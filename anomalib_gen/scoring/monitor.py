@@ -112,7 +112,11 @@ def read_scored(path: str, model_hash: str) -> Scored:
     wanted = Wanted(("score", "label", "model"), 3, ("float", "integer", "text"))
     summary, n_rows, n_flagged = Summariser(), 0, 0
     for item in inputs:
-        for part in Reader(item, wanted).parts(rows_per_part(3)):
+        try:
+            reader = Reader(item, wanted)
+        except DataError as error:
+            raise DataError(f"{item.path} is no output of `score`: {error}") from None
+        for part in reader.parts(rows_per_part(3)):
             frame, bad = to_frame(part.table, ["score", "label", "model"], wanted.types)
             if bad or part.malformed or frame["score"].isna().any():
                 raise DataError(f"{item.path} has rows without a score: it is no output of `score`.")
@@ -358,6 +362,8 @@ def _check_outputs(options: MonitorOptions) -> None:
             continue
         check_output(place, flag, inputs)
         path = Path(place).resolve()
+        if path.is_dir():
+            raise UsageError(f"{flag} {place} is a folder. Name a file.")
         if path in taken:
             raise UsageError(f"{flag} {place} is {taken[path]}. Choose another file.")
         if Path(options.model).resolve() in (path, *path.parents):

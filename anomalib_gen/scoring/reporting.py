@@ -176,6 +176,8 @@ def report_run(options: ReportOptions, log: Log, judged: MonitorOptions | None =
     output = Path((options.output or f"{scores}.html").removeprefix("file://"))
     if output.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--output {output} must end in .html.")
+    if output.is_dir():
+        raise UsageError(f"--output {output} is a folder. Name a file.")
     if os.path.lexists(output) and not options.overwrite:
         raise UsageError(f"{output} exists already. Choose another output, or replace it with --overwrite.")
     from anomalib_gen.scoring.page import render

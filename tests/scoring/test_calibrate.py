@@ -229,6 +229,7 @@ def test_rows_and_options_that_do_not_fit(run, rows, model, tmp_path):
         (("--method", "magic"), "must be one of false-positive-rate"),
         (("--rate", 0), "from 1e-12 to 0.5"),
         (("--method", "tial"), "Did you mean 'tail'"),
+        (("--method", "magic"), "contamination, conformal, keep, got 'magic'.\n"),
     ):
         result = calibrate(run, tmp_path / "none.parquet", model, "-o", tmp_path / "new", *option)
         assert result.exit_code == 1

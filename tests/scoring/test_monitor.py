@@ -131,7 +131,7 @@ def test_a_model_without_reference_says_how_to_get_one(run, rows, model, tmp_pat
 def test_what_is_no_output_of_this_model(run, rows, scored, fitted_model, model):
     result = run("monitor", scored / "same.parquet", "-m", fitted_model)
     assert result.exit_code == 2
-    assert "lacks the columns 'score'" in result.stderr
+    assert "same.parquet is no output of `score`: " in result.stderr
     assert run("monitor", scored / "none.parquet", "-m", fitted_model).exit_code == 2
     arguments = (scored / "same.parquet", "-m", model, "-o", scored / "foreign.parquet")
     assert run("score", *arguments).exit_code == 0
@@ -285,12 +285,14 @@ def test_an_alert_is_told_until_somebody_knows_and_then_no_more(run, scored, fit
 def test_nothing_that_is_read_is_replaced(run, scored, fitted_model):
     scores, source = scored / "same.scores.parquet", scored / "same.parquet"
     before = {path: path.read_bytes() for path in scored.iterdir() if path.is_file()}
+    (scored / "folder").mkdir()
     for flag in ("--output", "--prometheus", "--history"):
         for place, message in (
             (scores, "one of the inputs"),
             (source, "one of the inputs"),
             (scored, "one of the inputs"),
             (f"{scores}.run.json", "is the record of"),
+            (scored / "folder", "is a folder"),
             (fitted_model / "found.json", "in the model folder"),
             ("memory://found.json", "must be a file of this machine"),
         ):

@@ -340,6 +340,10 @@ def test_a_page_is_replaced_only_if_asked(run, scored, described, rows, tmp_path
     assert run("report", output, "-m", described).exit_code == 1
     assert page.read_text() == "mine"
     assert run("report", output, "-m", described, "-o", tmp_path / "page.txt").exit_code == 1
+    (tmp_path / "folder.html").mkdir()
+    result = run("report", output, "-m", described, "-o", tmp_path / "folder.html", "--overwrite")
+    assert result.exit_code == 1
+    assert "is a folder" in result.stderr
     assert run("report", output, "-m", described, "--overwrite").exit_code == 0
     assert page.read_text().startswith("<!doctype html>")
     assert not list(tmp_path.glob("*.tmp"))
