@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from typing import Any
 from anomalib_gen.monitoring.drift import DriftReport
 
 VERSION = 2
+RECENT = 30
+"""Runs that tell what is usual."""
 WAIT_SECONDS = 30.0
 """How long one process waits for another."""
 _SCHEMA = """
@@ -126,16 +129,19 @@ class History:
         self.path = Path(path)
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
+    def _open(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:
         """A connection within one transaction, which is kept if nothing is raised."""
         try:
             connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
         except sqlite3.Error as error:
-            raise HistoryError(f"The history {self.path} cannot be opened: {error}.") from None
+            raise HistoryError(
+                f"The history {self.path} cannot be opened: {error}. Is it a file in a folder where you may write?"
+            ) from None
         try:
             connection.execute("PRAGMA foreign_keys = ON")
-            connection.execute("BEGIN IMMEDIATE")
-            self._prepare(connection)
+            connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+            if not self._has_runs(connection) and write:
+                self._prepare(connection)
             yield connection
             connection.execute("COMMIT")
         except sqlite3.Error as error:
@@ -144,17 +150,26 @@ class History:
             # (What was not committed is rolled back.)
             connection.close()
 
-    def _prepare(self, connection: sqlite3.Connection) -> None:
+    def _has_runs(self, connection: sqlite3.Connection) -> bool:
+        """Whether the file is a history, or an empty one that may become a history."""
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version == VERSION:
-            return
+            return True
         if version or connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             raise HistoryError(
                 f"{self.path} is no history of this anomalib_gen (version {VERSION}). Choose another file."
             )
+        return False
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
         for statement in _SCHEMA.split(";"):
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {VERSION}")
+
+    def _select(self, query: str, values: tuple[object, ...]) -> list[Any]:
+        """Rows of a query; reading needs no right to write."""
+        with self._open(write=False) as connection:
+            return connection.execute(query, values).fetchall() if self._has_runs(connection) else []
 
     def add(
         self, run: str, report: DriftReport, *, job: str, output: str, model: str, now: float | None = None
@@ -232,14 +247,16 @@ class History:
         list of Entry
         """
         condition, values = ("WHERE job = ?", (job,)) if job is not None else ("", ())
+        return self._entries(condition, values, limit)
+
+    def _entries(self, condition: str, values: tuple[str, ...], limit: int) -> list[Entry]:
         query = f"SELECT {', '.join(_ENTRY_FIELDS)} FROM runs {condition} ORDER BY time DESC, run LIMIT ?"
-        with self._open() as connection:
-            found = connection.execute(query, (*values, limit)).fetchall()
+        found = self._select(query, (*values, limit))
         rows = (dict(zip(_ENTRY_FIELDS, row, strict=True)) for row in found)
         return [Entry(**{**r, "alert": bool(r["alert"]), "report": json.loads(r["report"])}) for r in rows]
 
-    def recent_rows(self, run: str, *, job: str, limit: int = 30) -> list[int]:
-        """Rows of the runs of a job before this one, for the usual volume.
+    def earlier(self, run: str, *, job: str, limit: int = RECENT) -> list[Entry]:
+        """Runs of a job before this one, the latest first: they tell the usual volume.
 
         Parameters
         ----------
@@ -250,14 +267,33 @@ class History:
 
         Returns
         -------
-        list of int
+        list of Entry
+        """
+        condition = (
+            "WHERE job = ? AND run != ? AND time <= "
+            "coalesce((SELECT time FROM runs WHERE job = ? AND run = ?), 1e300)"
+        )
+        return self._entries(condition, (job, run, job, run), limit)
+
+    def name_of(self, output: str, *, job: str, model: str, n_rows: int, n_flagged: int) -> str | None:
+        """Name under which a run was kept, by what came out of it.
+
+        Parameters
+        ----------
+        output, job, model : str
+        n_rows, n_flagged : int
+
+        Returns
+        -------
+        str or None
+            None if it is not there.
         """
         query = (
-            "SELECT n_rows FROM runs WHERE job = ? AND run != ? AND time <= "
-            "coalesce((SELECT time FROM runs WHERE job = ? AND run = ?), 1e300) ORDER BY time DESC, run LIMIT ?"
+            "SELECT run, output FROM runs WHERE job = ? AND model = ? AND n_rows = ? AND n_flagged = ? "
+            "ORDER BY time DESC, run"
         )
-        with self._open() as connection:
-            return [int(row[0]) for row in connection.execute(query, (job, run, job, run, limit))]
+        found = self._select(query, (job, model, n_rows, n_flagged))
+        return next((run for run, place in found if os.path.abspath(place) == os.path.abspath(output)), None)
 
     def forget(self, *, days: float, now: float | None = None) -> int:
         """Remove runs that are older.

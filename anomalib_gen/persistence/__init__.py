@@ -46,6 +46,7 @@ from anomalib_gen.persistence._files import (
     DOCUMENT,
     REFERENCE,
     TENSORS,
+    check_place,
     list_folder,
     part_name,
     read_file,
@@ -58,6 +59,7 @@ from anomalib_gen.persistence._tree import Decoder, Encoder, contains_ours
 __all__ = [
     "MAX_BYTES",
     "ModelFolderError",
+    "check_place",
     "inspect",
     "load",
     "load_described",

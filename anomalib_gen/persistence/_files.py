@@ -69,6 +69,25 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+def check_place(folder: Path, *, overwrite: bool) -> None:
+    """Tell before a long computation what `write_folder` would refuse after it.
+
+    Raises
+    ------
+    FileExistsError
+        As `write_folder`.
+    OSError
+        If the folder that it would be in is none, or cannot be written to.
+    """
+    folder = Path(os.path.abspath(folder))
+    _refuse_existing(folder, overwrite=overwrite)
+    above = next(path for path in folder.parents if os.path.lexists(path))
+    if not above.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
+
+
 def _refuse_existing(folder: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(folder):
         return

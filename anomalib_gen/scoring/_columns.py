@@ -82,9 +82,11 @@ def choose(wanted: Wanted, file_schema: pa.Schema, path: str) -> list[str]:
         names = list(wanted.names)
         missing = [name for name in names if name not in present]
         if missing:
+            odd = len(present) == 1 and any(mark in present[0] for mark in ";|\t,")
+            hint = " Fields of .csv are separated by commas, and those of .tsv by tabs." if odd else ""
             raise DataError(
                 f"{path} lacks the column{'s' if len(missing) > 1 else ''} {_listed(missing)}, which the model needs. "
-                f"It has {_listed(present)}."
+                f"It has {_listed(present)}.{hint}"
             )
     doubled = sorted({name for name in [*names, *wanted.keys] if present.count(name) > 1})
     if doubled:

@@ -34,4 +34,6 @@ def explain_os_error(error: OSError, what: str) -> DataError:
             f"The disk is full ({what}). Earlier results are untouched. Free some space and run it again; score goes "
             "on from here with --resume."
         )
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return DataError(f"{what}: something on that path is a file where a folder should be.")
     return DataError(f"{what}: {error.strerror or error}.")

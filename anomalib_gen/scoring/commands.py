@@ -25,23 +25,35 @@ class LogFormat(StrEnum):
 Inputs = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="INPUT...",
-        help="Files, folders or globs of Parquet, Feather, Arrow, CSV or TSV files (text also as .gz, .bz2, .zst).",
+        metavar="INPUT",
+        help="Files, folders or globs of Parquet, Feather, Arrow, CSV or TSV files (text also as .gz, .bz2, .zst). "
+        "Required.",
         show_default=False,
     ),
 ]
 Config = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="TOML file with a table for this command; flags win.", show_default=False
+        metavar="FILE",
+        help="TOML file with a table for each command, such as [score]: options that are not given here.",
+        show_default=False,
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
 Logs = Annotated[LogFormat, typer.Option("--log-format", help="Messages for people, or JSON, one a line.")]
 Model = Annotated[
-    str | None, typer.Option("--model", "-m", metavar="FOLDER", help="Model folder.", show_default=False)
+    str | None,
+    typer.Option(
+        "--model", "-m", metavar="FOLDER", help="Model folder that `fit` made. Required.", show_default=False
+    ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once it is complete.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace an output that exists, by the new one as soon as that is complete."
+    ),
+]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Model folder.", show_default=False)]
 
 models = typer.Typer(
     no_args_is_help=True,
@@ -65,7 +77,12 @@ def reported(log: Log, *, resumable: bool = False) -> Iterator[None]:
 
 def fit(
     input: Inputs = None,
-    model: Model = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="FOLDER", help="Model folder to make. Required.", show_default=False
+        ),
+    ] = None,
     detector: Annotated[
         str | None,
         typer.Option(
@@ -83,7 +100,8 @@ def fit(
         typer.Option(metavar="NAME", help="Column to leave out, such as keys and labels; may be repeated."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the detector. Default: 0.", show_default=False)
+        int | None,
+        typer.Option(min=0, metavar="N", help="Seed of the detector. Default: 0.", show_default=False),
     ] = None,
     overwrite: Overwrite = False,
     config: Config = None,
@@ -93,7 +111,10 @@ def fit(
     """Fit a detector to files of mostly normal rows and save it as a model folder.
 
     Text columns are one-hot encoded, and missing numbers filled with the median. Types and ranges of the columns become
-    part of the model. The rows have to fit into memory.
+    part of the model. The rows have to fit into memory. Prints the model's hash.
+
+    **Exit codes**: 0 done; 1 usage; 2 files that cannot be read or written, or that the detector cannot be fitted to; 5
+    internal error.
 
     **Example**: `anomalib-gen fit history/ --exclude id --model model`
     """
@@ -119,7 +140,7 @@ def score(
             "-o",
             metavar="PATH",
             help="File to make (.parquet, .feather, .arrow, .csv, .tsv, text also .gz and the like), or, without an "
-            "ending, a folder of Parquet files; scheme://... for an object store, through fsspec.",
+            "ending, a folder of Parquet files; scheme://... for an object store, through fsspec. Required.",
             show_default=False,
         ),
     ] = None,
@@ -173,7 +194,8 @@ def score(
         typer.Option(
             min=0,
             metavar="K",
-            help="Add the K columns that contribute most to each outlier, with values and contributions. Default: 0.",
+            help="Add the K columns that contribute most to each outlier, with values and contributions, as `explain` "
+            "finds them without --background. Default: 0.",
             show_default=False,
         ),
     ] = None,
@@ -254,7 +276,7 @@ def evaluate(
     input: Inputs = None,
     model: Model = None,
     label: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column with the labels.", show_default=False)
+        str | None, typer.Option(metavar="NAME", help="Column with the labels. Required.", show_default=False)
     ] = None,
     anomaly: Annotated[
         str | None,
@@ -275,6 +297,9 @@ def evaluate(
 ) -> None:
     """Compare the scores of a saved model with labels, and print the figures as JSON.
 
+    **Exit codes**: 0 done; 1 usage; 2 files that cannot be read or written, do not fit the model or have bad rows or no
+    labels; 5 internal error.
+
     **Example**: `anomalib-gen evaluate labelled.parquet -m model --label fraud --anomaly 1`
     """
     log = Log(quiet=quiet, as_json=log_format is LogFormat.json)
@@ -293,7 +318,9 @@ def report(
     scores: Annotated[
         str | None,
         typer.Argument(
-            metavar="SCORES", help="Output of `score`, with its .run.json beside it.", show_default=False
+            metavar="SCORES",
+            help="Output of `score`, with its .run.json beside it. Required.",
+            show_default=False,
         ),
     ] = None,
     model: Model = None,
@@ -313,6 +340,18 @@ def report(
             show_default=False,
         ),
     ] = None,
+    history: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="SQLite file of `monitor`, for the usual volume and the trend of the last runs; it is only read.",
+            show_default=False,
+        ),
+    ] = None,
+    job: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Series in the history, as for `monitor`.", show_default=False),
+    ] = None,
     overwrite: Overwrite = False,
     config: Config = None,
     quiet: Quiet = False,
@@ -322,8 +361,8 @@ def report(
 
     It shows the scores beside those of training, the most abnormal rows with the columns that make them so, drift,
     data quality and the model card, holds all that it needs, and can be read on a phone and printed. The files that
-    were scored are read again; run it in the same folder as `score`. What is an alert, `[monitor]` in the configuration
-    says, as it does for `monitor`; only the usual volume is not known here.
+    were scored are read again; run it in the same folder as `score`. What is an alert, and where the history is,
+    `[monitor]` in the configuration says, as it does for `monitor`.
 
     **Exit codes**: 0 done; 1 usage; 2 scores or model that cannot be read, or do not belong together; 4 done, but parts
     are left out and the page says why, for one because the files have changed; 5 internal error.
@@ -342,7 +381,7 @@ def report(
             "overwrite": overwrite,
         }
         options = resolve(ReportOptions, "report", flags, config)
-        given = {"scores": options.scores, "model": options.model}
+        given = {"scores": options.scores, "model": options.model, "history": history, "job": job}
         judged = resolve(MonitorOptions, "monitor", given, config)
         require("jinja2", "markdown_it", "matplotlib")
         from anomalib_gen.scoring.reporting import report_run
@@ -369,7 +408,7 @@ def _folder_errors() -> Iterator[None]:
 
 
 @models.command()
-def inspect(folder: Path) -> None:
+def inspect(folder: Folder) -> None:
     """Print what a model folder says of itself, as JSON; the model is not loaded."""
     from anomalib_gen import persistence
 
@@ -379,7 +418,7 @@ def inspect(folder: Path) -> None:
 
 @models.command()
 def verify(
-    folder: Path,
+    folder: Folder,
     expected: Annotated[
         str | None, typer.Option("--hash", metavar="HASH", help="Content hash that the model must have.")
     ] = None,
@@ -397,7 +436,7 @@ def verify(
 
 
 @models.command()
-def card(folder: Path) -> None:
+def card(folder: Folder) -> None:
     """Print a model card in Markdown, made anew from the folder's document."""
     from anomalib_gen import persistence
 

@@ -212,9 +212,9 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def _guess(name: str, known: Any) -> str:
+def _guess(name: str, known: Any, otherwise: str = " Known: {}.") -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
+    return f" Did you mean {close[0]!r}?" if close else otherwise.format(", ".join(sorted(known)))
 
 
 def resolve(cls: type[Options], name: str, flags: Mapping[str, Any], config: Path | None) -> Options:
@@ -279,5 +279,5 @@ def _check(value: Any, field: dataclasses.Field[Any], key: str) -> Any:
         raise UsageError(f"{key} must be {span}, got {value!r}.")
     among = field.metadata["among"]
     if among is not None and value not in among:
-        raise UsageError(f"{key} must be one of {', '.join(among)}, got {value!r}.{_guess(value, among)}")
+        raise UsageError(f"{key} must be one of {', '.join(among)}, got {value!r}.{_guess(value, among, '')}")
     return tuple(value) if kind == "texts" else value

@@ -12,7 +12,7 @@ from anomalib_gen.scoring._columns import to_frame, wanted_by
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import EvaluateOptions
-from anomalib_gen.scoring.parts import to_json, write_file
+from anomalib_gen.scoring.parts import to_json, write_output
 from anomalib_gen.scoring.rows import finite, load_model, score_rows, threshold_of
 from anomalib_gen.scoring.sources import Reader, check_output, find_inputs, rows_per_part
 
@@ -32,6 +32,8 @@ def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
         As the exit codes say.
     """
     output = None if options.output is None else Path(options.output)
+    if output is not None and output.is_dir():
+        raise UsageError(f"--output {output} is a folder. Name a file.")
     if output is not None and output.exists() and not options.overwrite:
         raise UsageError(f"{output} exists already. Choose another output, or replace it with --overwrite.")
     model, facts = load_model(options.model)
@@ -55,6 +57,8 @@ def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
             scores.append(values_of_part)
             anomalous.append(np.array([_same(value, options.anomaly) for value in values], dtype=bool))
         log.info(f"scored {item.path}", file=item.path)
+    if not sum(map(len, scores)):
+        raise DataError("The files have no rows.")
     threshold = threshold_of(model)
     found = {
         "model": facts["hash"],
@@ -67,7 +71,7 @@ def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
         )
     if output is not None:
         try:
-            write_file(output, to_json(found) + b"\n")
+            write_output(output, to_json(found) + b"\n")
         except OSError as error:
             raise explain_os_error(error, f"writing {output}") from None
     return found

@@ -21,9 +21,13 @@ from anomalib_gen.monitoring import build_reference
 from anomalib_gen.persistence import ModelFolderError
 from anomalib_gen.scoring._columns import NUMBERS, kind_of
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
-from anomalib_gen.scoring._log import Log
+from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import FitOptions
+from anomalib_gen.scoring.rows import check_folder
 from anomalib_gen.scoring.sources import Input, find_inputs
+
+MIN_KEYS = 50
+"""Rows from which on a text that is another in every row is taken for a key."""
 
 
 def make_detector(text: str, seed: int) -> Any:
@@ -62,6 +66,7 @@ def fit_files(options: FitOptions, log: Log) -> str:
     folder = Path(options.model)
     if os.path.lexists(folder) and not options.overwrite:
         raise UsageError(f"{folder} exists already. Choose another folder, or replace it with --overwrite.")
+    check_folder(folder, overwrite=options.overwrite)
     detector = make_detector(options.detector, options.seed)
     frame = read_frame(find_inputs(options.input), options.columns, options.exclude)
     log.info(f"read {len(frame)} rows of {frame.shape[1]} columns", rows=len(frame), columns=list(frame))
@@ -145,6 +150,13 @@ def with_encoding(detector: Any, frame: pd.DataFrame, log: Log) -> Any:
             f"with --exclude {times[0]}."
         )
     text = [name for name, kind in kinds.items() if kind not in NUMBERS]
+    counts = {name: frame[name].nunique() for name in text}
+    for name, different in counts.items():
+        if len(frame) >= MIN_KEYS and different == len(frame):
+            raise DataError(
+                f"Column {name!r} has another text in every row, like a key, and would become {different:,} columns. "
+                f"Leave it out with --exclude {name}."
+            )
     gaps = [name for name in kinds if name not in text and frame[name].isna().any()]
     rest = [name for name in kinds if name not in text and name not in gaps]
     if not text and not gaps:
@@ -155,5 +167,6 @@ def with_encoding(detector: Any, frame: pd.DataFrame, log: Log) -> Any:
         log.info(f"missing values are filled with the median in {', '.join(gaps)}", columns=gaps)
     if text:
         steps.append((OneHotEncoder(handle_unknown="ignore", sparse_output=False), text))
-        log.info(f"text is one-hot encoded in {', '.join(text)}", columns=text)
+        named = ", ".join(f"{name} ({count(counts[name], 'category', 'categories')})" for name in text)
+        log.info(f"text is one-hot encoded in {named}", columns=text)
     return make_pipeline(make_column_transformer(*steps), detector)

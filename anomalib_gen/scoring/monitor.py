@@ -7,7 +7,7 @@ counted twice, and of an alert that was told before nobody is told again.
 
 from __future__ import annotations
 
-import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -36,9 +36,9 @@ from anomalib_gen.scoring._columns import Wanted, to_frame
 from anomalib_gen.scoring._errors import ALERT, DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import MonitorOptions
-from anomalib_gen.scoring.parts import digest, record_of, to_json, write_file
+from anomalib_gen.scoring.parts import digest, read_record, record_of, to_json, write_output
 from anomalib_gen.scoring.run import HASH_DIGITS
-from anomalib_gen.scoring.sources import Reader, check_output, find_inputs, is_remote, rows_per_part
+from anomalib_gen.scoring.sources import Input, Reader, check_output, find_inputs, is_remote, rows_per_part
 
 NO_REFERENCE = (
     "{folder} has no training reference to compare with. `anomalib-gen fit` writes one into the folder; to add one to "
@@ -80,6 +80,8 @@ class Scored:
         Of a sample of the rows.
     run : str
         Name of the run: the same for the same files and model.
+    inputs : list of (str, int, int) or None
+        Path, size and time of the files that were scored; None without a record.
     """
 
     n_rows: int
@@ -88,6 +90,7 @@ class Scored:
     n_bad_files: int
     scores: Distribution
     run: str
+    inputs: list[tuple[str, int, int]] | None
 
 
 def read_scored(path: str, model_hash: str) -> Scored:
@@ -103,13 +106,17 @@ def read_scored(path: str, model_hash: str) -> Scored:
     Raises
     ------
     DataError
-        If it is no output of ``score``, or of another model.
+        If it is no output of ``score``, or of another model or run than its record.
     """
     inputs = find_inputs([path])
     wanted = Wanted(("score", "label", "model"), 3, ("float", "integer", "text"))
     summary, n_rows, n_flagged = Summariser(), 0, 0
     for item in inputs:
-        for part in Reader(item, wanted).parts(rows_per_part(3)):
+        try:
+            reader = Reader(item, wanted)
+        except DataError as error:
+            raise DataError(f"{item.path} is no output of `score`: {error}") from None
+        for part in reader.parts(rows_per_part(3)):
             frame, bad = to_frame(part.table, ["score", "label", "model"], wanted.types)
             if bad or part.malformed or frame["score"].isna().any():
                 raise DataError(f"{item.path} has rows without a score: it is no output of `score`.")
@@ -125,38 +132,97 @@ def read_scored(path: str, model_hash: str) -> Scored:
             low = np.finfo(np.float64).min
             summary.add(pd.DataFrame({"score": frame["score"].clip(lower=low).astype(np.float64)}))
     record = _record(path)
+    if record is not None and (record["model"], record["rows"]) != (model_hash, n_rows):
+        raise DataError(
+            f"{path} has {count(n_rows, 'row')}, and its record is that of another run. Score the files again."
+        )
     columns = summary.columns()
     sample = columns[0].distribution.sample() if columns and columns[0].distribution else np.empty(0)
-    name = (
-        record.get("plan") if record else [[Path(item.path).name, item.size, item.mtime] for item in inputs]
-    )
+    files = [[Path(item.path).name, item.size, item.mtime] for item in inputs]
     return Scored(
         n_rows=n_rows,
         n_flagged=n_flagged,
-        n_bad_rows=int(record.get("bad_rows", 0)),
-        n_bad_files=int(record.get("bad_files", 0)),
+        n_bad_rows=record["bad_rows"] if record else 0,
+        n_bad_files=record["bad_files"] if record else 0,
         scores=Distribution.of(sample, len(sample) + 1),
-        run=digest([name, model_hash]),
+        run=digest([record["plan"] if record else files, model_hash]),
+        inputs=record["inputs"] if record else None,
     )
 
 
-def _record(path: str) -> dict[str, Any]:
+def _record(path: str) -> dict[str, Any] | None:
     """What a run wrote beside its output, if it is there."""
+    place = f"{path}.run.json" if is_remote(path) else record_of(Path(path.removeprefix("file://")))
     try:
         if is_remote(path):
             import fsspec
 
-            with fsspec.open(f"{path}.run.json", "rb") as file:
-                found = json.loads(file.read())
-        else:
-            found = json.loads(record_of(Path(path.removeprefix("file://"))).read_bytes())
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        return {}
+            with fsspec.open(place, "rb") as file:
+                return read_record(file.read(), place)
+        return read_record(Path(place).read_bytes(), place)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise explain_os_error(error, f"reading {place}") from None
+
+
+def scored_inputs(options: MonitorOptions, scored: Scored, log: Log) -> list[Input]:
+    """Files of ``--input`` that were scored: all of them, for all that is known without a record.
+
+    A file is the same if it has the size and the time that it had when it was scored. A copy may have another time; it
+    is taken for the same by its name and size, with a warning.
+
+    Raises
+    ------
+    DataError
+        If none of them was scored.
+    """
+    given = find_inputs(options.input)
+    if scored.inputs is None:
+        log.info(f"{options.scores} has no record, so it is not known whether --input names what was scored")
+        return given
+    chosen = []
+    for item in given:
+        likely = [entry for entry in scored.inputs if _may_be(item, *entry)]
+        if likely:
+            chosen.append(item)
+            if all(mtime != item.mtime for _, _, mtime in likely):
+                log.warning(
+                    f"{item.path} has the name and the size of {likely[0][0]}, which was scored, and another time: it "
+                    "is taken for a copy",
+                    file=item.path,
+                )
+    if not chosen:
+        raise DataError(
+            f"None of the files of --input was scored, or they have changed since: {options.scores} was made from "
+            f"{_listed([path for path, _, _ in scored.inputs])}, and --input names "
+            f"{_listed([item.path for item in given])}. Name the files that were scored, or leave --input out."
+        )
+    for item in given:
+        if item not in chosen:
+            log.warning(f"left out {item.path}: it was not scored, or has changed since", file=item.path)
+    if len(chosen) < len(scored.inputs):
+        log.warning(
+            f"--input names {len(chosen)} of the {count(len(scored.inputs), 'file')} that were scored"
+        )
+    return chosen
+
+
+def _may_be(item: Input, path: str, size: int, mtime: int) -> bool:
+    if item.size != size:
+        return False
+    # (Of a store the time may not be known.)
+    if item.mtime == mtime and (mtime or item.path == path):
+        return True
+    return Path(item.path).name == Path(path).name and os.path.abspath(item.path) != os.path.abspath(path)
+
+
+def _listed(paths: list[str]) -> str:
+    return f"{paths[0]} and {count(len(paths) - 1, 'other')}" if len(paths) > 1 else "".join(paths)
 
 
 def input_frames(
-    patterns: tuple[str, ...], schema: dict[str, Any], keys: tuple[str, ...], reference: Reference, log: Log
+    inputs: list[Input], schema: dict[str, Any], keys: tuple[str, ...], reference: Reference, log: Log
 ) -> Iterator[pd.DataFrame | None]:
     """Rows of the model's columns in files, by the reference's names; None for a file that cannot be read."""
     columns = schema["columns"]
@@ -170,7 +236,7 @@ def input_frames(
             len(columns),
             tuple(column["type"] for column in columns),
         )
-    for item in find_inputs(patterns):
+    for item in inputs:
         try:
             reader = Reader(item, wanted)
             for part in reader.parts(rows_per_part(wanted.count)):
@@ -186,6 +252,14 @@ def input_frames(
 def thresholds_of(options: MonitorOptions) -> Thresholds:
     """What the options call an alert."""
     return Thresholds(**{field.name: getattr(options, field.name) for field in fields(Thresholds)})
+
+
+def job_of(options: MonitorOptions) -> str:
+    """Series that a run belongs to: the model's folder, however its path is written.
+
+    Links are not followed: where one names the model of the day, the series goes on with the next model.
+    """
+    return options.job or os.path.abspath(options.model)
 
 
 def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], int]:
@@ -220,14 +294,14 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
         raise UsageError(f"--ignore {unknown[0]} is no column of the model.")
     scored = read_scored(options.scores, facts["hash"])
     run = options.run or scored.run
-    job = options.job or str(options.model).rstrip("/")
+    job = job_of(options)
     batch, unreadable = _batch(options, scored, reference, facts, log)
     history = None if options.history is None else History(options.history)
     now, notified = time.time(), None
     try:
         if history is not None:
             history.path.parent.mkdir(parents=True, exist_ok=True)
-            recent = history.recent_rows(run, job=job)
+            recent = [entry.n_rows for entry in history.earlier(run, job=job)]
         report = compare(
             reference,
             batch,
@@ -253,7 +327,7 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
         "report": report.to_dict(),
     }
     for place, write in (
-        (options.output, lambda path: write_file(Path(path), to_json(document) + b"\n")),
+        (options.output, lambda path: write_output(Path(path), to_json(document) + b"\n")),
         (
             options.prometheus,
             lambda path: write_metrics(path, report, job=job, model=facts["hash"][:HASH_DIGITS], time=now),
@@ -288,6 +362,8 @@ def _check_outputs(options: MonitorOptions) -> None:
             continue
         check_output(place, flag, inputs)
         path = Path(place).resolve()
+        if path.is_dir():
+            raise UsageError(f"{flag} {place} is a folder. Name a file.")
         if path in taken:
             raise UsageError(f"{flag} {place} is {taken[path]}. Choose another file.")
         if Path(options.model).resolve() in (path, *path.parents):
@@ -305,7 +381,9 @@ def _batch(
     unreadable, read = 0, 0
     if options.input:
         summary = Summariser(reference.columns)
-        for frame in input_frames(options.input, facts["schema"], options.key, reference, log):
+        for frame in input_frames(
+            scored_inputs(options, scored, log), facts["schema"], options.key, reference, log
+        ):
             unreadable += frame is None
             if frame is not None:
                 read += 1

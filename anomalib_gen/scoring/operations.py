@@ -45,7 +45,7 @@ def calibrate(
         float | None,
         _option(
             metavar="NUMBER",
-            help="Share of normal rows that may be flagged, or the p-value from which on. Default: 0.05.",
+            help="Share of normal rows that may be flagged; of conformal the largest p-value that is. Default: 0.05.",
         ),
     ] = None,
     confidence: Annotated[
@@ -102,7 +102,7 @@ def explain(
     model: Model = None,
     output: Annotated[
         str | None,
-        _option("--output", "-o", metavar="PATH", help="File to make, as for `score`."),
+        _option("--output", "-o", metavar="PATH", help="File to make, as for `score`. Required."),
     ] = None,
     key: Annotated[
         list[str] | None,
@@ -112,7 +112,11 @@ def explain(
         int | None, _option(min=1, metavar="N", help="Explain the N lowest rows, lowest first. Default: 100.")
     ] = None,
     flagged: Annotated[
-        bool, typer.Option("--flagged", help="Explain all rows below the threshold, in the files' order.")
+        bool,
+        typer.Option(
+            "--flagged",
+            help="Explain all rows below the threshold, in the files' order, and not the lowest N.",
+        ),
     ] = False,
     features: Annotated[
         int | None,
@@ -178,7 +182,9 @@ def explain(
 def monitor(
     scores: Annotated[
         str | None,
-        typer.Argument(metavar="SCORES", help="What `score` wrote: a file, or a folder.", show_default=False),
+        typer.Argument(
+            metavar="SCORES", help="What `score` wrote: a file, or a folder. Required.", show_default=False
+        ),
     ] = None,
     model: Model = None,
     input: Annotated[
@@ -186,7 +192,7 @@ def monitor(
         _option(
             "--input",
             metavar="PATH",
-            help="Files that were scored, to compare their columns too; may be repeated.",
+            help="Files that were scored, to compare their columns too; others are left out. May be repeated.",
         ),
     ] = None,
     key: Annotated[
@@ -200,7 +206,10 @@ def monitor(
     ] = None,
     job: Annotated[
         str | None,
-        _option(metavar="NAME", help="Series that this run belongs to. Default: the model folder."),
+        _option(
+            metavar="NAME",
+            help="Series that this run belongs to. Default: the full path of the model folder.",
+        ),
     ] = None,
     run: Annotated[
         str | None,
@@ -233,7 +242,7 @@ def monitor(
         ),
     ] = None,
     webhook_timeout: Annotated[
-        float | None, _option(metavar="SECONDS", help="Of one try. Default: 10.")
+        float | None, _option(metavar="SECONDS", help="How long one try may take. Default: 10.")
     ] = None,
     webhook_retries: Annotated[
         int | None, _option(min=0, metavar="N", help="Tries after the first. Default: 3.")
@@ -251,53 +260,60 @@ def monitor(
     alpha: Annotated[
         float | None,
         _option(
-            metavar="NUMBER", help="Largest p-value of an alert, corrected for all columns. Default: 0.01."
+            metavar="NUMBER", help="No alert above this p-value, corrected for all columns. Default: 0.01."
         ),
     ] = None,
     distance: Annotated[
         float | None,
         _option(
-            metavar="NUMBER", help="KS distance, or total variation of categories, of an alert. Default: 0.2."
+            metavar="NUMBER",
+            help="Alert from this KS distance on, of categories total variation. Default: 0.2.",
         ),
     ] = None,
     psi: Annotated[
-        float | None, _option(metavar="NUMBER", help="Population stability index of an alert. Default: 0.2.")
+        float | None,
+        _option(metavar="NUMBER", help="Alert from this population stability index on. Default: 0.2."),
     ] = None,
     wasserstein: Annotated[
         float | None,
         _option(
-            metavar="NUMBER", help="Wasserstein distance of an alert, in standard deviations. Default: 0.5."
+            metavar="NUMBER",
+            help="Alert from this Wasserstein distance on, in standard deviations. Default: 0.5.",
         ),
     ] = None,
     missing: Annotated[
         float | None,
-        _option(metavar="NUMBER", help="Change of the share of missing values of an alert. Default: 0.05."),
+        _option(
+            metavar="NUMBER", help="Alert if the share of missing values changes by so much. Default: 0.05."
+        ),
     ] = None,
     unseen: Annotated[
-        float | None, _option(metavar="NUMBER", help="Share of new categories of an alert. Default: 0.01.")
+        float | None,
+        _option(metavar="NUMBER", help="Alert from this share of new categories on. Default: 0.01."),
     ] = None,
     alert_rate: Annotated[
         float | None,
         _option(
             metavar="NUMBER",
-            help="Share of outliers, as a multiple of that of normal rows, of an alert. Default: 2.",
+            help="Alert if the share of outliers is so many times that of normal rows. Default: 2.",
         ),
     ] = None,
     volume: Annotated[
         float | None,
         _option(
             metavar="NUMBER",
-            help="Rows, as a multiple or fraction of the usual number, of an alert. Default: 2.",
+            help="Alert if rows are so many times the usual number, or one by so many. Default: 2.",
         ),
     ] = None,
     min_runs: Annotated[
-        int | None, _option(min=1, metavar="NUMBER", help="Earlier runs that tell what is usual. Default: 5.")
+        int | None,
+        _option(min=1, metavar="N", help="Earlier runs in the history that tell a usual number. Default: 5."),
     ] = None,
     config: Config = None,
     quiet: Quiet = False,
     log_format: Logs = LogFormat.text,
 ) -> None:
-    """Compare a scored batch with what the model was fitted to, and raise an alert if it has drifted.
+    """Compare a scored batch with normal rows of `fit` or `calibrate`, and raise an alert if it has drifted.
 
     Compared are the scores, the share of outliers, the number of rows and, with `--input`, every column. A difference
     is an alert if it is both large (one of the thresholds) and sure (`--alpha`). What one run found has one entry in

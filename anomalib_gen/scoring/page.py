@@ -8,6 +8,7 @@ words or in a table beside it. Without scripts the page is complete, but for sor
 from __future__ import annotations
 
 import base64
+import datetime
 import hashlib
 import math
 from typing import Any
@@ -59,6 +60,7 @@ def render(run: RunReport) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["shares"] = contribution_shares
+    environment.filters["day"] = day
     environment.filters |= {"number": number, "share": share, "short": short, "count": count, "size": size}
     script, _, _ = environment.loader.get_source(environment, "report.js")  # type: ignore[union-attr]
     drift = [] if run.drift is None else sorted(run.drift.columns, key=lambda c: (not c.drifted, -c.distance))
@@ -78,6 +80,7 @@ def render(run: RunReport) -> str:
         quality=quality[:MAX_COLUMNS],
         n_quality=len(quality),
         files=run.inputs[:MAX_FILES],
+        trends=_trends(run),
         shown=SHOWN_COLUMNS,
         card=_card(run.model),
     )
@@ -102,6 +105,11 @@ def share(value: float | None) -> str:
     if 0 < value < 0.0001:
         return "< 0.01 %"
     return f"{100 * value:.2f} %"
+
+
+def day(seconds: float) -> str:
+    """Date and time, in UTC."""
+    return datetime.datetime.fromtimestamp(seconds, tz=datetime.UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def size(n_bytes: int) -> str:
@@ -226,6 +234,71 @@ def _column_figure(run: RunReport, drift: Any) -> dict[str, Any]:
     axes.set_ylabel("% of values")
     words = f"Column {_plain(drift.name, 40)} in this run and in training; distance {number(drift.distance)}"
     return {"name": drift.name, "drifted": drift.drifted, "svg": to_svg(figure, label=words), "drift": drift}
+
+
+def _trends(run: RunReport) -> list[tuple[str, str, str]]:
+    """Pictures of the last runs, this one last: title, what the lines are, and SVG."""
+    if not run.earlier or run.drift is None:
+        return []
+    drift, limits, runs = run.drift, run.drift.thresholds, run.earlier
+    here = None if drift.scores is None else drift.scores.distance
+    usual = drift.usual_rows
+    rate = 100 * run.reference.flagged_rate if run.reference is not None else math.nan
+    alerts = [*(past.alert for past in runs), bool(drift.alerts)]
+    shares = [(past.outliers, past.rows) for past in runs] + [(run.outliers, run.rows)]
+    return [
+        _trend(
+            "Rows",
+            "Lines: the usual number, and where an alert begins" if usual else "",
+            [*(past.rows for past in runs), run.rows],
+            [] if usual is None else [usual],
+            [] if usual is None else [usual / limits.volume, usual * limits.volume],
+            alerts,
+        ),
+        _trend(
+            "Anomalies, % of rows",
+            "Lines: normal rows in training, and where an alert may begin",
+            [100 * odd / n if n else None for odd, n in shares],
+            [rate],
+            [rate * limits.alert_rate],
+            alerts,
+        ),
+        _trend(
+            "Distance of the scores from training",
+            "Line: where an alert may begin",
+            [*(past.distance for past in runs), here],
+            [],
+            [limits.distance],
+            alerts,
+        ),
+    ]
+
+
+def _trend(
+    title: str,
+    lines: str,
+    values: list[float | None],
+    usual: list[float],
+    limits: list[float],
+    alerts: list[bool],
+) -> tuple[str, str, str]:
+    figure, axes = new_figure(3.6, 2.1)
+    places = np.arange(1 - len(values), 1)
+    known = np.array([math.nan if value is None else value for value in values])
+    for level in usual:
+        axes.axhline(level, color=INK, linewidth=1)
+    for level in limits:
+        axes.axhline(level, color=ANOMALY, linestyle="--", linewidth=1.2)
+    axes.plot(places, known, color=NORMAL, linewidth=1.4)
+    for alert, colour, mark in ((False, NORMAL, "o"), (True, ANOMALY, "D")):
+        chosen = np.array(alerts) == alert
+        axes.plot(places[chosen], known[chosen], mark, color=colour, markersize=4.5, linestyle="none")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(places[0] - 0.5, 0.5)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("runs before this one (0: this one)")
+    last = number(values[-1])
+    return title, lines, to_svg(figure, label=f"{title} of the last {len(values)} runs; of this one {last}")
 
 
 def _plain(text: str, length: int) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,20 +21,43 @@ from typing import Any
 import pyarrow as pa
 
 from anomalib_gen.persistence import sync_folder
-from anomalib_gen.scoring._errors import UsageError
+from anomalib_gen.scoring._errors import DataError, UsageError
 
 PLAN = "plan.json"
+WAIT_SECONDS = 30.0
+"""How long a short output waits for another run that writes to it."""
 
 
 def write_file(path: Path, data: bytes | pa.Buffer) -> None:
-    """Write a file that is there and whole, or not there."""
+    """Write a file that is there and whole, or not there. Who calls it holds the lock of the output.
+
+    The temporary name is always the same, so that what a killed process leaves is used by the next one.
+    """
     fresh = path.with_name(f"{path.name}.tmp")
-    with open(fresh, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    try:
+        with open(fresh, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise
     sync_folder(path.parent)
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """Write a file as `write_file` does, and its folder if need be; of several that want to, one after the other.
+
+    Raises
+    ------
+    UsageError
+        If another run writes to it for long.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with sole_run(path, wait=WAIT_SECONDS):
+        write_file(path, data)
 
 
 def to_json(value: Any) -> bytes:
@@ -49,6 +73,36 @@ def digest(value: Any) -> str:
 def record_of(output: Path) -> Path:
     """Where a run tells what an output was made from."""
     return output.with_name(f"{output.name}.run.json")
+
+
+def read_record(data: bytes, path: str | Path) -> dict[str, Any]:
+    """What the record of a run says.
+
+    Returns
+    -------
+    dict
+        "rows", "outliers", "bad_rows", "bad_files", "model", "threshold" (minus infinity for one that flags nothing),
+        "plan", "quarantine", and "inputs": the path, size and time of each file.
+
+    Raises
+    ------
+    DataError
+        If it is none.
+    """
+    try:
+        record = json.loads(data)
+        counts = ("rows", "outliers", "bad_rows", "bad_files")
+        found: dict[str, Any] = {name: int(record[name]) for name in counts}
+        found |= {
+            "model": str(record["model"]),
+            "plan": str(record["plan"]),
+            "quarantine": record.get("quarantine"),
+        }
+        found["threshold"] = -math.inf if record["threshold"] is None else float(record["threshold"])
+        found["inputs"] = [(str(path), int(size), int(mtime)) for path, size, mtime in record["inputs"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no record of a run: {error!r}. Score the files again.") from None
+    return found
 
 
 def quarantine_beside(output: Path) -> Path:
@@ -140,8 +194,14 @@ class Parts:
 
 
 @contextlib.contextmanager
-def sole_run(output: Path) -> Iterator[None]:
+def sole_run(output: Path, *, wait: float = 0) -> Iterator[None]:
     """Hold the lock of an output; the system gives it back when the process dies, however it does.
+
+    Parameters
+    ----------
+    output : Path
+    wait : float, default=0
+        Seconds to wait for another run.
 
     Raises
     ------
@@ -150,7 +210,7 @@ def sole_run(output: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
+    lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=wait)
     try:
         lock.acquire()
     except Timeout:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,14 +31,15 @@ from anomalib_gen.monitoring import (
     compare,
     load_reference,
 )
+from anomalib_gen.monitoring.history import History, HistoryError
 from anomalib_gen.persistence import ModelFolderError
 from anomalib_gen.scoring._columns import Wanted, to_frame, wanted_by
 from anomalib_gen.scoring._errors import DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import MonitorOptions, ReportOptions
 from anomalib_gen.scoring.explaining import Explainer, top_fields
-from anomalib_gen.scoring.monitor import thresholds_of
-from anomalib_gen.scoring.parts import quarantine_beside, record_of, write_file
+from anomalib_gen.scoring.monitor import job_of, thresholds_of
+from anomalib_gen.scoring.parts import digest, quarantine_beside, read_record, record_of, write_output
 from anomalib_gen.scoring.rows import load_model
 from anomalib_gen.scoring.run import ADDED, HASH_DIGITS
 from anomalib_gen.scoring.sources import Input, Reader, find_inputs, is_remote, rows_per_part
@@ -75,6 +75,29 @@ class Anomaly:
     contributions: list[tuple[str, Any, float]] = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """A run that `monitor` has looked at.
+
+    Attributes
+    ----------
+    run : str
+    time : float
+        In seconds since 1970.
+    rows, outliers : int
+    distance : float or None
+        Kolmogorov-Smirnov distance of its scores from training, where they were compared.
+    alert : bool
+    """
+
+    run: str
+    time: float
+    rows: int
+    outliers: int
+    distance: float | None
+    alert: bool
+
+
 @dataclasses.dataclass
 class RunReport:
     """What a page is made from.
@@ -103,6 +126,8 @@ class RunReport:
     drift : DriftReport or None
     columns : dict of str to Column
         Of the input, by name; empty if it was not read.
+    earlier : list of Past or None
+        Runs of the same job before this one, the first one first; None without a history.
     notes : list of str
         What is left out, and why.
     """
@@ -123,6 +148,7 @@ class RunReport:
     reference: Reference | None = None
     drift: DriftReport | None = None
     columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+    earlier: list[Past] | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -134,7 +160,8 @@ def report_run(options: ReportOptions, log: Log, judged: MonitorOptions | None =
     options : ReportOptions
     log : Log
     judged : MonitorOptions, optional
-        Whose thresholds and ignored columns say what is an alert; the defaults without them.
+        Whose thresholds and ignored columns say what is an alert, and whose history what is usual; the defaults, and
+        no history, without them.
 
     Raises
     ------
@@ -149,6 +176,8 @@ def report_run(options: ReportOptions, log: Log, judged: MonitorOptions | None =
     output = Path((options.output or f"{scores}.html").removeprefix("file://"))
     if output.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--output {output} must end in .html.")
+    if output.is_dir():
+        raise UsageError(f"--output {output} is a folder. Name a file.")
     if os.path.lexists(output) and not options.overwrite:
         raise UsageError(f"{output} exists already. Choose another output, or replace it with --overwrite.")
     from anomalib_gen.scoring.page import render
@@ -156,8 +185,7 @@ def report_run(options: ReportOptions, log: Log, judged: MonitorOptions | None =
     found = gather(scores, options, log, judged)
     page = render(found)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_file(output, page.encode())
+        write_output(output, page.encode())
     except OSError as error:
         raise explain_os_error(error, f"writing {output}") from error
     for note in found.notes:
@@ -231,14 +259,39 @@ def gather(scores: Path, options: ReportOptions, log: Log, judged: MonitorOption
     if found.reference is not None:
         columns = () if summariser is None else summariser.columns()
         found.columns = {column.name: column for column in columns}
+        if judged is not None and judged.history is not None:
+            found.earlier = _earlier(judged, record, found)
         batch = Batch(found.rows, found.outliers, found.scores, columns, found.bad_rows, found.bad_files)
         found.drift = compare(
             found.reference,
             batch,
             thresholds=None if judged is None else thresholds_of(judged),
+            recent_rows=[past.rows for past in found.earlier or ()],
             ignore=() if judged is None else judged.ignore,
         )
     return found
+
+
+def _earlier(judged: MonitorOptions, record: dict[str, Any], found: RunReport) -> list[Past] | None:
+    """Runs before this one in the history of `monitor`, which is left as it is; None, with a note, if it has none."""
+    assert judged.history is not None
+    history, job = History(judged.history), job_of(judged)
+    try:
+        if not history.path.is_file():
+            raise HistoryError(f"The history {history.path} is not there.")
+        name = judged.run or history.name_of(
+            judged.scores, job=job, model=record["model"], n_rows=record["rows"], n_flagged=record["outliers"]
+        )
+        entries = history.earlier(name or digest([record["plan"], record["model"]]), job=job)
+    except HistoryError as error:
+        found.notes.append(f"Earlier runs and the usual volume are not known: {error}")
+        return None
+    pasts = []
+    for entry in reversed(entries):
+        scores = entry.report["scores"]
+        distance = None if scores is None else float(scores["distance"])
+        pasts.append(Past(entry.run, entry.time, entry.n_rows, entry.n_flagged, distance, entry.alert))
+    return pasts
 
 
 def _time_of(path: Path) -> str:
@@ -252,18 +305,11 @@ def _read_record(scores: Path) -> dict[str, Any]:
         raise DataError(f"{scores} does not exist. Name the output of `anomalib-gen score`.")
     path = record_of(scores)
     try:
-        record = json.loads(path.read_bytes())
-        counts = ("rows", "outliers", "bad_rows", "bad_files")
-        checked: dict[str, Any] = {name: int(record[name]) for name in counts}
-        checked |= {"model": str(record["model"]), "quarantine": record.get("quarantine")}
-        # (A threshold that flags nothing is no number.)
-        checked["threshold"] = -math.inf if record["threshold"] is None else float(record["threshold"])
-        checked["inputs"] = [(str(path), int(size), int(mtime)) for path, size, mtime in record["inputs"]]
+        return read_record(path.read_bytes(), path)
     except FileNotFoundError:
         raise DataError(f"{path} is missing. It is written beside the scores; keep them together.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} cannot be read: {error}.") from None
-    return checked
+    except OSError as error:
+        raise explain_os_error(error, f"reading {path}") from None
 
 
 def _read_quarantine(path: Path, record: dict[str, Any]) -> list[dict[str, Any]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 from anomalib_gen import persistence
 from anomalib_gen.calibration._wrapped import innermost
 from anomalib_gen.persistence import ModelFolderError
-from anomalib_gen.scoring._errors import DataError
+from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 
 
 def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
@@ -35,6 +36,21 @@ def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
             "Score images in Python: anomalib_gen.load(folder).score_samples(images)."
         )
     return model, facts
+
+
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a place where no model folder can be written, before hours of work.
+
+    Raises
+    ------
+    UsageError, DataError
+    """
+    try:
+        persistence.check_place(folder, overwrite=overwrite)
+    except FileExistsError as error:
+        raise UsageError(str(error).replace("overwrite=True", "--overwrite")) from None
+    except OSError as error:
+        raise explain_os_error(error, f"writing {folder}") from None
 
 
 def detector_in(model: Any) -> Any:

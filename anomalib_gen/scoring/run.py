@@ -470,6 +470,8 @@ class _Run:
         summary.code = self._code()
         self._write_record()
         self.parts.remove()
+        if not summary.rows:
+            self.log.warning(f"no row was scored: {self.output} is empty")
         if quarantined:
             self.log.warning(f"{len(quarantined)} bad rows or files are in {self.quarantine}")
 

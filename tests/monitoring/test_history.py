@@ -54,7 +54,7 @@ def test_jobs_that_call_their_runs_alike_keep_their_own(history):
     assert history.add("2026-11-24", LOUD, **other, now=3.0).notified is None
     history.notify("2026-11-24", job="other", now=4.0)
     assert [(entry.job, entry.notified) for entry in history.entries()] == [("other", 4.0), ("nightly", 2.0)]
-    assert history.recent_rows("2026-11-24", job="nightly") == []
+    assert history.earlier("2026-11-24", job="nightly") == []
     assert history.add("2026-11-24", LOUD, **other).time == 3.0
     with sqlite3.connect(history.path) as connection:
         assert connection.execute("SELECT job, run, name FROM columns").fetchall() == [
@@ -66,8 +66,20 @@ def test_the_usual_volume_is_that_of_earlier_runs_of_the_job(history):
     for k in range(40):
         history.add(f"r{k}", compare(REFERENCE, Batch(100 + k, 0, NORMAL)), **FACTS, now=float(k))
     history.add("other", QUIET, **{**FACTS, "job": "other"}, now=3.0)
-    assert history.recent_rows("new", job="nightly") == [139 - k for k in range(30)]
-    assert history.recent_rows("r3", job="nightly") == [102, 101, 100]
+    assert [entry.n_rows for entry in history.earlier("new", job="nightly")] == [139 - k for k in range(30)]
+    assert [entry.n_rows for entry in history.earlier("r3", job="nightly")] == [102, 101, 100]
+
+
+def test_a_run_is_known_by_what_came_out_of_it(history, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    history.add("old", QUIET, **FACTS, now=1.0)
+    history.add("new", QUIET, **FACTS, now=2.0)
+    same = {"job": "nightly", "model": "abc", "n_rows": 400, "n_flagged": 20}
+    assert history.name_of("./scores.parquet", **same) == "new"
+    assert history.name_of(str(tmp_path / "scores.parquet"), **same) == "new"
+    assert history.name_of("other.parquet", **same) is None
+    for name, value in (("job", "other"), ("model", "b"), ("n_rows", 1), ("n_flagged", 1)):
+        assert history.name_of("scores.parquet", **{**same, name: value}) is None
 
 
 def test_old_runs_are_forgotten_with_their_columns(history):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from sklearn.frozen import FrozenEstimator
 
 from anomalib_gen import load, persistence
@@ -13,8 +14,10 @@ from anomalib_gen.calibration import (
     SplitConformalDetector,
     TailProbability,
     ThresholdDetector,
+    conformal_p_values,
 )
 from anomalib_gen.monitoring import load_reference
+from anomalib_gen.scoring import calibrating
 
 
 @pytest.fixture
@@ -104,6 +107,62 @@ def test_p_values_are_those_of_python_and_those_that_score_writes(
     assert run("score", normal, *options[:2], "-k", "p_value", "-o", tmp_path / "u.csv").exit_code == 1
 
 
+def drawn(values, limit, part):
+    sample = calibrating._Sample(limit)
+    for start in range(0, len(values), part):
+        sample.add(np.asarray(values[start : start + part], dtype=np.float64))
+    assert sample.n_rows == len(values)
+    return sample.scores()
+
+
+def test_of_many_scores_some_are_drawn_whatever_they_are():
+    places = np.arange(1000)
+    np.testing.assert_array_equal(drawn(places, 1000, 70), places)
+    expected = drawn(places, 64, 1000)
+    assert len(set(expected)) == 64
+    assert (np.diff(expected) > 0).all()
+    # Neither how the rows were cut nor what they score makes a difference.
+    for part in (1, 7, 129):
+        np.testing.assert_array_equal(drawn(places, 64, part), expected)
+    scores = np.random.default_rng(0).normal(size=1000)
+    np.testing.assert_array_equal(drawn(scores, 64, 129), scores[expected.astype(int)])
+    # They come from everywhere.
+    assert len(drawn(np.arange(100_000), 10_000, 999)) == 10_000
+    assert stats.kstest(drawn(np.arange(100_000), 10_000, 999) / 1e5, "uniform").pvalue > 0.01
+
+
+def test_p_values_of_a_sample_keep_their_promise():
+    """Of 400 exchangeable scores 39 calibrate, so p-values of a new one are uniform on multiples of 1 / 40."""
+    random, n = np.random.default_rng(0), 4000
+    ranks = []
+    for _ in range(n):
+        rows = random.normal(size=401)
+        ranks.append(40 * conformal_p_values(rows[-1:], drawn(rows[:-1], 39, 50))[0])
+    counts = np.bincount(np.round(ranks).astype(int), minlength=41)[1:]
+    assert stats.chisquare(counts).pvalue > 0.01
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_folder_holds_a_stated_number_of_scores(run, normal, frame, model, loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrating, "MAX_SCORES", 200)
+    options = ("--method", "conformal", "--rate", 0.02, "-o", tmp_path / "new")
+    result = calibrate(run, normal, model, *options)
+    assert result.exit_code == 0, result.output
+    assert "200 rows of 999 calibrate" in result.stderr
+    found, calibrated = json.loads(result.stdout), load(tmp_path / "new")
+    assert (found["rows"], found["scores"]) == (999, 200)
+    np.testing.assert_array_equal(
+        calibrated.calibration_scores_, np.sort(drawn(loaded.score_samples(frame), 200, 999))
+    )
+    assert found["flagged"] == (calibrated.calibration_scores_ < calibrated.offset_).mean()
+    reference = load_reference(tmp_path / "new")
+    assert (reference.n_scored, reference.n_rows) == (200, 999)
+    # More rows would not help here.
+    result = calibrate(run, normal, model, "--method", "conformal", "--rate", 0.002, "-o", tmp_path / "low")
+    assert result.exit_code == 2
+    assert "Of 999 rows 200 calibrate, and no more can" in result.stderr
+
+
 def test_a_rate_that_no_row_can_reach_is_refused(run, normal, model, tmp_path):
     for method in ("conformal", "false-positive-rate"):
         result = calibrate(run, normal, model, "--method", method, "--rate", 0.0005, "-o", tmp_path / "new")
@@ -170,6 +229,7 @@ def test_rows_and_options_that_do_not_fit(run, rows, model, tmp_path):
         (("--method", "magic"), "must be one of false-positive-rate"),
         (("--rate", 0), "from 1e-12 to 0.5"),
         (("--method", "tial"), "Did you mean 'tail'"),
+        (("--method", "magic"), "contamination, conformal, keep, got 'magic'.\n"),
     ):
         result = calibrate(run, tmp_path / "none.parquet", model, "-o", tmp_path / "new", *option)
         assert result.exit_code == 1

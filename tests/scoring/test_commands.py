@@ -128,6 +128,48 @@ def test_evaluate_without_anomalies_or_with_bad_rows(run, rows, model, tmp_path)
     assert result.exit_code == 2
 
 
+def test_evaluate_refuses_files_without_rows_and_folders(run, rows, model, tmp_path):
+    rows(5, 0)[:0].assign(y=1).to_csv(tmp_path / "a.csv", index=False)
+    result = run("evaluate", tmp_path / "a.csv", "-m", model, "--label", "y")
+    assert result.exit_code == 2
+    assert "have no rows" in result.stderr
+    (tmp_path / "folder").mkdir()
+    result = run("evaluate", tmp_path / "a.csv", "-m", model, "--label", "y", "-o", tmp_path / "folder")
+    assert result.exit_code == 1
+    assert "is a folder. Name a file" in result.stderr
+
+
+def test_fit_takes_no_keys_for_categories(run, rows, tmp_path):
+    rows(60, 0).to_parquet(tmp_path / "a.parquet")
+    arguments = ("fit", tmp_path / "a.parquet", "-m", tmp_path / "model", "--detector", FLOW)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "'id' has another text in every row" in result.stderr
+    assert "--exclude id" in result.stderr
+    result = run(*arguments, "--exclude", "id")
+    assert result.exit_code == 0
+    assert "one-hot encoded in kind (2 categories)" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["fit", "calibrate"])
+def test_a_place_for_no_model_is_refused_before_the_work(run, model, tmp_path, command, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: "closed" not in str(path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("three years")
+    (tmp_path / "closed").mkdir()
+    flag, more = ("-o", ("-m", model)) if command == "calibrate" else ("-m", ())
+    for place, code, message in (
+        (tmp_path / "mine", 1, "is no model folder"),
+        (tmp_path / "mine" / "thesis.txt" / "model", 2, "is a file where a folder should be"),
+        (tmp_path / "closed" / "deep" / "model", 2, "Permission denied"),
+    ):
+        # (The input is not there, which would be said next.)
+        result = run(command, tmp_path / "none.parquet", *more, flag, place, "--overwrite")
+        assert result.exit_code == code, result.output
+        assert message in result.stderr
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "three years"
+
+
 def test_evaluate_replaces_no_input(run, rows, model, tmp_path):
     path = tmp_path / "a.csv"
     rows(20, 0).assign(y=1).to_csv(path, index=False)
@@ -198,6 +240,7 @@ def test_a_file_gives_what_flags_do_not(run, rows, model, tmp_path):
         ("[score]\nkey = [1]", r"score.key must be a list of texts, got [1]"),
         ("[score]\nresume = 'yes'", "score.resume must be true or false, got 'yes'"),
         ("[score]\nmodel = ''", "score.model must be text"),
+        ("[calibrate]\nmethod = 1\n[scor]", "'scor' is unknown. Did you mean 'score'"),
         ("[score", "is no TOML"),
         ("", "score needs --model"),
     ],

@@ -201,3 +201,22 @@ def test_a_detector_that_keeps_no_mean_row_needs_a_background(run, fitted, X, tm
     result = run("explain", *options, "--top", 2, "--background", tmp_path / "x.parquet")
     assert result.exit_code == 0, result.output
     assert len(pd.read_csv(tmp_path / "s.csv")) == 6
+
+
+def test_both_commands_give_the_same_reasons(run, incoming, model, tmp_path):
+    """Those of `score --explain` are those of `explain` without a background."""
+    options = ("-m", model, "-k", "id")
+    result = run(
+        "score", incoming, *options, "--explain", 3, "--max-bad-rows", 9, "-o", tmp_path / "s.parquet"
+    )
+    assert result.exit_code in (0, 4), result.output
+    assert run("explain", incoming, *options, "--flagged", "-o", tmp_path / "why.parquet").exit_code == 0
+    scores, why = pd.read_parquet(tmp_path / "s.parquet"), pd.read_parquet(tmp_path / "why.parquet")
+    why = why.set_index(["id", "feature"])["contribution"]
+    odd = scores[scores["label"] == -1].set_index("id")
+    assert len(odd) > 3
+    for k in (1, 2, 3):
+        row = zip(odd.index, odd[f"top_{k}_feature"], strict=True)
+        np.testing.assert_allclose(
+            odd[f"top_{k}_contribution"], [why[name] for name in row], rtol=1e-6, atol=1e-9
+        )

@@ -131,7 +131,7 @@ def test_a_model_without_reference_says_how_to_get_one(run, rows, model, tmp_pat
 def test_what_is_no_output_of_this_model(run, rows, scored, fitted_model, model):
     result = run("monitor", scored / "same.parquet", "-m", fitted_model)
     assert result.exit_code == 2
-    assert "lacks the columns 'score'" in result.stderr
+    assert "same.parquet is no output of `score`: " in result.stderr
     assert run("monitor", scored / "none.parquet", "-m", fitted_model).exit_code == 2
     arguments = (scored / "same.parquet", "-m", model, "-o", scored / "foreign.parquet")
     assert run("score", *arguments).exit_code == 0
@@ -186,6 +186,18 @@ def test_a_run_has_one_entry_however_often_it_is_looked_at(run, scored, fitted_m
     assert History(history).entries()[0].run == "2024-01-31"
     with sqlite3.connect(history) as connection:
         assert connection.execute("SELECT count(*) FROM columns").fetchone() == (9,)
+
+
+def test_a_model_is_one_series_however_its_path_is_written(run, scored, fitted_model, monkeypatch):
+    history = scored / "h.sqlite"
+    (scored / "current").symlink_to(fitted_model)
+    monkeypatch.chdir(scored)
+    for k, path in enumerate(
+        ("current", "./current/", scored / "current", scored / ".." / scored.name / "current")
+    ):
+        assert monitor(run, scored, "same", path, "--history", history, "--run", k).exit_code == 0
+    # The link is the series, whichever model it names.
+    assert {entry.job for entry in History(history).entries()} == {str(scored / "current")}
 
 
 def test_old_runs_are_forgotten(run, scored, fitted_model):
@@ -273,12 +285,14 @@ def test_an_alert_is_told_until_somebody_knows_and_then_no_more(run, scored, fit
 def test_nothing_that_is_read_is_replaced(run, scored, fitted_model):
     scores, source = scored / "same.scores.parquet", scored / "same.parquet"
     before = {path: path.read_bytes() for path in scored.iterdir() if path.is_file()}
+    (scored / "folder").mkdir()
     for flag in ("--output", "--prometheus", "--history"):
         for place, message in (
             (scores, "one of the inputs"),
             (source, "one of the inputs"),
             (scored, "one of the inputs"),
             (f"{scores}.run.json", "is the record of"),
+            (scored / "folder", "is a folder"),
             (fitted_model / "found.json", "in the model folder"),
             ("memory://found.json", "must be a file of this machine"),
         ):
@@ -336,11 +350,63 @@ def test_missing_values_and_new_categories(run, rows, fitted_model, tmp_path):
 
 def test_input_that_cannot_be_read_is_code_4(run, scored, fitted_model):
     (scored / "broken.parquet").write_bytes(b"PAR1 no")
-    result = monitor(run, scored, "same", fitted_model, "--input", scored / "broken.parquet")
+    inputs = (scored / "broken.parquet", scored / "same.parquet")
+    options = ("-m", fitted_model, "--max-bad-files", 1, "--overwrite", "-o", scored / "same.scores.parquet")
+    assert run("score", *inputs, *options).exit_code == 4
+    more = ("--input", scored / "broken.parquet")
+    result = monitor(run, scored, "same", fitted_model, *more)
     assert result.exit_code == 4, result.output
     assert "left out a file" in result.stderr
-    more = ("--input", scored / "broken.parquet")
     assert monitor(run, scored, "same", fitted_model, *more, columns=False).exit_code == 2
+
+
+def test_files_that_were_not_scored_are_not_compared(run, scored, fitted_model):
+    """Those of another day, and those that came or changed after the run."""
+    history = scored / "h.sqlite"
+    scores, same, other = (scored / f"{name}.parquet" for name in ("same.scores", "same", "other"))
+    arguments = ("monitor", scores, "-m", fitted_model, "--history", history, "--json")
+    result = run(*arguments, "--input", other)
+    assert result.exit_code == 2
+    assert f"was made from {same}, and --input names {other}." in result.stderr
+    assert not history.exists()
+    # A file that came later is left out of the comparison.
+    expected = json.loads(run(*arguments, "--input", same).stdout)["report"]
+    result = run(*arguments, "--input", same, "--input", other)
+    assert result.exit_code == 0, result.output
+    assert f"left out {other}: it was not scored" in result.stderr
+    assert json.loads(result.stdout)["report"] == expected
+    # One of several that were scored is enough to compare, but not all.
+    both = ("score", same, other, "-m", fitted_model, "-o", scored / "both.parquet")
+    assert run(*both).exit_code == 0
+    result = run("monitor", scored / "both.parquet", "-m", fitted_model, "--input", other)
+    assert "--input names 1 of the 2 files that were scored" in result.stderr
+    # A file by another name but of the same time is the same; so is a copy of a later time, as far as is known.
+    same.rename(scored / "renamed.parquet")
+    result = run(*arguments, "--input", scored / "renamed.parquet")
+    assert "warning" not in result.stderr
+    (scored / "deep").mkdir()
+    (scored / "deep" / "same.parquet").write_bytes((scored / "renamed.parquet").read_bytes())
+    result = run(*arguments, "--input", scored / "deep" / "same.parquet")
+    assert result.exit_code == 0
+    assert "it is taken for a copy" in result.stderr
+    # In its own place a later time is a change.
+    (scored / "renamed.parquet").rename(same)
+    os.utime(same)
+    assert run(*arguments, "--input", same).exit_code == 2
+
+
+def test_scores_and_their_record_must_be_of_one_run(run, scored, fitted_model):
+    scores = scored / "same.scores.parquet"
+    record = scored / "same.scores.parquet.run.json"
+    whole = record.read_text()
+    for text in ("{", "[]", "{}", whole.replace('"rows": 400', '"rows": 399')):
+        record.write_text(text)
+        result = run("monitor", scores, "-m", fitted_model)
+        assert result.exit_code == 2, result.output
+        assert "Score the files again" in result.stderr
+    record.unlink()
+    result = run("monitor", scores, "-m", fitted_model, "--input", scored / "other.parquet")
+    assert "no record, so it is not known" in result.stderr
 
 
 def test_a_batch_without_rows_is_an_alert(run, rows, fitted_model, tmp_path):

@@ -157,6 +157,66 @@ def test_report_and_monitor_find_the_same(run, scored, described, rows, tmp_path
     assert json.loads(result.stdout)["report"] == json.loads(json.dumps(found.drift.to_dict()))
 
 
+@pytest.fixture
+def nights(run, scored, described, rows, tmp_path):
+    """Scores of a last night after six others, written to one place; the history; and what monitor found last."""
+    history = tmp_path / "h.sqlite"
+    for k in range(7):
+        frame = rows(130 if k == 6 else 300 + 10 * k, k + 1)
+        frame["x"] += 2.0 * (k == 3)
+        output = scored(frame, options=("--overwrite",))
+        result = run(
+            "monitor", output, "-m", described, "--history", history, "--run", f"night-{k}", "--json"
+        )
+        assert result.exit_code == (3 if k in (3, 6) else 0), result.output
+    return output, history, json.loads(result.stdout)
+
+
+def test_earlier_runs_are_those_of_monitor(run, nights, described, tmp_path):
+    output, history, found = nights
+    before = history.read_bytes()
+    arguments = ("report", output, "-m", described, "-o", tmp_path / "page.html", "--overwrite")
+    result = run(*arguments, "--history", history)
+    assert result.exit_code == 0, result.output
+    page = page_of(tmp_path / "page.html")
+    table = page.tables["earlier-table"][1:]
+    # This run is not among them, though monitor knew it by a name of its own.
+    assert [row[0] for row in table] == [f"night-{k}" for k in range(5, -1, -1)]
+    assert [row[2] for row in table] == [f"{300 + 10 * k}" for k in range(5, -1, -1)]
+    assert [row[5] for row in table] == ["no alert"] * 2 + ["alert"] + ["no alert"] * 3
+    assert float(table[2][4]) > 0.3 > float(table[0][4])
+    assert {alert["kind"] for alert in found["report"]["alerts"]} == {"volume"}
+    text = " ".join(page.text.split())
+    assert "130 rows, and 325 are usual" in text
+    assert "their median, 325." in text
+    labels = [found["aria-label"] for found in page.all("svg")]
+    assert "Rows of the last 7 runs; of this one 130" in labels
+    assert history.read_bytes() == before
+    # The configuration of monitor names the history, too.
+    (tmp_path / "run.toml").write_text(f"[monitor]\nhistory = '{history}'\nmin-runs = 7\n")
+    assert run(*arguments, "--config", tmp_path / "run.toml").exit_code == 0
+    page = page_of(tmp_path / "page.html")
+    assert len(page.tables["earlier-table"]) == 7
+    assert "too few to tell" in page.text
+    # Without it there is no word of it.
+    assert run(*arguments).exit_code == 0
+    assert "Earlier runs" not in page_of(tmp_path / "page.html").text
+
+
+def test_a_history_that_tells_nothing(run, nights, described, tmp_path):
+    output, history, _ = nights
+    arguments = ("report", output, "-m", described, "-o", tmp_path / "page.html", "--overwrite", "--history")
+    assert run(*arguments, history, "--job", "other").exit_code == 0
+    assert "The history has none of this job." in page_of(tmp_path / "page.html").text
+    history.write_text("no database " * 100)
+    for path, message in ((history, "not a database"), (tmp_path / "none.sqlite", "is not there")):
+        result = run(*arguments, path)
+        assert result.exit_code == 4
+        assert message in result.stderr
+        assert message in page_of(tmp_path / "page.html").text
+    assert not (tmp_path / "none.sqlite").exists()
+
+
 def test_a_configuration_of_monitor_holds_for_report(run, scored, described, rows, tmp_path):
     frame = rows(300, 1)
     frame["x"] += 1
@@ -280,6 +340,10 @@ def test_a_page_is_replaced_only_if_asked(run, scored, described, rows, tmp_path
     assert run("report", output, "-m", described).exit_code == 1
     assert page.read_text() == "mine"
     assert run("report", output, "-m", described, "-o", tmp_path / "page.txt").exit_code == 1
+    (tmp_path / "folder.html").mkdir()
+    result = run("report", output, "-m", described, "-o", tmp_path / "folder.html", "--overwrite")
+    assert result.exit_code == 1
+    assert "is a folder" in result.stderr
     assert run("report", output, "-m", described, "--overwrite").exit_code == 0
     assert page.read_text().startswith("<!doctype html>")
     assert not list(tmp_path.glob("*.tmp"))

@@ -683,3 +683,17 @@ def test_only_what_is_needed_is_read(run, rows, model, loaded, tmp_path):
     result = run("score", source, "-m", model, "-k", "id", "-o", tmp_path / "out.parquet")
     assert result.exit_code == 0, result.output
     assert_scored(tmp_path / "out.parquet", frame, loaded, model)
+
+
+def test_mistakes_of_the_night_are_named(run, rows, model, tmp_path):
+    rows(20, 1).to_csv(tmp_path / "semi.csv", sep=";", index=False)
+    result = run("score", tmp_path / "semi.csv", "-m", model, "-o", tmp_path / "s.parquet")
+    assert result.exit_code == 2
+    assert "It has 'id;x;n;kind'. Fields of .csv are separated by commas" in result.stderr
+    rows(20, 1)[:0].to_parquet(tmp_path / "empty.parquet")
+    result = run("score", tmp_path / "empty.parquet", "-m", model, "-o", tmp_path / "s.parquet", "--quiet")
+    assert result.exit_code == 0
+    assert "warning: no row was scored" in result.stderr
+    result = run("score", tmp_path / "empty.parquet", "-m", model, "-o", tmp_path / "semi.csv" / "s.parquet")
+    assert result.exit_code == 2
+    assert "is a file where a folder should be" in result.stderr
