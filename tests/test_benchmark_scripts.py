@@ -251,7 +251,7 @@ def test_throughput_is_measured_for_every_family_and_peer(tmp_path):
     pytest.importorskip("pyod")
     out = tmp_path / "throughput.json"
     run("scoring_throughput.py", "--output", out)
-    assert len(json.loads(out.read_text())["detectors"]) == 13
+    assert len(json.loads(out.read_text())["detectors"]) == 14
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
