@@ -118,7 +118,7 @@ class TrainingResult:
 
 
 class _FlatWeights:
-    """Parameters as views of a few long vectors: one for each precision of matrices, and one of all else.
+    """Parameters as views of a few long vectors: of each precision one for matrices, and one for all else.
 
     Parameters
     ----------
@@ -144,9 +144,8 @@ class _FlatWeights:
         for group in self.groups:
             joined = torch.cat([parameter.detach().reshape(-1) for parameter in group])
             self.vectors.append(nn.Parameter(joined))
-            pieces = joined.split([parameter.numel() for parameter in group])
-            for parameter, piece in zip(group, pieces, strict=True):
-                parameter.data = piece.view(parameter.shape)
+            for parameter, piece in _pieces(joined, group):
+                parameter.data = piece
 
     def gather(self) -> None:
         """Move the gradients of the parameters to the vectors; one that took no part in the loss has a zero."""
@@ -171,9 +170,14 @@ class _FlatWeights:
     def load(self, vectors: list[torch.Tensor]) -> None:
         """Copy values that are laid out like `vectors` into the parameters."""
         for vector, group in zip(vectors, self.groups, strict=True):
-            pieces = vector.split([parameter.numel() for parameter in group])
-            for parameter, piece in zip(group, pieces, strict=True):
-                parameter.copy_(piece.view(parameter.shape))
+            for parameter, piece in _pieces(vector, group):
+                parameter.copy_(piece)
+
+
+def _pieces(vector: torch.Tensor, group: list[nn.Parameter]) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    """Each parameter with its part of a vector, in its own shape."""
+    for parameter, piece in zip(group, vector.split([p.numel() for p in group]), strict=True):
+        yield parameter, piece.view(parameter.shape)
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:

@@ -120,7 +120,7 @@ def load_source(source: str, data_home: str | None = None) -> tuple[NDArray[np.f
             bunch = load_adbench(source, data_home=data_home)
             X, y = bunch.data, bunch.target
         X, y = np.asarray(X, dtype=np.float64), np.asarray(y)
-    except Exception as error:
+    except Exception as error:  # archives, numbers and downloads: each raises its own
         raise DataError(f"The data set {source} cannot be read: {error}") from error
     if X.ndim != 2 or y.shape != (len(X),) or not set(np.unique(y).tolist()) <= {1, -1}:
         raise DataError(
@@ -161,7 +161,7 @@ def _load_image_task(
             train = train[0], np.ones_like(train[1])
             target = np.repeat([1, -1], [len(test[0]), len(other)])
             test = np.concatenate([test[0], other]), target
-    except Exception as error:
+    except Exception as error:  # archives, images and downloads: each raises its own
         raise DataError(f"The data set {source} cannot be read: {error}") from error
     return train, test
 

@@ -25,3 +25,15 @@ def helpers(monkeypatch):
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("PYTHONPATH", folder)
     return folder
+
+
+@pytest.fixture
+def images_home(tmp_path):
+    """Folder with a tiny collection in the layout of MNIST."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, n in (("train", 100), ("test", 50)):
+        arrays[f"X_{part}"] = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        arrays[f"y_{part}"] = (np.arange(n) % 10).astype(np.uint8)
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    return tmp_path

@@ -60,20 +60,14 @@ def test_ranks_are_shares_of_the_normal_images():
     assert [strip[0, 3 * k, 0] for k in range(3)] == cases["missed"]["positions"] == [4, 3, 5]
 
 
-def test_the_report_shows_the_cases_of_a_run(tmp_path):
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for part, n in (("train", 100), ("test", 50)):
-        arrays[f"X_{part}"] = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        arrays[f"y_{part}"] = (np.arange(n) % 10).astype(np.uint8)
-    np.savez(tmp_path / "mnist.npz", **arrays)
+def test_the_report_shows_the_cases_of_a_run(tmp_path, images_home):
     run_benchmark(
         ["kNN=anomalib_gen.benchmark.KNNDistance()", "sklearn.ensemble.IsolationForest"],
         suite="images",
         output=tmp_path / "out",
         datasets=["mnist:not-1"],
         seeds=[0, 1],
-        data_home=tmp_path,
+        data_home=images_home,
         progress=False,
     )
     cases = load_cases(tmp_path / "out")
@@ -82,7 +76,9 @@ def test_the_report_shows_the_cases_of_a_run(tmp_path):
     strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["png"]))))
     # The whole test part fits into the suite, in its order; the five ones are the anomalies.
     assert all(position % 10 == 1 for position in found["positions"])
-    np.testing.assert_array_equal(strip[:, :28, 0], arrays["X_test"][found["positions"][0]])
+    np.testing.assert_array_equal(
+        strip[:, :28, 0], np.load(images_home / "mnist.npz")["X_test"][found["positions"][0]]
+    )
     page = write_report(tmp_path / "out").read_text()
     assert page.count("<img src=") == 2 * len(KINDS)
     assert page.count(found["png"]) == 1

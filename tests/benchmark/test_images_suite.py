@@ -43,18 +43,7 @@ def test_a_collection_of_one_kind_is_refused():
         images(train, (test[0], np.ones_like(test[1])), 0)
 
 
-@pytest.fixture
-def home(tmp_path):
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for part, n in (("train", 100), ("test", 50)):
-        arrays[f"X_{part}"] = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        arrays[f"y_{part}"] = (np.arange(n) % 10).astype(np.uint8)
-    np.savez(tmp_path / "mnist.npz", **arrays)
-    return tmp_path
-
-
-def test_detectors_of_images_and_of_tables_run_side_by_side(home):
+def test_detectors_of_images_and_of_tables_run_side_by_side(images_home):
     detectors = [
         "anomalib_gen.VAEDetector(max_iter=2, hidden_features=8)",
         "anomalib_gen.benchmark.OnPrincipalComponents(n_components=5)",
@@ -62,11 +51,11 @@ def test_detectors_of_images_and_of_tables_run_side_by_side(home):
     results = run_benchmark(
         detectors,
         suite="images",
-        output=home / "out",
+        output=images_home / "out",
         datasets=["mnist:not-1"],
         seeds=[0],
         jobs=2,  # of one thread each
-        data_home=home,
+        data_home=images_home,
         progress=False,
     )
     assert results["status"].tolist() == ["ok"] * 2
@@ -82,11 +71,11 @@ def test_detectors_of_images_and_of_tables_run_side_by_side(home):
     assert "<h2>Bits per dimension</h2>" in to_html(results)
 
 
-def test_unknown_tasks_are_named(home):
+def test_unknown_tasks_are_named(images_home):
     with pytest.raises(DataError, match="Unknown image task 'mnist:but-3'"):
         run_benchmark(
-            ["anomalib_gen.VAEDetector"], suite="images", output=home / "o", datasets=["mnist:but-3"]
+            ["anomalib_gen.VAEDetector"], suite="images", output=images_home / "o", datasets=["mnist:but-3"]
         )
     with pytest.raises(ValueError, match="'images', 'images-full'"):
-        run_benchmark(["anomalib_gen.VAEDetector"], suite="pictures", output=home / "o")
+        run_benchmark(["anomalib_gen.VAEDetector"], suite="pictures", output=images_home / "o")
     assert set(IMAGE_SUITES) == {"images", "images-full"}
