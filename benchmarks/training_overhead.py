@@ -135,7 +135,13 @@ class BareLoop:
                 # By the norm of one vector a group, as in the detector: its rounding depends on the order of the sum,
                 # and grows with steps.
                 groups = [group["params"] for group in self.optimiser.param_groups if group["params"]]
-                joined = [torch.cat([p.grad.reshape(-1) for p in group]) for group in groups]
+                # (An energy's last bias has no gradient: a constant does not matter.)
+                joined = [
+                    torch.cat(
+                        [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in group]
+                    )
+                    for group in groups
+                ]
                 norm = nn.utils.get_total_norm(joined)
                 nn.utils.clip_grads_with_norm_(self.parameters, options.max_grad_norm, norm)
             self.optimiser.step()
