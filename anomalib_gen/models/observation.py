@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from anomalib_gen.networks import TAIL_START, compress_tails, expand_tails
+from anomalib_gen.networks import TAIL_START, compress_values, expand_tails
 
 START_DEVIATION = 0.5
 """Where learned deviations start: below that of the data, or the latent variables would look useless at first."""
@@ -122,7 +122,7 @@ class ScaledObservation(Observation):
 
     def coordinates(self, x: torch.Tensor) -> torch.Tensor:
         """Rows ``(B, *E)`` as t(x')."""
-        return compress_tails(x / self.spread)[0]
+        return compress_values(x / self.spread)[0]
 
     def centre(self, location: torch.Tensor) -> torch.Tensor:
         """The median, ``(B, *E)``."""
@@ -134,11 +134,10 @@ class GaussianObservation(ScaledObservation):
 
     def value_log_probs(self, x: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
         """Log-density of each value of rows ``(B, *E)``, of the same shape."""
-        scaled, s = x / self.spread, self.deviation
-        y, _ = compress_tails(scaled)
-        log_slope = -torch.log1p((scaled.abs() - TAIL_START).clamp(min=0))
-        log_normal = -0.5 * (((y - location) / s).square() + math.log(2 * math.pi)) - (s * self.spread).log()
-        return log_normal + log_slope
+        y, log_slope = compress_values(x / self.spread)
+        s = self.deviation
+        log_peak = log_slope - ((s * self.spread).log() + 0.5 * math.log(2 * math.pi))
+        return log_peak - 0.5 * ((y - location) / s).square()
 
     def sample(self, location: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Draw a row ``(B, *E)`` for each location."""
@@ -225,8 +224,8 @@ class DiscretisedLogisticObservation(ScaledObservation):
         """Log-density of each value of rows ``(B, *E)``, of the same shape."""
         x, w = x / self.spread, self.cell
         s = self.deviation * (math.sqrt(3) / math.pi)
-        upper = (compress_tails(x + w / 2)[0] - location) / s
-        lower = (compress_tails(x - w / 2)[0] - location) / s
+        upper = (compress_values(x + w / 2)[0] - location) / s
+        lower = (compress_values(x - w / 2)[0] - location) / s
         # The cell's width after t is (w - o) + log(1 + q), where o is the part of it beyond the start c of the tails,
         # whose inner end is at excess l, and q = o / (1 + l). Relative to w, as a logarithm, and without a difference
         # of large numbers:

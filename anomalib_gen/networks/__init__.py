@@ -5,7 +5,7 @@ from anomalib_gen.networks.factory import NETWORKS, Reshaped, Shape, make_networ
 from anomalib_gen.networks.mlp import MLP
 from anomalib_gen.networks.resnet import ResidualMLP
 from anomalib_gen.networks.spectral import SpectralConv, SpectralLinear
-from anomalib_gen.networks.tails import TAIL_START, compress_tails, expand_tails
+from anomalib_gen.networks.tails import TAIL_START, compress_tails, compress_values, expand_tails
 from anomalib_gen.networks.unet import UNet
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "SpectralLinear",
     "UNet",
     "compress_tails",
+    "compress_values",
     "expand_tails",
     "make_network",
 ]

@@ -16,8 +16,14 @@ TAIL_START = 5.0
 
 def compress_tails(x: torch.Tensor, start: float = TAIL_START) -> tuple[torch.Tensor, torch.Tensor]:
     """Map ``(B, D)`` by t; also the log-determinant ``(B,)``."""
+    y, log_slope = compress_values(x, start)
+    return y, log_slope.flatten(1).sum(1)
+
+
+def compress_values(x: torch.Tensor, start: float = TAIL_START) -> tuple[torch.Tensor, torch.Tensor]:
+    """Map values of any shape by t; also log t' of each, of the same shape."""
     log_excess = torch.log1p((x.abs() - start).clamp(min=0))
-    return x.clamp(-start, start) + x.sign() * log_excess, -log_excess.flatten(1).sum(1)
+    return x.clamp(-start, start) + x.sign() * log_excess, -log_excess
 
 
 def expand_tails(y: torch.Tensor, start: float = TAIL_START) -> tuple[torch.Tensor, torch.Tensor]:
