@@ -35,7 +35,7 @@ from anomalib_gen.anomaly import IMAGE_ANOMALIES, Energy
 MAX_THRESHOLD_ROWS = 200_000
 """Training rows scored for `offset_`; beyond this a random subset is taken, whose quantile is as good."""
 AUTO_FALSE_POSITIVES = 0.05
-"""Share of held-out rows below the threshold that ``contamination="auto"`` sets."""
+"""Share of new normal rows below the threshold that ``contamination="auto"`` sets."""
 TABLE_BATCH, IMAGE_BATCH, IMAGE_BATCH_PIXELS = 256, 64, 2**18
 """Rows a gradient step by default; fewer images where there are more pixels, 4 of 256 x 256."""
 COMPONENTS = {
@@ -61,6 +61,18 @@ def _rows_in_use(
             f"sample_weight leaves {len(index)} rows with a positive weight; at least 2 are needed."
         )
     return index, weights[index] * (len(index) / weights.sum())
+
+
+def outlier_threshold(scores: npt.NDArray[np.float64], contamination: float | str) -> float:
+    """Score below which rows are outliers, from the scores of rows that tell what is usual.
+
+    A number is the share of these rows that lie below. "auto" is about rows to come: of n scores, a new one of the same
+    kind falls below the k-th smallest with probability k / (n + 1), which Weibull's rule interpolates. Where n is less
+    than 19 the smallest score is taken, and the probability is 1 / (n + 1).
+    """
+    if contamination == "auto":
+        return float(np.quantile(scores, AUTO_FALSE_POSITIVES, method="weibull"))
+    return float(np.quantile(scores, float(contamination)))
 
 
 class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
@@ -400,12 +412,10 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
                     _runtime.scoring_generator(self._scoring_seed),
                 )
         self.anomaly_ = anomaly
-        if self.contamination != "auto":
-            judged, share = index, self.contamination
-        else:
-            judged = index[held_out_index] if len(held_out_index) else index
-            share = AUTO_FALSE_POSITIVES
-        self.offset_ = self._quantile(X, judged, float(share), np.random.RandomState(self._seeds[0]))
+        automatic = self.contamination == "auto"
+        judged = index[held_out_index] if automatic and len(held_out_index) else index
+        scores = self._score_some(X, judged, np.random.RandomState(self._seeds[0]))
+        self.offset_ = outlier_threshold(scores, self.contamination)
 
     @property
     def _scoring_seed(self) -> int:
@@ -422,23 +432,18 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         # In the array's order, so that a file on disk is read from front to back.
         return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
 
-    def _quantile(
-        self,
-        X: npt.NDArray[Any],
-        index: npt.NDArray[np.integer],
-        share: float,
-        random: np.random.RandomState,
-    ) -> float:
-        """Score below which `share` of the rows at `index` lie."""
+    def _score_some(
+        self, X: npt.NDArray[Any], index: npt.NDArray[np.integer], random: np.random.RandomState
+    ) -> npt.NDArray[np.float64]:
+        """Scores of the rows at `index`, or of a random `MAX_THRESHOLD_ROWS` of them."""
         if len(index) > MAX_THRESHOLD_ROWS:
             index = np.sort(random.choice(index, MAX_THRESHOLD_ROWS, replace=False))
         elif len(index) == len(X):
-            return float(np.quantile(self._score(X), share))
+            return self._score(X)
         block = min(2**16, rows_per_block(int(np.prod(X.shape[1:]))))
-        scores = np.concatenate(
+        return np.concatenate(
             [self._score(X[index[rows]]) for rows in _runtime.row_blocks(len(index), block)]
         )
-        return float(np.quantile(scores, share))
 
     # Scoring ----------------------------------------------------------------------------------------------
 

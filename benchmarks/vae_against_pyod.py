@@ -4,8 +4,8 @@ Two questions.
 
 1. *Equal work.* Both train pyod's default network (128-64-32 hidden units each way, ReLU, dropout .2, two latent
    dimensions) for as many epochs of as many rows in as large batches; nothing is held out. The figure is the ratio of
-   the times of `fit`, which in both ends with the scores of all training rows, for the threshold: pyod takes one draw of
-   the latent vector a row, and so does `VAEDetector` here; with its default, 16 draws, the figure stands beside.
+   the times of `fit`, which in both ends with the scores of all training rows, for the threshold: pyod takes one draw
+   of the latent vector a row, and so does `VAEDetector` here; with its default, 16 draws, the figure stands beside.
 2. *Defaults.* Both run at their own defaults on five development tables of the one-class split. pyod's VAE reaches some
    mean AUROC in some time. `VAEDetector` is given 25, 50, 100, ... gradient steps until its mean AUROC is as high; the
    figure is the ratio of the times for those fits alone. Labels serve to measure and choose nothing that is kept.

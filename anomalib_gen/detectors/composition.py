@@ -29,7 +29,7 @@ from sklearn.utils.metaestimators import _BaseComposition
 from sklearn.utils.validation import check_is_fitted
 
 from anomalib_gen import _runtime
-from anomalib_gen._base import AUTO_FALSE_POSITIVES
+from anomalib_gen._base import outlier_threshold
 from anomalib_gen._inputs import check_images, validate_rows
 from anomalib_gen._outlier import OutlierScores
 from anomalib_gen.samplers import mala
@@ -60,8 +60,9 @@ class ComposedDetector(OutlierScores, _BaseComposition):
     n_steps : int, default=500
         Steps of each chain that `sample` runs for a product; the first half adapts the step size.
     contamination : "auto" or float, default="auto"
-        Sets `offset_`: the share of the rows given to `fit` that fall below it. "auto" is 0.05. Rows that the
-        members were fitted on look a little too normal, so give `fit` other ones where you can.
+        Sets `offset_`: the share of the rows given to `fit` that fall below it. "auto" takes the score that a new row
+        of their kind falls below with a probability of .05. Rows that the members were fitted on look a little too
+        normal, so give `fit` other ones where you can.
     random_state : int, RandomState instance or None, default=None
         Seeds the fitting of clones; the same for each of them.
 
@@ -219,8 +220,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
                 for member, frozen, chosen in zip(members, self._frozen(), columns, strict=True)
             ]
         self.detectors_, self.weights_, self._columns = members, weights, columns
-        share = AUTO_FALSE_POSITIVES if self.contamination == "auto" else float(self.contamination)
-        self.offset_ = float(np.quantile(-self._energy(rows), share))
+        self.offset_ = outlier_threshold(-self._energy(rows), self.contamination)
         return self
 
     @property

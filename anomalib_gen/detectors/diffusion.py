@@ -158,9 +158,9 @@ class DiffusionDetector(GenerativeDetector):
         Decay of the exponential moving average of the weights, which is what is kept.
     contamination : "auto" or float, default="auto"
         Sets `offset_`, below which `predict` labels rows as outliers. A number in (0, 0.5] is the share of the
-        training rows that fall below it. "auto" takes the 5 % quantile of the held-out rows instead (of the training
-        rows, where none were held out): about one normal row in twenty is flagged, more where few were held out (one
-        in ten of 18).
+        training rows that fall below it. "auto" looks at the held-out rows instead (at the training rows, where none
+        were held out) and takes the score that a new row of their kind falls below with a probability of .05: one
+        normal row in twenty is flagged, or one in n + 1 where n < 19 were held out.
     warm_start : bool, default=False
         Whether `fit` continues from the weights, and in the scaling, of the previous call. Parameters that shape the
         model (`path`, `denoiser`, `network`, its sizes, `parametrization`) then keep the values of the first call.

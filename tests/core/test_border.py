@@ -22,7 +22,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import nn
 
 from anomalib_gen import FlowDetector
-from anomalib_gen._base import GenerativeDetector
+from anomalib_gen._base import GenerativeDetector, outlier_threshold
 from anomalib_gen._component import Component
 from anomalib_gen._training import TrainingOptions
 from anomalib_gen.anomaly import Likelihood, Typicality
@@ -63,6 +63,16 @@ def test_auto_takes_the_quantile_of_held_out_rows(tiny, X):
     # None held out: the training rows, then.
     detector = tiny(contamination="auto", validation_fraction=0.0).fit(X)
     assert (detector.predict(X) == -1).mean() == 0.05
+
+
+@pytest.mark.parametrize(
+    ("n", "rate"), [(5, 1 / 6), (18, 1 / 19), (19, 0.05), (25, 0.05), (99, 0.05), (210, 0.05)]
+)
+def test_auto_flags_new_rows_of_the_same_kind_at_its_rate(n, rate):
+    # Of uniform scores a new one falls below t with probability t.
+    scores = np.random.RandomState(0).uniform(size=(20_000, n))
+    rates = [outlier_threshold(held_out, "auto") for held_out in scores]
+    assert np.mean(rates) == pytest.approx(rate, abs=4 * np.std(rates) / np.sqrt(len(rates)))
 
 
 def test_fit_predict_is_fit_then_predict(tiny, X):
