@@ -6,8 +6,9 @@ import pytest
 pytest.importorskip("pyod", reason="the benchmark extra is not installed")
 
 from anomalib_gen.benchmark import IMAGE_SUITES, SplitError, images, run_benchmark
-from anomalib_gen.benchmark.report import summarise, to_html, to_markdown
+from anomalib_gen.benchmark.report import to_html, to_markdown
 from anomalib_gen.benchmark.sources import DataError
+from anomalib_gen.benchmark.summary import summarise
 
 
 def collection(n_train=60, n_test=40):

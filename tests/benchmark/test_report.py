@@ -8,7 +8,8 @@ from rich.console import Console
 pytest.importorskip("jinja2", reason="the benchmark extra is not installed")
 
 from anomalib_gen.benchmark.cells import results_frame
-from anomalib_gen.benchmark.report import print_summary, summarise, to_html, to_markdown
+from anomalib_gen.benchmark.report import print_summary, to_html, to_markdown
+from anomalib_gen.benchmark.summary import summarise
 
 AUROC = {  # data set -> detector -> values of the seeds; None is a failure
     "one": {"a": [0.90, 0.94], "b": [0.80, 0.82], "c": [0.70, 0.72]},
