@@ -142,8 +142,18 @@ def test_residuals_add_up_to_the_reconstruction_error(fitted, rows):
     found = feature_contributions(detector, rows[400:])
     assert found.method == "reconstruction"
     np.testing.assert_allclose(found.values.sum(1), -detector.score_samples(rows[400:]), rtol=1e-6)
-    by_diffusion = feature_contributions(fitted["diffusion"], rows[400:410], method="reconstruction")
-    assert (by_diffusion.values >= 0).all()
+
+
+@pytest.mark.parametrize("anomaly", ["combined", "closed_form", "denoising_error", "reconstruction"])
+def test_what_is_led_by_residuals_is_explained_by_them(fitted, rows, anomaly):
+    detector = fitted["diffusion"].with_anomaly(anomaly, rows[:400])
+    X = rows[400:410].copy()
+    X[:, 2] += 50.0  # ten deviations, and for itself
+    found = feature_contributions(detector, X)
+    assert found.method == "reconstruction"
+    residual = (X - detector.reconstruct(X)) / rows[:400].std(axis=0)
+    np.testing.assert_allclose(found.values, residual**2 / 3, rtol=1e-4)
+    assert (found.values.argmax(1) == 2).all()
 
 
 @pytest.mark.parametrize("transform", ["maf", "nsf-autoregressive"])
