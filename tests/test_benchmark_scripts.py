@@ -364,3 +364,10 @@ def test_bits_per_dimension_adds_families(digits_home):
     assert families["vae"] == first
     assert np.isfinite(families["diffusion"]["bits_per_dimension"])
     assert out.with_suffix(".md").exists()
+
+
+@pytest.mark.slow
+def test_published_diffusion_time_runs_through(tmp_path):
+    text = run("published_diffusion_time.py", tmp_path / "cells")
+    assert "builtin:wine" in text
+    assert "mean AUROC 0." in text
