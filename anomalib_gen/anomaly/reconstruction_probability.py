@@ -20,8 +20,9 @@ class ReconstructionProbability(Component):
 
     Parameters
     ----------
-    n_draws : int, default=16
-        Draws of z.
+    n_draws : int or "auto", default="auto"
+        Draws of z. "auto" takes one more than there are latent dimensions, the fewest that are exact for a linear
+        decoder, but from 4 to 16.
 
     References
     ----------
@@ -31,7 +32,7 @@ class ReconstructionProbability(Component):
 
     in_nats = True
 
-    def __init__(self, *, n_draws: int = 16) -> None:
+    def __init__(self, *, n_draws: int | str = "auto") -> None:
         self.n_draws = n_draws
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -281,14 +281,14 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
 
     # The model as a density -------------------------------------------------------------------------------
 
-    def elbo(self, X: Any, *, n_draws: int = 16) -> npt.NDArray[np.float64]:
+    def elbo(self, X: Any, *, n_draws: int | str = "auto") -> npt.NDArray[np.float64]:
         """Evidence lower bound of rows, whatever the detector's anomaly.
 
         Parameters
         ----------
         X : array-like or data frame of shape (n_samples, n_features)
-        n_draws : int, default=16
-            Draws of the latent variables.
+        n_draws : int or "auto", default="auto"
+            Draws of the latent variables, see `anomalib_gen.anomaly.NegativeELBO`.
 
         Returns
         -------

@@ -34,6 +34,8 @@ from anomalib_gen.models.observation import Observation
 
 ENCODER_BOUND = 8.0
 """The encoder sees its inputs, in compressed coordinates, clipped to this box; it ends 25 standard deviations out."""
+MIN_DRAWS, MAX_DRAWS = 4, 16
+"""Bounds on the draws of z that stand for an expectation; a decoder bends too much for fewer."""
 LOG_STD_RANGE = 6.0
 """Posterior deviations lie in exp(-6) .. exp(6), along a smooth curve whose gradient vanishes nowhere."""
 
@@ -160,16 +162,37 @@ class VAEModel(nn.Module):
             raise ValueError(f"n_draws must be at least 1, got {n}.")
         return normal_noise((n, self.n_components), next(self.parameters()), generator)
 
-    def draw_balanced_noise(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """Noise ``(n, L)`` of mean 0 and variance 1 in each dimension, for the expectation in equation 2.
+    def draw_balanced_noise(self, n: int | str, generator: torch.Generator) -> torch.Tensor:
+        """Noise ``(n, L)`` with the moments of a standard normal, for the expectation in equation 2.
 
-        All rows share the few draws, so what is off in them is off for all rows, and more so with many dimensions;
-        with the first two moments right, a decoder that is close to linear over a posterior's width has little error.
+        All rows share the few draws, so what is off in them is off for all rows. Here they have mean 0 and variance 1
+        in each dimension, and more than L of them no correlations: the expectation is then exact where log p(x | z) is
+        quadratic in z, as for a linear decoder (L + 1 of them are the corners of a simplex, here turned at random:
+        Stroud 1957, Math. Tables Aids Comput. 11, 257-261). Fewer draws are as nearly orthogonal as they can be.
+
+        Parameters
+        ----------
+        n : int or "auto"
+            "auto" takes L + 1, but from `MIN_DRAWS` to `MAX_DRAWS`.
+        generator : torch.Generator
+
+        Returns
+        -------
+        Tensor of shape (n, L)
         """
+        if isinstance(n, str):
+            if n != "auto":
+                raise ValueError(f"n_draws must be a positive number or 'auto', got {n!r}.")
+            n = min(max(self.n_components + 1, MIN_DRAWS), MAX_DRAWS)
         noise = self.draw_noise(n, generator)
         if n == 1:
             return noise
-        return (noise - noise.mean(0)) / noise.std(0, correction=0)
+        centred = noise.double().cpu()
+        u, _, vt = torch.linalg.svd(centred - centred.mean(0), full_matrices=False)
+        # Centring leaves at most n - 1 directions; all of them get the same weight.
+        rank = min(n - 1, self.n_components)
+        even = u[:, :rank] @ vt[:rank]
+        return (even / even.std(0, correction=0)).to(noise)
 
     def iwae(self, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Equation 3, ``(B,)``, in nats, for k draws ``(k, L)`` or ``(k, B, L)`` of noise."""

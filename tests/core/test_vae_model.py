@@ -345,12 +345,38 @@ def test_anomalies_are_finite_for_the_largest_rows(anomaly):
     assert torch.isfinite(anomaly(model, torch.cat([x, -x]), generator())).all()
 
 
-def test_balanced_noise_has_the_first_two_moments():
-    noise = make_model().draw_balanced_noise(7, generator())
+@pytest.mark.parametrize("n", [2, 3, 7, "auto"])
+def test_balanced_noise_has_the_moments_of_a_normal(n):
+    model = make_model()  # two latent dimensions
+    noise = model.draw_balanced_noise(n, generator())
+    assert len(noise) == (4 if n == "auto" else n)
     torch.testing.assert_close(noise.mean(0), torch.zeros(2, dtype=torch.float64), atol=1e-12, rtol=0)
     torch.testing.assert_close(noise.square().mean(0), torch.ones(2, dtype=torch.float64))
+    if len(noise) > 2:
+        assert abs(noise.prod(1).mean()) < 1e-12
+
+
+def test_one_balanced_draw_is_a_draw():
     model = make_model()
     assert torch.equal(model.draw_balanced_noise(1, generator()), model.draw_noise(1, generator()))
+
+
+@pytest.mark.parametrize(("n_components", "n_draws"), [(1, 4), (3, 4), (5, 6), (15, 16), (32, 16)])
+def test_draws_by_default_are_one_more_than_dimensions(n_components, n_draws):
+    model = make_model(n_components=n_components)
+    assert model.draw_balanced_noise("auto", generator()).shape == (n_draws, n_components)
+
+
+def test_few_draws_give_the_bound_of_a_linear_model_exactly():
+    model, x = make_model(nn.Linear), draw(50, 4)
+    for seed in range(3):
+        found = -NegativeELBO(n_draws=3)(model, x, make_generator(seed, CPU))
+        torch.testing.assert_close(found, Linear(model).elbo(x), rtol=1e-10, atol=1e-10)
+
+
+def test_draws_are_a_number_or_auto():
+    with pytest.raises(ValueError, match="n_draws must be a positive number or 'auto', got 'all'"):
+        NegativeELBO(n_draws="all")(make_model(), draw(3, 4), generator())
 
 
 def test_at_least_one_draw():
