@@ -153,7 +153,10 @@ def test_a_failure_at_any_moment_leaves_what_was_there(
 @pytest.mark.parametrize("name", ["format-1-composed", "format-1-pipeline", "format-2-diffusion"])
 @pytest.mark.filterwarnings("ignore:The folder's transformers were written")
 def test_folders_of_every_format_are_read(name, tmp_path):
-    """These folders stay as they are, whatever becomes of the format."""
+    """These folders stay as they are, whatever becomes of the format.
+
+    So do the scores, but for those of the composition: the bound of its autoencoder is taken over other draws since.
+    """
     expected = json.loads((FOLDERS / "expected.json").read_text())
     assert json.loads((FOLDERS / name / "model.json").read_text())["version"] == int(name.split("-")[1])
     rows = pd.DataFrame(expected["rows"], columns=["x", "y", "z"])
