@@ -371,3 +371,11 @@ def test_published_diffusion_time_runs_through(tmp_path):
     text = run("published_diffusion_time.py", tmp_path / "cells")
     assert "builtin:wine" in text
     assert "mean AUROC 0." in text
+
+
+def test_the_page_of_results_shows_what_is_recorded():
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "recorded_table.py")], capture_output=True, text=True, check=True
+    )
+    page = (FOLDER.parent / "docs" / "benchmark.md").read_text()
+    assert done.stdout in page
