@@ -4,12 +4,13 @@ Every model here has an energy E_i(x) = -log p_i(x) up to a constant, in nats, s
 be put together (Hinton 2002, doi:10.1162/089976602760128018; Du, Li and Mordatch 2020, arXiv:2004.06030, section 3):
 
     product (and)   E(x) = sum_i w_i E_i(x_i)                      p ~ prod_i p_i^w_i               (1)
-    mixture (or)    E(x) = -log sum_i pi_i exp(-E_i(x))            p ~ sum_i pi_i p_i               (2)
+    mixture (or)    E(x) = -log sum_i pi_i exp(-E_i(x)) / Z_i      p ~ sum_i pi_i p_i               (2)
 
 A row is normal under a product if every member finds it normal, and under a mixture if one of them does. A negative
 weight in a product asks for rows that a member finds *abnormal* (not). The members of a product may look at different
-columns x_i of a row. Rows are drawn from a mixture by choosing a member, and from a product by Metropolis-adjusted
-Langevin chains on E (samplers.langevin).
+columns x_i of a row, and constants do not matter to it. In a mixture Z_i is 1 for energies that are those of a density,
+or of a bound on one, and what is known of an energy model's. Rows are drawn from a mixture by choosing a member, and
+from a product by Metropolis-adjusted Langevin chains on E (samplers.langevin).
 """
 
 from __future__ import annotations
@@ -88,8 +89,9 @@ class ComposedDetector(OutlierScores, _BaseComposition):
     Notes
     -----
     Energies are in nats in the units of X, those of a flow exact, those of a variational autoencoder bounds, and those
-    of an energy model known up to a constant, which shifts a product's scores alike and tilts a mixture's towards
-    the member with the smaller one: give energy models in a mixture a log Z first (`EnergyDetector.normalize`).
+    of an energy model known up to a constant, which shifts a product's scores alike. In a mixture it would tilt the
+    weights: there the energies of a member with a `log_normalizer_` have it added, so that it enters as a density.
+    Call `EnergyDetector.normalize` of energy models in a mixture first; one without counts as if its log Z were 0.
     With negative weights a product need not be a density: energies may fall without end where the member that is
     turned around rises fastest. Scores are still finite; samples may leave the data.
 
@@ -394,7 +396,9 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         """Combine ``(n, n_detectors)`` to ``(n,)``."""
         weights = torch.as_tensor(self.weights_, dtype=energies.dtype, device=energies.device)
         if self.rule == "mixture":
-            return -torch.logsumexp(weights.log() - energies, dim=1)
+            # An energy model that has no constant yet enters as it is.
+            log_z = [getattr(member, "log_normalizer_", 0.0) for member in self.detectors_]
+            return -torch.logsumexp(weights.log() - energies.new_tensor(log_z) - energies, dim=1)
         # A mean of the members cannot overflow where their sum could, far out; saturate on the way back to the sum.
         total, limit = weights.abs().sum(), torch.finfo(energies.dtype).max
         return ((energies * (weights / total)).sum(1) * total).clamp(-limit, limit)

@@ -120,6 +120,29 @@ def test_the_disjunction_accepts_what_one_of_two_accepts(tiny):
     assert (either.predict([[4.0, 4.0], [0.0, 8.0]]) == -1).all()
 
 
+def test_energy_models_enter_a_mixture_as_densities():
+    rng = np.random.default_rng(0)
+    small = {"hidden_features": 16, "max_iter": 30, "random_state": 0, "device": "cpu"}
+    left, right = (
+        EnergyDetector(objective="score-matching", max_noise=None, **small).fit(
+            rng.normal(m, 1, size=(200, 1))
+        )
+        for m in (-2.0, 2.0)
+    )
+    composed = ComposedDetector([("a", left), ("b", right)], rule="mixture", weights=[0.3, 0.7]).fit(grid)
+    raw = np.log(0.3 * np.exp(-left.energy(grid)) + 0.7 * np.exp(-right.energy(grid)))
+    np.testing.assert_allclose(composed.score_samples(grid), raw)
+    for member in (left, right):
+        member.normalize(n_chains=64, n_levels=20, random_state=0)
+    expected = np.log(0.3 * np.exp(left.log_prob(grid)) + 0.7 * np.exp(right.log_prob(grid)))
+    np.testing.assert_allclose(composed.score_samples(grid), expected)
+    differentiable = composed._torch_energy(torch.device("cpu"))
+    np.testing.assert_allclose(-differentiable(torch.tensor(grid)).detach(), expected)
+    # Constants mean nothing to a product.
+    product = ComposedDetector([("a", left), ("b", right)]).fit(grid)
+    np.testing.assert_allclose(product.energy(grid), left.energy(grid) + right.energy(grid))
+
+
 def test_samples_of_a_product_have_its_moments(tiny):
     # N(-1, 1) N(2, 1/4) ~ N(1.4, 1/5)
     composed = ComposedDetector(
