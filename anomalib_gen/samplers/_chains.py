@@ -21,7 +21,7 @@ and hbar is used afterwards. While h adapts the chains have no invariant density
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -102,7 +102,12 @@ def energy_and_score(
             x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
         # What was made in inference mode cannot be saved for a backward pass.
         args = tuple(a.clone() if isinstance(a, torch.Tensor) and a.is_inference() else a for a in args)
-        energies = energy(x, *args)
+        energies = returned(energy(x, *args), x.shape[:1], "energy")
+        if not energies.requires_grad:
+            raise ValueError(
+                "energy must be differentiable with respect to x, and what it returned is attached to nothing: "
+                "is x detached in it, or are gradients off?"
+            )
         # Differentiating with respect to x alone leaves the parameters' .grad untouched.
         (gradient,) = torch.autograd.grad(energies.sum(), x, create_graph=create_graph)
         return (energies, -gradient) if create_graph else (energies.detach(), -gradient)
@@ -247,7 +252,8 @@ def run_chains(
             "n_warmup must not be negative and target_acceptance must lie in (0, 1), "
             f"got {n_warmup} and {target_acceptance}."
         )
-    state = state_at(energy, x.detach())
+    x = as_rows(x)
+    state = state_at(energy, x)
     adaptation = DualAveraging(step_size, target_acceptance)
     divergences = torch.zeros(len(x), dtype=torch.long, device=x.device)
     acceptance, energies, samples = torch.zeros_like(state.energy), [], []
@@ -280,6 +286,24 @@ def run_chains(
 def stack(samples: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Stack kept states; none at all give ``(0, B, *E)``."""
     return torch.stack(samples) if samples else x.new_empty((0, *x.shape))
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return rows ``(B, *E)`` attached to nothing; refuse what is no tensor of them."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim < 2:
+        found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(
+            f"x must be a floating-point tensor (B, *E), of shape (B, 1) for a single coordinate, got {found}."
+        )
+    return x.detach()
+
+
+def returned(values: torch.Tensor, shape: Sequence[int], name: str) -> torch.Tensor:
+    """Return what a user's function gave; a wrong shape would broadcast and go unnoticed."""
+    found = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+    if found != tuple(shape):
+        raise ValueError(f"{name} must return shape {tuple(shape)} for these {shape[0]} rows, got {found}.")
+    return values
 
 
 def check_steps(n_steps: int, thin: int | None, **positive: float | None) -> None:

@@ -41,7 +41,7 @@ import torch
 from scipy.special import stdtrit
 
 from anomalib_gen import _runtime
-from anomalib_gen.samplers._chains import Energy, Kernel, progress, state_at
+from anomalib_gen.samplers._chains import Energy, Kernel, progress, returned, state_at
 from anomalib_gen.samplers.hmc import hmc_kernel
 from anomalib_gen.samplers.langevin import mala_kernel
 
@@ -75,6 +75,10 @@ class GaussianBase:
 
     mean: torch.Tensor
     scale: torch.Tensor | float = 1.0
+
+    def __post_init__(self) -> None:
+        if not bool((torch.as_tensor(self.scale) > 0).all()):
+            raise ValueError(f"scale must be positive, got {self.scale}.")
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
         """Log-density of rows ``(B, *E)``, ``(B,)``."""
@@ -208,7 +212,8 @@ def annealed_importance_sampling(
     ):
         raise ValueError(
             "n_chains must be at least 2, n_levels, n_transitions and max_leapfrog at least 1, n_pilot at least 8 and "
-            "confidence must lie in (0, 1)."
+            f"confidence must lie in (0, 1), got {n_chains}, {n_levels}, {n_transitions}, {max_leapfrog}, {n_pilot} "
+            f"and {confidence}."
         )
     if base is None:
         if event_shape is None:
@@ -238,7 +243,7 @@ def annealed_importance_sampling(
             levels = [float(b) for b in betas]
             rising = all(a < b for a, b in pairwise(levels))
             if len(levels) < 2 or levels[0] != 0 or levels[-1] != 1 or not rising:
-                raise ValueError("betas must rise strictly from 0 to 1.")
+                raise ValueError(f"betas must rise strictly from 0 to 1, got {levels}.")
         schedule, _ = _pilot(
             energy, base, levels, make_kernel, transition, n_transitions, n_pilot, generator, verbose
         )
@@ -285,11 +290,15 @@ def log_mean_interval(
 
 def _bridge(energy: Energy, base: Base, beta: float) -> Energy:
     """U_b of equation 1; an end where the other part has no weight does without it, even where it is infinite."""
+
+    def base_log_prob(x: torch.Tensor) -> torch.Tensor:
+        return returned(base.log_prob(x), x.shape[:1], "base.log_prob")
+
     if beta == 0:
-        return lambda x: -base.log_prob(x)
+        return lambda x: -base_log_prob(x)
     if beta == 1:
         return energy
-    return lambda x: beta * energy(x) - (1 - beta) * base.log_prob(x)
+    return lambda x: beta * returned(energy(x), x.shape[:1], "energy") - (1 - beta) * base_log_prob(x)
 
 
 def _increment(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
