@@ -64,7 +64,7 @@ from anomalib_gen.models import (
     ScoreDenoiser,
 )
 from anomalib_gen.models.denoiser import LEVEL_FEATURES, PARAMETRIZATIONS, Denoiser
-from anomalib_gen.networks import make_network
+from anomalib_gen.networks import build_network, make_network
 from anomalib_gen.objectives import Denoising, DiffusionTimeEstimation, FlowMatching, ImprovedDDPM
 from anomalib_gen.paths import EDM, PATHS, CosineBetas, Linear, Path
 from anomalib_gen.samplers import SAMPLERS, solve_ode
@@ -576,8 +576,7 @@ class DiffusionDetector(GenerativeDetector):
         images = len(inputs) > 1
         sizes = [shape if len(shape) > 1 else shape[0] for shape in (inputs, outputs)]
         if callable(self.network):
-            network: nn.Module = self.network(*sizes, context_features)
-            return network
+            return build_network(self.network, *sizes, context_features)
         return make_network(
             *sizes,
             kind="auto" if self.network == "energy" else self.network,
