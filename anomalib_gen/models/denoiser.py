@@ -181,6 +181,8 @@ class Denoiser(nn.Module):
         n_draws : int, default=1
             Pairs of noise; each costs two evaluations of the model for each step.
         """
+        if n_steps < 1:
+            raise ValueError(f"n_steps must be at least 1, got {n_steps}.")
         low, high = self.noise_levels
         levels = torch.logspace(math.log10(low), math.log10(high), n_steps + 1, dtype=torch.float64)
         return balanced_elbo_terms(self.denoise, x, levels, generator, n_draws=n_draws)
