@@ -23,6 +23,7 @@ import torch
 
 from anomalib_gen._component import Component
 from anomalib_gen._runtime import expand_as_rows, normal_like
+from anomalib_gen.objectives._checks import require
 from anomalib_gen.objectives._scores import draw_levels, score_at
 from anomalib_gen.objectives._smoothing import noise_width, smooth
 
@@ -56,6 +57,7 @@ class DenoisingScoreMatching(Component):
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""
+        require(self, not_negative=["data_noise"])
         x, levels, width = self._noise(model, x, generator)
         return _loss(model, x, levels, width, normal_like(x, generator))
 

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from anomalib_gen._component import Component
 from anomalib_gen.models.noise import adopt_noise
+from anomalib_gen.objectives._checks import require
 from anomalib_gen.objectives._smoothing import smooth, some_rows
 
 FITTED_ROWS, BRIDGE_ROWS = 20_000, 2_000
@@ -78,6 +79,7 @@ class NoiseContrastive(Component):
     @torch.no_grad()
     def prepare(self, model: Any, rows: Any, generator: torch.Generator) -> None:
         """Fit the noise, make it the model's base, and set the model's `log_z` by equation 3."""
+        require(self, counts=["n_noise"], not_negative=["data_noise"])
         x = smooth(model, some_rows(rows, FITTED_ROWS, generator), self.data_noise, generator)
         self.noise_ = adopt_noise(model, self.noise, x, generator)
         self._set_log_z(model, x, generator)

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from anomalib_gen._component import Component
 from anomalib_gen.models.noise import adopt_noise
+from anomalib_gen.objectives._checks import require
 from anomalib_gen.objectives._smoothing import smooth, some_rows
 from anomalib_gen.objectives.noise_contrastive import FITTED_ROWS
 
@@ -69,6 +70,7 @@ class Telescoping(Component):
     @torch.no_grad()
     def prepare(self, model: Any, rows: Any, generator: torch.Generator) -> None:
         """Fit the noise and make it the model's base; a model that has one already keeps it."""
+        require(self, positive=["power"], not_negative=["data_noise"])
         x = smooth(model, some_rows(rows, FITTED_ROWS, generator), self.data_noise, generator)
         self.noise_ = adopt_noise(model, self.noise, x, generator)
 

@@ -7,6 +7,7 @@ from scipy import stats
 
 from anomalib_gen import DiffusionDetector
 from anomalib_gen.models import EnergyModel, ScoreDenoiser
+from anomalib_gen.objectives import DiffusionTimeEstimation, NoiseContrastive
 from anomalib_gen.paths import EDM, PATHS, CosineBetas, Linear
 
 
@@ -158,5 +159,10 @@ def test_wrong_arguments_are_named(rows, fitted):
     for method in (fitted.denoise, fitted.reconstruct):
         with pytest.raises(ValueError, match=r"noise must lie between 0\.01 and 20"):
             method(rows, noise=50.0)
+    with pytest.raises(ValueError, match=r"n_bins of .* must be a positive integer, got 0"):
+        make(objective=DiffusionTimeEstimation(n_bins=0)).fit(rows)
+    # Objectives that meet the rows first say what they lack as others do.
+    with pytest.raises(TypeError, match=r"objective=NoiseContrastive\(\) does not work with NetworkDenoiser"):
+        make(denoiser="network", objective=NoiseContrastive()).fit(rows)
     with pytest.raises(ValueError, match="cannot learn variances"):
         make(network="energy", objective="improved-ddpm").fit(rows)
