@@ -22,6 +22,7 @@ them (Karras et al. 2022, arXiv:2206.00364, section 2): with y = x_t / alpha and
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,8 +102,20 @@ class Path(Component):
 
     @property
     def noise_levels(self) -> tuple[float, float]:
-        """Noise levels at the two ends of `time_range`."""
+        """Noise levels at the two ends of `time_range`.
+
+        Raises
+        ------
+        ValueError
+            If the path's parameters make no levels that are positive, finite and rise.
+        """
+        if self.n_steps is not None and self.n_steps < 1:
+            raise ValueError(f"n_steps must be a positive integer, got {self!r}.")
         low, high = self.noise_level(torch.tensor(self.time_range, dtype=torch.float64)).tolist()
+        if not 0 < low < high < math.inf:
+            raise ValueError(
+                f"{self!r} has noise levels from {low:.3g} to {high:.3g}, which must be positive, finite and rise."
+            )
         return low, high
 
     def drift(self, t: torch.Tensor) -> torch.Tensor:
