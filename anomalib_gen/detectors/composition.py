@@ -53,7 +53,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
     columns : list of (list of int or str) or None, default=None
         The columns that each member looks at, by position or, for data frames, by name. None gives every member
         the columns it was fitted on, by name if it knows names, else all columns. Members of a mixture look at the
-        same columns, because densities over different ones cannot be compared.
+        same columns, in whatever order, because densities over different ones cannot be compared.
     prefit : bool, default=True
         Whether the members are fitted already. `fit` then trains nothing and only sets `offset_`. If False, `fit`
         fits clones of them; a `sklearn.frozen.FrozenEstimator` around a member excepts it, and keeps it
@@ -293,7 +293,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
                     "Say which ones through columns."
                 )
             chosen.append(positions)
-        if self.rule == "mixture" and any(not np.array_equal(positions, chosen[0]) for positions in chosen):
+        if self.rule == "mixture" and len({frozenset(positions.tolist()) for positions in chosen}) > 1:
             raise ValueError(
                 'The members of rule="mixture" must look at the same columns: densities over different ones '
                 "cannot be compared."

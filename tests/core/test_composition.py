@@ -93,6 +93,17 @@ def test_members_look_at_their_columns(tiny, X):
         said.score_samples(frame[["weight", "age", "height"]])
 
 
+def test_members_of_a_mixture_may_know_the_columns_in_another_order(tiny, X):
+    frame = pd.DataFrame(X, columns=["age", "height", "weight"])
+    turned = frame[["weight", "age", "height"]]
+    a, b = tiny(max_iter=60).fit(frame), tiny(max_iter=60).fit(turned)
+    composed = ComposedDetector([("a", a), ("b", b)], rule="mixture", weights=[1, 3]).fit(frame)
+    expected = np.log(0.25 * np.exp(a.log_prob(frame)) + 0.75 * np.exp(b.log_prob(turned)))
+    np.testing.assert_allclose(composed.score_samples(frame), expected)
+    drawn = composed.sample(400, random_state=0)
+    np.testing.assert_allclose(drawn.mean(axis=0), X.mean(axis=0), atol=0.5 * X.std(axis=0).max())
+
+
 def test_the_conjunction_of_two_concepts_flags_what_neither_does(tiny):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(2000, 2))
