@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -28,17 +28,13 @@ def require(
     ValueError
         If one of them is not finite or out of its range; the message names it.
     """
-    rules = (
-        (counts, "a positive integer", lambda value: isinstance(value, Integral) and value >= 1),
-        (positive, "positive and finite", lambda value: isinstance(value, Real) and 0 < value < math.inf),
-        (
-            not_negative,
-            "finite and not negative",
-            lambda value: isinstance(value, Real) and 0 <= value < math.inf,
-        ),
+    rules: tuple[tuple[Iterable[str], str, Callable[[Any], bool]], ...] = (
+        (counts, "a positive integer", lambda value: isinstance(value, Integral) and 1 <= int(value)),
+        (positive, "positive and finite", lambda value: 0 < value < math.inf),
+        (not_negative, "finite and not negative", lambda value: 0 <= value < math.inf),
     )
     for names, wanted, holds in rules:
         for name in names:
             value = getattr(objective, name)
-            if not holds(value):
+            if not (isinstance(value, Real) and holds(value)):
                 raise ValueError(f"{name} of {objective!r} must be {wanted}, got {value!r}.")
