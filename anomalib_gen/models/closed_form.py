@@ -71,7 +71,9 @@ class GaussianEnergy(ClosedFormEnergy):
 
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Draw ``(n, D)`` rows: x = m + L^-T e."""
-        e = torch.randn((n, len(self.mean)), generator=generator, dtype=self.mean.dtype)
+        e = torch.randn(
+            (n, len(self.mean)), generator=generator, dtype=self.mean.dtype, device=self.mean.device
+        )
         factor = self.precision_factor.detach().tril()
         return self.mean.detach() + torch.linalg.solve_triangular(factor, e, upper=False, left=False)
 
@@ -162,7 +164,8 @@ class GaussianMixtureEnergy(ClosedFormEnergy):
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Draw ``(n, D)`` rows."""
         k = torch.multinomial(self.log_weights.softmax(0), n, replacement=True, generator=generator)
-        e = torch.randn((n, self.means.shape[1], 1), generator=generator, dtype=self.means.dtype)
+        shape = (n, self.means.shape[1], 1)
+        e = torch.randn(shape, generator=generator, dtype=self.means.dtype, device=self.means.device)
         return self.means[k] + (self.factors.tril()[k] @ e).squeeze(-1)
 
 

@@ -166,8 +166,6 @@ class NoiseBase(nn.Module):
         With ``log_prob(x)`` and ``sample(n, generator)``.
     """
 
-    log_z = 0.0
-
     def __init__(self, noise: Any) -> None:
         super().__init__()
         self.noise = noise
@@ -175,10 +173,6 @@ class NoiseBase(nn.Module):
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """Energy ``(B,)`` of rows ``(B, D)``."""
         return -self.noise.log_prob(x)
-
-    def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """Draw ``(n, D)`` rows."""
-        return self.noise.sample(n, generator)
 
 
 def fit_flow_noise(

@@ -24,11 +24,9 @@ import torch
 from anomalib_gen._component import Component
 from anomalib_gen._runtime import expand_as_rows, normal_like
 from anomalib_gen.objectives._checks import require
+from anomalib_gen.objectives._levels import judged_draws
 from anomalib_gen.objectives._scores import draw_levels, score_at
 from anomalib_gen.objectives._smoothing import noise_width, smooth
-
-JUDGED_ROWS = 512
-"""Held-out rows are repeated with fresh noise up to about this number: few rows leave a rough judge."""
 
 
 class DenoisingScoreMatching(Component):
@@ -67,7 +65,7 @@ class DenoisingScoreMatching(Component):
         It is judged at the levels that are trained; `train` gives the same noise at every evaluation.
         """
         total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-        draws = max(1, min(8, JUDGED_ROWS // (2 * len(x))))
+        draws = judged_draws(x)
         for _ in range(draws):
             clean, levels, width = self._noise(model, x, generator)
             e = normal_like(x, generator)
