@@ -141,6 +141,21 @@ def expand_as_rows(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return t.reshape(-1, *([1] * (x.ndim - 1)))
 
 
+def check_shape(values: torch.Tensor, shape: Sequence[int], name: str) -> torch.Tensor:
+    """Return what a user's function or network gave; another shape would broadcast and go unnoticed.
+
+    Raises
+    ------
+    ValueError
+        If `values` is no tensor of that shape, whose first number is that of the rows.
+    """
+    if not isinstance(values, torch.Tensor) or values.shape != tuple(shape):
+        tensor = isinstance(values, torch.Tensor)
+        found = f"a tensor of shape {tuple(values.shape)}" if tensor else f"a {type(values).__name__}"
+        raise ValueError(f"{name} returned {found} for {shape[0]} rows; shape {tuple(shape)} is needed.")
+    return values
+
+
 def row_blocks(n_rows: int, rows_per_block: int) -> Iterator[slice]:
     """Cut ``range(n_rows)`` into slices of at most `rows_per_block` rows, in order."""
     for start in range(0, n_rows, rows_per_block):

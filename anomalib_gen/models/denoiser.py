@@ -39,9 +39,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomalib_gen._runtime import expand_as_rows, normal_like
+from anomalib_gen._runtime import check_shape, expand_as_rows, normal_like
 from anomalib_gen.models.likelihood import ELBOTerms, balanced_elbo_terms, ode_log_prob
-from anomalib_gen.networks import check_output
 from anomalib_gen.paths import Path, Prediction
 from anomalib_gen.samplers import SAMPLERS
 
@@ -247,7 +246,7 @@ class NetworkDenoiser(Denoiser):
         y = x / total
         inside = y.clamp(-NETWORK_BOUND, NETWORK_BOUND)
         out = self.network(inside, embed_levels(level, *self.noise_levels))
-        check_output(out, output_shape(x, self.learned_variance))
+        check_shape(out, output_shape(x, self.learned_variance), "The network")
         share = None
         if self.learned_variance:
             out, share = out.chunk(2, dim=1)

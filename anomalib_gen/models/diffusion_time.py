@@ -30,7 +30,7 @@ from abc import abstractmethod
 import torch
 from torch import nn
 
-from anomalib_gen.networks import check_output
+from anomalib_gen._runtime import check_shape
 
 BOX = 4.0
 """Half-side c, in deviations of rows with the largest noise."""
@@ -53,7 +53,7 @@ class _TimeModel(nn.Module):
         """Output of the network ``(B, n_outputs)``, and the squared length of what sticks out of the box ``(B,)``."""
         half_side = BOX * math.sqrt(1 + self.noise_levels[1] ** 2)
         inside = x.clamp(-half_side, half_side)
-        out = check_output(self.network(inside.asinh()), (len(x), n_outputs))
+        out = check_shape(self.network(inside.asinh()), (len(x), n_outputs), "The network")
         return out, (x - inside).square().flatten(1).sum(1)
 
     def _beyond(self, time: torch.Tensor, square_excess: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

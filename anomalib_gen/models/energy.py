@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomalib_gen.networks import TAIL_START, check_output, compress_tails, expand_tails
+from anomalib_gen._runtime import check_shape
+from anomalib_gen.networks import TAIL_START, compress_tails, expand_tails
 from anomalib_gen.samplers import annealed_importance_sampling, annealed_langevin, mala, score_of
 
 NETWORK_BOUND = 12.0
@@ -196,7 +197,7 @@ class EnergyModel(nn.Module):
     def _see(self, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """Output ``(B, n_heads)`` of the network for rows ``(B, *E)`` in compressed units."""
         inside = y.clamp(-NETWORK_BOUND, NETWORK_BOUND)
-        return check_output(self.network(inside, context), (len(y), self.n_heads))
+        return check_shape(self.network(inside, context), (len(y), self.n_heads), "The network")
 
     def energy(self, x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Energy of rows, in nats up to a constant.

@@ -47,7 +47,8 @@ from nflows.transforms.made import MADE, MaskedResidualBlock
 from torch import nn
 from torch.nn import functional as F
 
-from anomalib_gen.networks import ResidualMLP, check_output, compress_tails, expand_tails
+from anomalib_gen._runtime import check_shape
+from anomalib_gen.networks import ResidualMLP, compress_tails, expand_tails
 
 SPLINE_BOUND = 6.0
 """Splines act inside this box and are the identity outside."""
@@ -395,8 +396,8 @@ class FlowModel(nn.Module):
         """
         y, log_det_tails = self.tails(x / self.spread)
         u, log_det = self.transform(y, self._context(x, noise))
-        check_output(u, tuple(y.shape), "transform")
-        check_output(log_det, (len(y),), "transform's log-determinant")
+        check_shape(u, tuple(y.shape), "The transform")
+        check_shape(log_det, (len(y),), "The transform's log-determinant")
         log_base = -0.5 * (u.flatten(1).square().sum(1) + math.prod(self.event_shape) * math.log(2 * math.pi))
         return log_base + log_det + log_det_tails - self.spread.log().sum()
 

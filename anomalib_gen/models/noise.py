@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomalib_gen._runtime import forked_rng
+from anomalib_gen._runtime import check_shape, forked_rng
 from anomalib_gen.models.flow import FlowModel, make_flow_transform
 from anomalib_gen.networks import compress_tails, expand_tails
 
@@ -172,7 +172,7 @@ class NoiseBase(nn.Module):
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """Energy ``(B,)`` of rows ``(B, D)``."""
-        return -self.noise.log_prob(x)
+        return -check_shape(self.noise.log_prob(x), x.shape[:1], "The noise's log_prob")
 
 
 def fit_flow_noise(
@@ -248,6 +248,11 @@ def fit_noise(noise: Any, x: torch.Tensor, generator: torch.Generator) -> Any:
         if noise == "gaussian":
             return GaussianNoise.fit(x)
         return MarginalNoise.fit(x) if noise == "product-of-marginals" else fit_flow_noise(x, generator)
+    if isinstance(noise, torch.distributions.Distribution):
+        raise TypeError(
+            f"noise={noise!r} draws from torch's global generator. Wrap it in an object with sample(n, generator), for "
+            "the generator of a fit, and log_prob(x)."
+        )
     if not (hasattr(noise, "sample") and hasattr(noise, "log_prob")):
         raise TypeError(f"noise={noise!r} must have sample(n, generator) and log_prob(x), or be a name.")
     return noise

@@ -6,7 +6,6 @@ from anomalib_gen.networks.factory import (
     Reshaped,
     Shape,
     build_network,
-    check_output,
     make_network,
 )
 from anomalib_gen.networks.mlp import MLP
@@ -28,7 +27,6 @@ __all__ = [
     "SpectralLinear",
     "UNet",
     "build_network",
-    "check_output",
     "compress_tails",
     "expand_tails",
     "make_network",

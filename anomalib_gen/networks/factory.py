@@ -51,15 +51,6 @@ def build_network(factory: Callable[..., Any], *sizes: Any, argument: str = "net
     return network
 
 
-def check_output(output: torch.Tensor, shape: tuple[int, ...], name: str = "network") -> torch.Tensor:
-    """Return what a network gave; another shape would broadcast and go unnoticed."""
-    if not isinstance(output, torch.Tensor) or output.shape != shape:
-        tensor = isinstance(output, torch.Tensor)
-        found = f"a tensor of shape {tuple(output.shape)}" if tensor else f"a {type(output).__name__}"
-        raise ValueError(f"The {name} returned {found} for {shape[0]} rows; shape {shape} is needed.")
-    return output
-
-
 class Reshaped(nn.Module):
     """A network of rows for images: they are flattened, and what comes out is folded."""
 

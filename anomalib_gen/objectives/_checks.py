@@ -29,7 +29,7 @@ def require(
         If one of them is not finite or out of its range; the message names it.
     """
     rules: tuple[tuple[Iterable[str], str, Callable[[Any], bool]], ...] = (
-        (counts, "a positive integer", lambda value: isinstance(value, Integral) and 1 <= int(value)),
+        (counts, "a positive integer", lambda value: isinstance(value, Integral) and int(value) >= 1),
         (positive, "positive and finite", lambda value: 0 < value < math.inf),
         (not_negative, "finite and not negative", lambda value: 0 <= value < math.inf),
     )

@@ -29,6 +29,7 @@ import torch
 from torch.nn import functional as F
 
 from anomalib_gen._component import Component
+from anomalib_gen._runtime import check_shape
 from anomalib_gen.models.noise import adopt_noise
 from anomalib_gen.objectives._checks import require
 from anomalib_gen.objectives._smoothing import smooth, some_rows
@@ -79,7 +80,7 @@ class Telescoping(Component):
         n, k = len(x), model.n_heads
         x = smooth(model, x, self.data_noise, generator)
         with torch.no_grad():
-            noise = self.noise_.sample(n, generator)
+            noise = check_shape(self.noise_.sample(n, generator), x.shape, "The noise's sample")
         alpha = (torch.arange(k + 1, dtype=x.dtype, device=x.device) / k).pow(self.power)
         alpha = alpha.reshape(-1, *[1] * x.ndim)
         waymarks = (1 - alpha.square()).sqrt() * x + alpha * noise

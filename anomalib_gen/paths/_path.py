@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from anomalib_gen._component import Component
-from anomalib_gen._runtime import expand_as_rows
+from anomalib_gen._runtime import check_shape, expand_as_rows
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """``denoise(y: (B, *E), level: (B,)) -> (B, *E)``, the mean of clean rows given rows with noise of that level."""
@@ -142,7 +142,7 @@ class Path(Component):
     def predict(self, denoise: Denoiser, x_t: torch.Tensor, t: torch.Tensor) -> Prediction:
         """All that a denoiser says of rows `x_t` ``(B, *E)`` at times `t` ``(B,)``."""
         alpha, sigma = expand_as_rows(self.alpha(t), x_t), expand_as_rows(self.sigma(t), x_t)
-        x0 = denoise(x_t / alpha, self.noise_level(t))
+        x0 = check_shape(denoise(x_t / alpha, self.noise_level(t)), x_t.shape, "denoise")
         eps = (x_t - alpha * x0) / sigma
         alpha_dot, sigma_dot = expand_as_rows(self.alpha_dot(t), x_t), expand_as_rows(self.sigma_dot(t), x_t)
         return Prediction(

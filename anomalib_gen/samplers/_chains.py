@@ -21,13 +21,13 @@ and hbar is used afterwards. While h adapts the chains have no invariant density
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from anomalib_gen._runtime import expand_as_rows
+from anomalib_gen._runtime import check_shape, expand_as_rows
 from anomalib_gen.samplers.diagnostics import effective_sample_size
 
 Energy = Callable[[torch.Tensor], torch.Tensor]
@@ -102,7 +102,7 @@ def energy_and_score(
             x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
         # What was made in inference mode cannot be saved for a backward pass.
         args = tuple(a.clone() if isinstance(a, torch.Tensor) and a.is_inference() else a for a in args)
-        energies = returned(energy(x, *args), x.shape[:1], "energy")
+        energies = check_shape(energy(x, *args), x.shape[:1], "energy")
         if not energies.requires_grad:
             raise ValueError(
                 "energy must be differentiable with respect to x, and what it returned is attached to nothing: "
@@ -296,14 +296,6 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
             f"x must be a floating-point tensor (B, *E), of shape (B, 1) for a single coordinate, got {found}."
         )
     return x.detach()
-
-
-def returned(values: torch.Tensor, shape: Sequence[int], name: str) -> torch.Tensor:
-    """Return what a user's function gave; a wrong shape would broadcast and go unnoticed."""
-    found = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-    if found != tuple(shape):
-        raise ValueError(f"{name} must return shape {tuple(shape)} for these {shape[0]} rows, got {found}.")
-    return values
 
 
 def check_steps(n_steps: int, thin: int | None, **positive: float | None) -> None:

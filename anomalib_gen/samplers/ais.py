@@ -41,7 +41,7 @@ import torch
 from scipy.special import stdtrit
 
 from anomalib_gen import _runtime
-from anomalib_gen.samplers._chains import Energy, Kernel, progress, returned, state_at
+from anomalib_gen.samplers._chains import Energy, Kernel, progress, state_at
 from anomalib_gen.samplers.hmc import hmc_kernel
 from anomalib_gen.samplers.langevin import mala_kernel
 
@@ -292,13 +292,15 @@ def _bridge(energy: Energy, base: Base, beta: float) -> Energy:
     """U_b of equation 1; an end where the other part has no weight does without it, even where it is infinite."""
 
     def base_log_prob(x: torch.Tensor) -> torch.Tensor:
-        return returned(base.log_prob(x), x.shape[:1], "base.log_prob")
+        return _runtime.check_shape(base.log_prob(x), x.shape[:1], "base.log_prob")
 
     if beta == 0:
         return lambda x: -base_log_prob(x)
     if beta == 1:
         return energy
-    return lambda x: beta * returned(energy(x), x.shape[:1], "energy") - (1 - beta) * base_log_prob(x)
+    return lambda x: (
+        beta * _runtime.check_shape(energy(x), x.shape[:1], "energy") - (1 - beta) * base_log_prob(x)
+    )
 
 
 def _increment(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ from itertools import pairwise
 
 import torch
 
-from anomalib_gen._runtime import expand_as_rows, normal_like
+from anomalib_gen._runtime import check_shape, expand_as_rows, normal_like
 from anomalib_gen.samplers._chains import (
     ChainState,
     Energy,
@@ -50,7 +50,6 @@ from anomalib_gen.samplers._chains import (
     check_steps,
     metropolis,
     progress,
-    returned,
     run_chains,
     square_norm,
     stack,
@@ -137,7 +136,7 @@ def _ula_step(
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Make one step of equation 1 from the scores `s`; also return which rows could not be moved, ``(B,)``."""
-    s = returned(s, x.shape, "score").detach()
+    s = check_shape(s, x.shape, "score").detach()
     moved = x + h * _cut(s, max_score_norm) + noise * normal_like(x, generator)
     finite = moved.flatten(1).isfinite().all(1)
     return where_rows(finite, moved, x), ~finite
@@ -296,7 +295,7 @@ def annealed_langevin(
             if thin is not None and level == len(levels) - 1 and (step + 1) % thin == 0:
                 samples.append(x)
     if denoise:
-        clean = x + levels[-1] ** 2 * returned(score(x, sigma), x.shape, "score").detach()
+        clean = x + levels[-1] ** 2 * check_shape(score(x, sigma), x.shape, "score").detach()
         finite = clean.flatten(1).isfinite().all(1)
         divergences += ~finite
         x = where_rows(finite, clean, x)

@@ -19,8 +19,8 @@ from collections.abc import Callable
 
 import torch
 
-from anomalib_gen._runtime import scoring_dtype
-from anomalib_gen.samplers._chains import SamplerInfo, as_rows, returned
+from anomalib_gen._runtime import check_shape, scoring_dtype
+from anomalib_gen.samplers._chains import SamplerInfo, as_rows
 from anomalib_gen.samplers._grids import Counted, check_grid, walk
 
 Field = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -69,7 +69,7 @@ def solve_ode(
     times = grid.tolist()
 
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
-        return returned(counted(x, x.new_full((len(x),), t)), x.shape, "field").detach()
+        return check_shape(counted(x, x.new_full((len(x),), t)), x.shape, "field").detach()
 
     def step(k: int, x: torch.Tensor) -> torch.Tensor:
         t, end = times[k], times[k + 1]
@@ -144,7 +144,7 @@ def solve_ode_adaptively(
     times = grid.to(device=x.device, dtype=exact)
     try:
         states = odeint(
-            lambda t, x: returned(counted(x, t.to(x).expand(len(x))), x.shape, "field"),
+            lambda t, x: check_shape(counted(x, t.to(x).expand(len(x))), x.shape, "field"),
             as_rows(x),
             times,
             rtol=rtol,

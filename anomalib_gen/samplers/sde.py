@@ -41,10 +41,10 @@ from typing import Any
 
 import torch
 
-from anomalib_gen._runtime import expand_as_rows, normal_like
+from anomalib_gen._runtime import check_shape, expand_as_rows, normal_like
 from anomalib_gen.paths import Path
 from anomalib_gen.paths._path import Denoiser as Denoise
-from anomalib_gen.samplers._chains import SamplerInfo, as_rows, returned
+from anomalib_gen.samplers._chains import SamplerInfo, as_rows
 from anomalib_gen.samplers._grids import Counted, check_grid, walk
 from anomalib_gen.samplers.langevin import annealed_langevin
 from anomalib_gen.samplers.ode import solve_ode, solve_ode_adaptively
@@ -127,7 +127,7 @@ class _Reverse:
 def _checked(denoise: Callable[..., Any], y: torch.Tensor, level: torch.Tensor) -> Any:
     """What a denoiser gives, if the clean rows are as many and as wide as the noisy ones."""
     rows = denoise(y, level)
-    returned(rows[0] if isinstance(rows, tuple) else rows, y.shape, "denoise")
+    check_shape(rows[0] if isinstance(rows, tuple) else rows, y.shape, "denoise")
     return rows
 
 
