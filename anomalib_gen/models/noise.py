@@ -269,7 +269,18 @@ def adopt_noise(model: Any, noise: Any, x: torch.Tensor, generator: torch.Genera
     -------
     object
         The noise, with ``sample`` and ``log_prob``.
+
+    Raises
+    ------
+    ValueError
+        If the model is conditional on noise levels.
     """
+    if getattr(model, "noise_levels", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} is conditional on noise levels, and noise to compare with has but one density. "
+            "Make it with noise_levels=None; a detector that was fitted with another objective does so in a fit with "
+            "warm_start=False."
+        )
     base = getattr(model, "base", None)
     if isinstance(base, NoiseBase):
         return base.noise

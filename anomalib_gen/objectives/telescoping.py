@@ -74,6 +74,8 @@ class Telescoping(Component):
         require(self, positive=["power"], not_negative=["data_noise"])
         x = smooth(model, some_rows(rows, FITTED_ROWS, generator), self.data_noise, generator)
         self.noise_ = adopt_noise(model, self.noise, x, generator)
+        if hasattr(model, "log_z"):
+            model.log_z.zero_()  # whatever another objective has left there
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, D)``, as ``(B,)``."""

@@ -217,6 +217,21 @@ def test_a_constant_that_was_learned_agrees_with_the_sampled_one(objective):
     assert integral(detector, rows, detector.log_prob) == pytest.approx(0, abs=0.1)
 
 
+def test_a_constant_of_another_objective_is_not_kept(X):
+    detector = make(objective="noise-contrastive", n_heads=1, warm_start=True).fit(X)
+    assert detector.log_normalizer_ != 0
+    detector.set_params(objective="telescoping").fit(X)
+    assert detector.log_normalizer_ == 0
+
+
+@pytest.mark.parametrize("objective", ["noise-contrastive", "telescoping"])
+def test_a_model_of_many_noise_levels_is_not_compared_with_noise(X, objective):
+    detector = make(warm_start=True).fit(X)
+    with pytest.raises(ValueError, match=r"EnergyModel is conditional on noise levels.*warm_start=False"):
+        detector.set_params(objective=objective).fit(X)
+    assert detector.set_params(warm_start=False).fit(X).model_.noise_levels is None
+
+
 def test_a_density_needs_its_constant_and_fitting_forgets_it(X):
     detector = make()
     for method in ("energy", "log_prob"):
