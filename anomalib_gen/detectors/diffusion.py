@@ -441,7 +441,8 @@ class DiffusionDetector(GenerativeDetector):
         sampler : str, default="heun"
             A name in `anomalib_gen.samplers.SAMPLERS`: solvers of the probability-flow equation ("heun", "euler",
             ...), of the reverse diffusion, DDPM's and DDIM's steps, or Langevin dynamics. "ancestral" takes the
-            variances that "improved-ddpm" has learned.
+            variances that "improved-ddpm" has learned. "heun" and "rk4" go wrong where levels far above the data are
+            far apart: on the "cosine" path take "ancestral", "ddim" or "adaptive", or several hundred steps.
         n_steps : int, default=100
             Steps from noise to rows; a discrete path has at most its own.
         random_state : int, RandomState instance or None, default=None
