@@ -114,7 +114,8 @@ class DiffusionDetector(GenerativeDetector):
         column.
     parametrization : {"edm", "v", "eps", "x0"}, default="edm"
         What the network predicts; see `anomalib_gen.models.NetworkDenoiser`. For ``denoiser="network"`` alone, and not
-        for ``network="energy"``.
+        for ``network="energy"``. "x0" errs alike at all levels, and "eps" nearly so at large ones: a bound, which
+        divides by the level, is then loose where the path's smallest level is small.
     hidden_features : int, default=128
         Width of the network. Ignored, as is the next, where `network` is a callable.
     n_blocks : int, default=2
