@@ -230,6 +230,11 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         """Whether rows are images of whole numbers, as the members know."""
         return any(getattr(member, "_eight_bit", False) for member in self.detectors_)
 
+    @property
+    def _binary(self) -> bool:
+        """Whether some columns are of zeros and ones, as the members know."""
+        return any(getattr(member, "_binary", False) for member in self.detectors_)
+
     def _frozen(self) -> list[bool]:
         return [isinstance(member, FrozenEstimator) for _, member in self.detectors]
 
@@ -434,7 +439,8 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         Raises
         ------
         ValueError
-            If `n_samples` is not a positive integer, or if no member looks at some column.
+            If `n_samples` is not a positive integer, if no member looks at some column, or if rows of a product have
+            zeros and ones.
         """
         check_is_fitted(self)
         if not isinstance(n_samples, Integral) or n_samples < 1:
@@ -443,6 +449,11 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         if len(unseen):
             raise ValueError(
                 f"No member looks at columns {unseen.tolist()}: nothing is known to draw them from."
+            )
+        if self.rule == "product" and self._binary:
+            raise ValueError(
+                "A product of members of which one has observation='bernoulli' cannot be sampled: "
+                "its chains move through real numbers, and the member's rows are zeros and ones."
             )
         random = check_random_state(random_state)
         # Which member each row starts from; those of negative weight would start it where it must not stay.

@@ -307,6 +307,21 @@ def test_a_failed_refit_keeps_the_fitted_composition(tiny, fitted, X):
     np.testing.assert_array_equal(composed.score_samples(X), scores)
 
 
+def test_members_of_zeros_and_ones_see_and_give_nothing_else(tiny):
+    flags = (np.random.default_rng(0).random((80, 3)) < [0.2, 0.5, 0.8]).astype(float)
+    small = {"max_iter": 5, "hidden_features": 8, "random_state": 0, "device": "cpu"}
+    a, b = (VAEDetector(observation="bernoulli", n_components=n, **small).fit(flags) for n in (1, 2))
+    product = ComposedDetector([("a", a), ("b", b)]).fit(flags)
+    np.testing.assert_allclose(product.energy(flags), a.energy(flags) + b.energy(flags))
+    for composed in (product, ComposedDetector([("a", a), ("flow", tiny().fit(flags))]).fit(flags)):
+        with pytest.raises(ValueError, match="observation='bernoulli' cannot be sampled"):
+            composed.sample(3)
+        with pytest.raises(ValueError, match="observation='bernoulli' needs zeros and ones"):
+            composed.energy(flags + 0.5)
+    mixture = ComposedDetector([("a", a), ("b", b)], rule="mixture").fit(flags)
+    assert set(np.unique(mixture.sample(20, random_state=0))) == {0.0, 1.0}
+
+
 def test_compositions_of_images_keep_to_the_units_of_their_members():
     images = np.random.default_rng(0).integers(0, 256, (12, 1, 8, 8)).astype(np.uint8)
     small = {"max_iter": 2, "hidden_features": 16, "random_state": 0, "device": "cpu"}
