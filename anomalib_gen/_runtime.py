@@ -6,6 +6,7 @@ Nothing here changes a global: no seed, no thread count, no backend flag.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -154,6 +155,21 @@ def check_shape(values: torch.Tensor, shape: Sequence[int], name: str) -> torch.
         found = f"a tensor of shape {tuple(values.shape)}" if tensor else f"a {type(values).__name__}"
         raise ValueError(f"{name} returned {found} for {shape[0]} rows; shape {tuple(shape)} is needed.")
     return values
+
+
+def check_rows(x: torch.Tensor, event_shape: Sequence[int]) -> None:
+    """Refuse rows of another shape than ``(B, *event_shape)``: narrow ones would broadcast too."""
+    if x.shape[1:] != tuple(event_shape):
+        wanted = ", ".join(map(str, event_shape))
+        raise ValueError(f"x must have the shape (B, {wanted}), got {tuple(x.shape)}.")
+
+
+def check_levels(noise_levels: tuple[float, float] | None) -> None:
+    """Refuse a smallest and a largest noise level that are not positive and rise."""
+    if noise_levels is not None and not 0 < noise_levels[0] < noise_levels[1] < math.inf:
+        raise ValueError(
+            f"noise_levels={noise_levels!r} must be two positive numbers, the smaller one first."
+        )
 
 
 def row_blocks(n_rows: int, rows_per_block: int) -> Iterator[slice]:

@@ -30,7 +30,7 @@ from abc import abstractmethod
 import torch
 from torch import nn
 
-from anomalib_gen._runtime import check_shape
+from anomalib_gen._runtime import check_levels, check_shape
 
 BOX = 4.0
 """Half-side c, in deviations of rows with the largest noise."""
@@ -41,11 +41,8 @@ class _TimeModel(nn.Module):
 
     def __init__(self, network: nn.Module, noise_levels: tuple[float, float]) -> None:
         super().__init__()
+        check_levels(noise_levels)
         low, high = noise_levels
-        if not 0 < low < high:
-            raise ValueError(
-                f"noise_levels={noise_levels!r} must be two positive numbers, the smaller one first."
-            )
         self.network = network
         self.noise_levels = (float(low), float(high))
 

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomalib_gen._runtime import check_shape
+from anomalib_gen._runtime import check_levels, check_rows, check_shape
 from anomalib_gen.networks import TAIL_START, compress_tails, expand_tails
 from anomalib_gen.samplers import annealed_importance_sampling, annealed_langevin, mala, score_of
 
@@ -142,6 +142,7 @@ class EnergyModel(nn.Module):
         tail_start: float = TAIL_START,
     ) -> None:
         super().__init__()
+        check_levels(noise_levels)
         self.tail_start = tail_start
         self.network = network
         self.features = features
@@ -212,6 +213,7 @@ class EnergyModel(nn.Module):
         -------
         Tensor of shape (B,)
         """
+        check_rows(x, self.spread.shape)
         levels = self._levels(x, noise)
         base = self.base.energy(x) if levels is None else self.base.energy(x, levels)
         return base + self.head_energies(x, levels).sum(1)
