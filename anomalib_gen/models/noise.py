@@ -275,7 +275,7 @@ def adopt_noise(model: Any, noise: Any, x: torch.Tensor, generator: torch.Genera
     ValueError
         If the model is conditional on noise levels.
     """
-    if getattr(model, "noise_levels", None) is not None:
+    if hasattr(model, "set_base") and getattr(model, "noise_levels", None) is not None:
         raise ValueError(
             f"{type(model).__name__} is conditional on noise levels, and noise to compare with has but one density. "
             "Make it with noise_levels=None; a detector that was fitted with another objective does so in a fit with "
