@@ -15,6 +15,7 @@ from a product by Metropolis-adjusted Langevin chains on E (samplers.langevin).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -265,7 +266,10 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         if self.weights is None:
             weights = np.ones(n)
         else:
-            weights = np.asarray(self.weights, dtype=np.float64)
+            try:
+                weights = np.asarray(self.weights, dtype=np.float64)
+            except (TypeError, ValueError):
+                weights = np.array(math.nan)
             if weights.shape != (n,) or not np.isfinite(weights).all():
                 raise ValueError(
                     f"weights must be {n} finite numbers, one for each detector, got {self.weights!r}."

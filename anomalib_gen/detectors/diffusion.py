@@ -540,9 +540,14 @@ class DiffusionDetector(GenerativeDetector):
             return objective.make_model(lambda n_outputs: self._make_network(event_shape, (n_outputs,), 0))
         path = self._resolve_path(objective)
         denoiser = self._resolve_denoiser()
-        if denoiser == "closed-form":
-            return ClosedFormDenoiser(path, event_shape, torch.from_numpy(grain))
         learned_variance = getattr(objective, "learns_variance", False)
+        if denoiser == "closed-form":
+            if learned_variance:
+                raise ValueError(
+                    f"denoiser='closed-form' has no network that could learn variances, as {objective!r} wants to. "
+                    "Choose another denoiser or objective."
+                )
+            return ClosedFormDenoiser(path, event_shape, torch.from_numpy(grain))
         if self.network == "energy":
             if learned_variance:
                 raise ValueError(

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -300,8 +301,8 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 def check_steps(n_steps: int, thin: int | None, **positive: float | None) -> None:
     """Refuse what can only be a mistake."""
-    if n_steps < 1 or (thin is not None and thin < 1):
-        raise ValueError(f"n_steps and thin must be at least 1, got {n_steps} and {thin}.")
+    if not all(isinstance(n, Integral) and n >= 1 for n in (n_steps, 1 if thin is None else thin)):
+        raise ValueError(f"n_steps and thin must be integers of at least 1, got {n_steps} and {thin}.")
     for name, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}.")

@@ -35,6 +35,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -202,19 +203,17 @@ def annealed_importance_sampling(
     """
     if transition not in ("hmc", "mala"):
         raise ValueError(f"transition must be 'hmc' or 'mala', got {transition!r}.")
-    if (
-        n_chains < 2
-        or n_levels < 1
-        or n_transitions < 1
-        or max_leapfrog < 1
-        or n_pilot < 8
-        or not 0 < confidence < 1
+    for name, value, least in (
+        ("n_chains", n_chains, 2),
+        ("n_levels", n_levels, 1),
+        ("n_transitions", n_transitions, 1),
+        ("max_leapfrog", max_leapfrog, 1),
+        ("n_pilot", n_pilot, 8),
     ):
-        raise ValueError(
-            "n_chains must be at least 2, n_levels, n_transitions and max_leapfrog at least 1, n_pilot at least 8 and "
-            f"confidence must lie in (0, 1), got {n_chains}, {n_levels}, {n_transitions}, {max_leapfrog}, {n_pilot} "
-            f"and {confidence}."
-        )
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), got {confidence!r}.")
     if base is None:
         if event_shape is None:
             raise ValueError("Give the event_shape for a standard normal base, or a base.")

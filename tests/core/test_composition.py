@@ -266,6 +266,8 @@ def test_bad_compositions_are_refused(tiny, fitted, X):
         fit(IsolationForest().fit(X))
     with pytest.raises(ValueError, match="weights must be 2 finite numbers"):
         fit(fitted, fitted, weights=[1.0])
+    with pytest.raises(ValueError, match=r"weights must be 2 finite numbers, .* got \['m0', 'm1'\]"):
+        fit(fitted, fitted, weights=["m0", "m1"])
     with pytest.raises(ValueError, match="all zero"):
         fit(fitted, weights=[0.0])
     with pytest.raises(ValueError, match="weights of a mixture must be positive"):

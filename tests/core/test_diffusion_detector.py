@@ -164,5 +164,7 @@ def test_wrong_arguments_are_named(rows, fitted):
     # Objectives that meet the rows first say what they lack as others do.
     with pytest.raises(TypeError, match=r"objective=NoiseContrastive\(\) does not work with NetworkDenoiser"):
         make(denoiser="network", objective=NoiseContrastive()).fit(rows)
+    with pytest.raises(ValueError, match="denoiser='closed-form' has no network that could learn variances"):
+        make(denoiser="closed-form", objective="improved-ddpm").fit(rows)
     with pytest.raises(ValueError, match="cannot learn variances"):
         make(network="energy", objective="improved-ddpm").fit(rows)

@@ -426,6 +426,8 @@ def test_score_works_in_inference_mode():
     "call",
     [
         lambda x, g: ula(torch.neg, x, 0, step_size=0.1, generator=g),
+        lambda x, g: ula(torch.neg, x, 2.5, step_size=0.1, generator=g),
+        lambda x, g: hmc(standard, x, 10.0, step_size=0.1, generator=g),
         lambda x, g: ula(torch.neg, x, 5, step_size=-0.1, generator=g),
         lambda x, g: ula(torch.neg, x, 5, step_size=0.1, temperature=-1, generator=g),
         lambda x, g: mala(standard, x, 5, step_size=math.nan, generator=g),
