@@ -253,7 +253,7 @@ class EnergyDetector(GenerativeDetector):
         self.verbose = verbose
 
     def normalize(self, *, n_chains: int = 256, n_levels: int = 200, random_state: Any = None) -> Self:
-        """Estimate log Z by annealed importance sampling, so that `log_prob` has its constant.
+        """Estimate log Z by annealed importance sampling, so that `log_prob`, and a mixture, have its constant.
 
         Parameters
         ----------
