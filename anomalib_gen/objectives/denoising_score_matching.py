@@ -4,7 +4,7 @@ With x~ = x + s e, e ~ N(0, I), the score of x~ given x is -e / s, and
 
     E_{x, e} |s_theta(x~) + e / s|^2 / 2 = E_x~ |s_theta(x~) - grad log p_s(x~)|^2 / 2 + const,      (1)
 
-so its minimum is the score of the data smoothed by noise of deviation s (Vincent 2011, equation 10). No second
+so its minimum is the score of the data smoothed by noise of deviation s (Vincent 2011, equations 9 to 11). No second
 derivatives are needed. Weighted by s^2 the loss of a row is
 
     |s s_theta(x~) + e|^2 / 2,                                                                       (2)
