@@ -443,8 +443,8 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         Raises
         ------
         ValueError
-            If `n_samples` is not a positive integer, if no member looks at some column, or if rows of a product have
-            zeros and ones.
+            If `n_samples` is not a positive integer, if no member looks at some column, or if a member of a product is
+            one of rows of zeros and ones.
         """
         check_is_fitted(self)
         if not isinstance(n_samples, Integral) or n_samples < 1:
