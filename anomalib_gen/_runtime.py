@@ -98,6 +98,15 @@ def scoring_generator(seed: int) -> torch.Generator:
     return make_generator(seed, torch.device("cpu"))
 
 
+def check_generator(generator: torch.Generator) -> None:
+    """Refuse seeds, numpy's generators, and None, for which torch would take its global generator."""
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            "generator must be a torch.Generator, such as torch.Generator().manual_seed(0), "
+            f"got a {type(generator).__name__}."
+        )
+
+
 def normal_noise(shape: tuple[int, ...], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Standard normal noise from a generator on whichever device, in the precision and on the device of `like`."""
     exact = torch.float32 if generator.device.type == "mps" else torch.float64
@@ -107,6 +116,7 @@ def normal_noise(shape: tuple[int, ...], like: torch.Tensor, generator: torch.Ge
 
 def normal_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Standard normal noise of the shape, precision and device of `x`, from a generator on that device."""
+    check_generator(generator)
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 

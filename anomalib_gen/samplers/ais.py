@@ -201,6 +201,7 @@ def annealed_importance_sampling(
     UserWarning
         If the effective sample size is below ten: the estimate then rests on a few chains and is likely too low.
     """
+    _runtime.check_generator(generator)
     if transition not in ("hmc", "mala"):
         raise ValueError(f"transition must be 'hmc' or 'mala', got {transition!r}.")
     for name, value, least in (

@@ -4,12 +4,14 @@ import math
 import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from scipy import integrate
 
 from anomalib_gen._runtime import make_generator
 from anomalib_gen.samplers import (
+    annealed_importance_sampling,
     annealed_langevin,
     effective_sample_size,
     hmc,
@@ -449,6 +451,23 @@ def test_score_works_in_inference_mode():
 def test_mistakes_are_refused(call):
     with pytest.raises(ValueError, match="must"):
         call(zeros(2, 2), generator())
+
+
+@pytest.mark.parametrize("wrong", [None, 0, np.random.default_rng(0), np.random.RandomState(0)])
+def test_chance_comes_from_a_generator_of_torch(wrong):
+    state = torch.get_rng_state()
+    for run in (
+        lambda: ula(torch.neg, zeros(2, 1), 1, step_size=0.1, generator=wrong),
+        lambda: mala(standard, zeros(2, 1), 1, step_size=0.1, generator=wrong),
+        lambda: hmc(standard, zeros(2, 1), 1, step_size=0.1, generator=wrong),
+        lambda: annealed_langevin(lambda x, s: -x, zeros(2, 1), [1.0], generator=wrong),
+        lambda: annealed_importance_sampling(standard, event_shape=(1,), n_levels=2, generator=wrong),
+    ):
+        with pytest.raises(
+            TypeError, match=f"generator must be a torch.Generator, .* {type(wrong).__name__}"
+        ):
+            run()
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (2, 1), (2, 2)])
