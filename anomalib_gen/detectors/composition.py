@@ -260,6 +260,11 @@ class ComposedDetector(OutlierScores, _BaseComposition):
                     member,
                     msg=f"Member {name!r} (%(name)s) is not fitted. Fit it, or set prefit=False to fit clones.",
                 )
+                try:
+                    if hasattr(member, "_energy_anomaly"):
+                        member._energy_anomaly()
+                except TypeError as error:  # a diffusion model that has learned the time alone
+                    raise ValueError(f"Member {name!r} has no energy. {error}") from error
         return members
 
     def _check_weights(self, n: int) -> npt.NDArray[np.float64]:

@@ -13,7 +13,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import cross_val_predict
 
-from anomalib_gen import ComposedDetector, EnergyDetector, VAEDetector
+from anomalib_gen import ComposedDetector, DiffusionDetector, EnergyDetector, VAEDetector
 
 
 class Gaussian(torch.nn.Module):
@@ -264,6 +264,9 @@ def test_bad_compositions_are_refused(tiny, fitted, X):
         fit(fitted, tiny())
     with pytest.raises(ValueError, match="Member 'm0' is a IsolationForest, which has no energy"):
         fit(IsolationForest().fit(X))
+    timed = DiffusionDetector(objective="diffusion-time", hidden_features=8, max_iter=2, device="cpu").fit(X)
+    with pytest.raises(ValueError, match=r"Member 'm1' has no energy\. .* another objective"):
+        fit(fitted, timed)
     with pytest.raises(ValueError, match="weights must be 2 finite numbers"):
         fit(fitted, fitted, weights=[1.0])
     with pytest.raises(ValueError, match=r"weights must be 2 finite numbers, .* got \['m0', 'm1'\]"):
