@@ -28,7 +28,7 @@ from anomalib_gen._component import Component, resolve_component
 from anomalib_gen._inputs import validate_rows
 from anomalib_gen._outlier import OutlierScores
 from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain, rows_per_block
-from anomalib_gen._scoring import dry_run, map_in_blocks, score_in_blocks
+from anomalib_gen._scoring import dry_run, map_in_blocks, naming_what_lacks, score_in_blocks
 from anomalib_gen._training import TrainingOptions, TrainingResult, train
 from anomalib_gen.anomaly import IMAGE_ANOMALIES, Energy
 
@@ -315,7 +315,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         held_out = ArrayRows(X, index[held_out_index], scaler, device) if len(held_out_index) else None
         self._meet_rows(model, rows, _runtime.make_generator(seeds[1], device), more=continued and one_pass)
         if hasattr(objective, "prepare"):
-            with _runtime.forked_rng(seeds[2], device):
+            with _runtime.forked_rng(seeds[2], device), naming_what_lacks("objective", objective, model):
                 objective.prepare(model, rows, _runtime.make_generator(seeds[2], device))
         dry_run(model, rows.take(torch.arange(2)), device, objective=objective, anomaly=anomaly)
 

@@ -42,19 +42,20 @@ def resolve_component(
     ValueError
         If a name is unknown; the message lists the known ones.
     TypeError
-        If the value is neither a name nor a component.
+        If the value is neither a name nor a component, or a name where there are none.
     """
     if value is None:
         return default()
-    if isinstance(value, str):
-        if value not in known:
-            names = ", ".join(repr(name) for name in sorted(known))
-            raise ValueError(f"{argument}={value!r} is unknown. Known names: {names}; or pass an object.")
+    names = ", ".join(repr(name) for name in sorted(known))
+    if isinstance(value, str) and value in known:
         return known[value]()
+    if isinstance(value, str) and known:
+        raise ValueError(f"{argument}={value!r} is unknown. Known names: {names}; or pass an object.")
     if not isinstance(value, Component) or not callable(value):
+        if not known:
+            raise TypeError(f"{argument} must be a component, got {value!r}.")
         raise TypeError(
-            f"{argument} must be a name or a component, got {type(value).__name__!r}. "
-            f"Known names: {', '.join(repr(name) for name in sorted(known))}."
+            f"{argument} must be a name or a component, got {type(value).__name__!r}. Known names: {names}."
         )
     component: Any = clone(value)
     return component

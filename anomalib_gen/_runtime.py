@@ -6,6 +6,7 @@ Nothing here changes a global: no seed, no thread count, no backend flag.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -97,6 +98,15 @@ def scoring_generator(seed: int) -> torch.Generator:
     return make_generator(seed, torch.device("cpu"))
 
 
+def check_generator(generator: torch.Generator) -> None:
+    """Refuse seeds, numpy's generators, and None, for which torch would take its global generator."""
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            "generator must be a torch.Generator, such as torch.Generator().manual_seed(0), "
+            f"got a {type(generator).__name__}."
+        )
+
+
 def normal_noise(shape: tuple[int, ...], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Standard normal noise from a generator on whichever device, in the precision and on the device of `like`."""
     exact = torch.float32 if generator.device.type == "mps" else torch.float64
@@ -106,6 +116,7 @@ def normal_noise(shape: tuple[int, ...], like: torch.Tensor, generator: torch.Ge
 
 def normal_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Standard normal noise of the shape, precision and device of `x`, from a generator on that device."""
+    check_generator(generator)
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
@@ -139,6 +150,36 @@ def forked_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
 def expand_as_rows(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Reshape per-row numbers ``(B,)`` so that they broadcast over events ``(B, *E)``."""
     return t.reshape(-1, *([1] * (x.ndim - 1)))
+
+
+def check_shape(values: torch.Tensor, shape: Sequence[int], name: str) -> torch.Tensor:
+    """Return what a user's function or network gave; another shape would broadcast and go unnoticed.
+
+    Raises
+    ------
+    ValueError
+        If `values` is no tensor of that shape, whose first number is that of the rows.
+    """
+    if not isinstance(values, torch.Tensor) or values.shape != tuple(shape):
+        tensor = isinstance(values, torch.Tensor)
+        found = f"a tensor of shape {tuple(values.shape)}" if tensor else f"a {type(values).__name__}"
+        raise ValueError(f"{name} returned {found} for {shape[0]} rows; shape {tuple(shape)} is needed.")
+    return values
+
+
+def check_rows(x: torch.Tensor, event_shape: Sequence[int]) -> None:
+    """Refuse rows of another shape than ``(B, *event_shape)``: narrow ones would broadcast too."""
+    if x.shape[1:] != tuple(event_shape):
+        wanted = ", ".join(map(str, event_shape))
+        raise ValueError(f"x must have the shape (B, {wanted}), got {tuple(x.shape)}.")
+
+
+def check_levels(noise_levels: tuple[float, float] | None) -> None:
+    """Refuse a smallest and a largest noise level that are not positive and rise."""
+    if noise_levels is not None and not 0 < noise_levels[0] < noise_levels[1] < math.inf:
+        raise ValueError(
+            f"noise_levels={noise_levels!r} must be two positive numbers, the smaller one first."
+        )
 
 
 def row_blocks(n_rows: int, rows_per_block: int) -> Iterator[slice]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,18 @@ def map_in_blocks(
     return values
 
 
+@contextmanager
+def naming_what_lacks(argument: str, part: Any, model: nn.Module) -> Iterator[None]:
+    """Turn the error about a method that a model lacks into one about the part that asked for it, a TypeError."""
+    try:
+        yield
+    except AttributeError as error:
+        raise TypeError(
+            f"{argument}={part!r} does not work with {type(model).__name__}: {error}. "
+            "Choose one that uses what this model provides."
+        ) from error
+
+
 def dry_run(model: nn.Module, x: torch.Tensor, device: torch.device, **parts: Any) -> None:
     """Try an `objective` or an `anomaly` on the two rows `x`, so that one that cannot work fails before training.
 
@@ -119,21 +132,15 @@ def dry_run(model: nn.Module, x: torch.Tensor, device: torch.device, **parts: An
     for argument, part in parts.items():
         on_device = argument == "objective"
         generator = _runtime.make_generator(0, device) if on_device else _runtime.scoring_generator(0)
-        try:
-            grads = torch.no_grad() if argument == "objective" else torch.inference_mode()
-            with grads, _runtime.forked_rng(0, device):
-                # On a copy: what a part learns or keeps from these two rows is not for later.
-                trial = copy.deepcopy(part)
-                if argument == "anomaly" and hasattr(trial, "prepare"):
-                    trial.prepare(model, [x], generator)
-                values = trial(model, x, generator)
+        grads = torch.no_grad() if argument == "objective" else torch.inference_mode()
+        with naming_what_lacks(argument, part, model), grads, _runtime.forked_rng(0, device):
+            # On a copy: what a part learns or keeps from these two rows is not for later.
+            trial = copy.deepcopy(part)
+            if argument == "anomaly" and hasattr(trial, "prepare"):
+                trial.prepare(model, [x], generator)
+            values = trial(model, x, generator)
             if argument == "anomaly":
                 _ = part.in_nats
-        except AttributeError as error:
-            raise TypeError(
-                f"{argument}={part!r} does not work with {type(model).__name__}: {error}. "
-                "Choose one that uses what this model provides."
-            ) from error
         if values.shape != (2,):
             raise TypeError(
                 f"{argument}={part!r} returned a tensor of shape {tuple(values.shape)} for 2 rows; "

@@ -131,6 +131,10 @@ def fit_density(
     FeatureDensity
         On the CPU, so that what is pickled on a machine with a GPU opens on any.
     """
+    if n_components < 1 or n_neighbors < 1:
+        raise ValueError(
+            f"n_components and n_neighbors must be at least 1, got {n_components!r} and {n_neighbors!r}."
+        )
     features = features.cpu()
     standard = Standard.fit(features)
     z = standard(features)

@@ -23,6 +23,14 @@ def level_ladder(model: Any, noise_levels: tuple[float, float], n_levels: int) -
 
     Where they have nothing in common, it is the model's level that is nearest. A single level is the smallest.
     """
+    if n_levels < 1:
+        raise ValueError(f"n_levels must be at least 1, got {n_levels!r}.")
+    if not (
+        isinstance(noise_levels, tuple | list)
+        and len(noise_levels) == 2
+        and noise_levels[0] <= noise_levels[1]
+    ):
+        raise ValueError(f"noise_levels must be two numbers, the smaller one first, got {noise_levels!r}.")
     (first, last), (smallest, largest) = noise_levels, model.noise_levels
     low, high = min(max(first, smallest), largest), max(min(last, largest), smallest)
     return [low * (high / low) ** (k / max(1, n_levels - 1)) for k in range(n_levels)]
@@ -30,6 +38,8 @@ def level_ladder(model: Any, noise_levels: tuple[float, float], n_levels: int) -
 
 def balanced_noise(x: torch.Tensor, n_draws: int, generator: torch.Generator) -> list[torch.Tensor]:
     """Draws of noise, each of the event's shape ``E`` and the same for all rows of `x`, in pairs e and -e."""
+    if n_draws < 1:
+        raise ValueError(f"n_draws must be at least 1, got {n_draws!r}.")
     draws: list[torch.Tensor] = []
     while len(draws) < n_draws:
         e = normal_noise(tuple(x.shape[1:]), x, generator)

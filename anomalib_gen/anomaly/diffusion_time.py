@@ -74,6 +74,8 @@ class DiffusionTime(Component):
         if self.estimator not in ESTIMATORS:
             known = ", ".join(map(repr, ESTIMATORS))
             raise ValueError(f"estimator={self.estimator!r} is unknown. Known estimators: {known}.")
+        if self.n_neighbors < 1:
+            raise ValueError(f"n_neighbors must be at least 1, got {self.n_neighbors!r}.")
         if self.estimator == "learned":
             level: torch.Tensor = model.estimate_level(x)
             return level

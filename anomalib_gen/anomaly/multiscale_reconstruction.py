@@ -90,6 +90,8 @@ class MultiScaleReconstruction(Component):
             coordinates = model.observation.coordinates
             yield coordinates(x) - coordinates(model.reconstruct(x))
             return
+        if self.n_steps < 1:
+            raise ValueError(f"n_steps must be at least 1, got {self.n_steps!r}.")
         levels = level_ladder(model, self.noise_levels, self.n_levels)
         for level in levels:
             y, lowest = x, min(levels[0], 0.1 * level)

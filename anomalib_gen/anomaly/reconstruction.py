@@ -98,6 +98,8 @@ class DiffusionReconstruction(Component):
             raise ValueError(
                 f"norm={self.norm!r} is unknown. Known norms: {', '.join(map(repr, sorted(POWERS)))}."
             )
+        if self.n_steps < 1:
+            raise ValueError(f"n_steps must be at least 1, got {self.n_steps!r}.")
         power = POWERS[self.norm]
         total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         noise = balanced_noise(x, self.n_draws, generator) if self.add_noise else [torch.zeros_like(x[0])]

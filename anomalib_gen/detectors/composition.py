@@ -4,16 +4,18 @@ Every model here has an energy E_i(x) = -log p_i(x) up to a constant, in nats, s
 be put together (Hinton 2002, doi:10.1162/089976602760128018; Du, Li and Mordatch 2020, arXiv:2004.06030, section 3):
 
     product (and)   E(x) = sum_i w_i E_i(x_i)                      p ~ prod_i p_i^w_i               (1)
-    mixture (or)    E(x) = -log sum_i pi_i exp(-E_i(x))            p ~ sum_i pi_i p_i               (2)
+    mixture (or)    E(x) = -log sum_i pi_i exp(-E_i(x)) / Z_i      p ~ sum_i pi_i p_i               (2)
 
 A row is normal under a product if every member finds it normal, and under a mixture if one of them does. A negative
 weight in a product asks for rows that a member finds *abnormal* (not). The members of a product may look at different
-columns x_i of a row. Rows are drawn from a mixture by choosing a member, and from a product by Metropolis-adjusted
-Langevin chains on E (samplers.langevin).
+columns x_i of a row, and constants do not matter to it. In a mixture Z_i is 1 for energies that are those of a density,
+or of a bound on one, and what is known of an energy model's. Rows are drawn from a mixture by choosing a member, and
+from a product by Metropolis-adjusted Langevin chains on E (samplers.langevin).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -52,7 +54,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
     columns : list of (list of int or str) or None, default=None
         The columns that each member looks at, by position or, for data frames, by name. None gives every member
         the columns it was fitted on, by name if it knows names, else all columns. Members of a mixture look at the
-        same columns, because densities over different ones cannot be compared.
+        same columns, in whatever order, because densities over different ones cannot be compared.
     prefit : bool, default=True
         Whether the members are fitted already. `fit` then trains nothing and only sets `offset_`. If False, `fit`
         fits clones of them; a `sklearn.frozen.FrozenEstimator` around a member excepts it, and keeps it
@@ -89,8 +91,9 @@ class ComposedDetector(OutlierScores, _BaseComposition):
     Notes
     -----
     Energies are in nats in the units of X, those of a flow exact, those of a variational autoencoder bounds, and those
-    of an energy model known up to a constant, which shifts a product's scores alike and tilts a mixture's towards
-    the member with the smaller one: give energy models in a mixture a log Z first (`EnergyDetector.normalize`).
+    of an energy model known up to a constant, which shifts a product's scores alike. In a mixture it would tilt the
+    weights: there the energies of a member with a `log_normalizer_` have it added, so that it enters as a density.
+    Call `EnergyDetector.normalize` of energy models in a mixture first; one without counts as if its log Z were 0.
     With negative weights a product need not be a density: energies may fall without end where the member that is
     turned around rises fastest. Scores are still finite; samples may leave the data.
 
@@ -228,6 +231,11 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         """Whether rows are images of whole numbers, as the members know."""
         return any(getattr(member, "_eight_bit", False) for member in self.detectors_)
 
+    @property
+    def _binary(self) -> bool:
+        """Whether some columns are of zeros and ones, as the members know."""
+        return any(getattr(member, "_binary", False) for member in self.detectors_)
+
     def _frozen(self) -> list[bool]:
         return [isinstance(member, FrozenEstimator) for _, member in self.detectors]
 
@@ -252,13 +260,21 @@ class ComposedDetector(OutlierScores, _BaseComposition):
                     member,
                     msg=f"Member {name!r} (%(name)s) is not fitted. Fit it, or set prefit=False to fit clones.",
                 )
+                try:
+                    if hasattr(member, "_energy_anomaly"):
+                        member._energy_anomaly()
+                except TypeError as error:  # a diffusion model that has learned the time alone
+                    raise ValueError(f"Member {name!r} has no energy. {error}") from error
         return members
 
     def _check_weights(self, n: int) -> npt.NDArray[np.float64]:
         if self.weights is None:
             weights = np.ones(n)
         else:
-            weights = np.asarray(self.weights, dtype=np.float64)
+            try:
+                weights = np.asarray(self.weights, dtype=np.float64)
+            except (TypeError, ValueError):
+                weights = np.array(math.nan)
             if weights.shape != (n,) or not np.isfinite(weights).all():
                 raise ValueError(
                     f"weights must be {n} finite numbers, one for each detector, got {self.weights!r}."
@@ -291,7 +307,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
                     "Say which ones through columns."
                 )
             chosen.append(positions)
-        if self.rule == "mixture" and any(not np.array_equal(positions, chosen[0]) for positions in chosen):
+        if self.rule == "mixture" and len({frozenset(positions.tolist()) for positions in chosen}) > 1:
             raise ValueError(
                 'The members of rule="mixture" must look at the same columns: densities over different ones '
                 "cannot be compared."
@@ -394,7 +410,9 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         """Combine ``(n, n_detectors)`` to ``(n,)``."""
         weights = torch.as_tensor(self.weights_, dtype=energies.dtype, device=energies.device)
         if self.rule == "mixture":
-            return -torch.logsumexp(weights.log() - energies, dim=1)
+            # An energy model that has no constant yet enters as it is.
+            log_z = [getattr(member, "log_normalizer_", 0.0) for member in self.detectors_]
+            return -torch.logsumexp(weights.log() - energies.new_tensor(log_z) - energies, dim=1)
         # A mean of the members cannot overflow where their sum could, far out; saturate on the way back to the sum.
         total, limit = weights.abs().sum(), torch.finfo(energies.dtype).max
         return ((energies * (weights / total)).sum(1) * total).clamp(-limit, limit)
@@ -430,7 +448,8 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         Raises
         ------
         ValueError
-            If `n_samples` is not a positive integer, or if no member looks at some column.
+            If `n_samples` is not a positive integer, if no member looks at some column, or if a member of a product is
+            one of rows of zeros and ones.
         """
         check_is_fitted(self)
         if not isinstance(n_samples, Integral) or n_samples < 1:
@@ -439,6 +458,11 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         if len(unseen):
             raise ValueError(
                 f"No member looks at columns {unseen.tolist()}: nothing is known to draw them from."
+            )
+        if self.rule == "product" and self._binary:
+            raise ValueError(
+                "A product of members of which one has observation='bernoulli' cannot be sampled: "
+                "its chains move through real numbers, and the member's rows are zeros and ones."
             )
         random = check_random_state(random_state)
         # Which member each row starts from; those of negative weight would start it where it must not stay.

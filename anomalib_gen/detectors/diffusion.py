@@ -64,7 +64,7 @@ from anomalib_gen.models import (
     ScoreDenoiser,
 )
 from anomalib_gen.models.denoiser import LEVEL_FEATURES, PARAMETRIZATIONS, Denoiser
-from anomalib_gen.networks import make_network
+from anomalib_gen.networks import build_network, make_network
 from anomalib_gen.objectives import Denoising, DiffusionTimeEstimation, FlowMatching, ImprovedDDPM
 from anomalib_gen.paths import EDM, PATHS, CosineBetas, Linear, Path
 from anomalib_gen.samplers import SAMPLERS, solve_ode
@@ -114,7 +114,8 @@ class DiffusionDetector(GenerativeDetector):
         column.
     parametrization : {"edm", "v", "eps", "x0"}, default="edm"
         What the network predicts; see `anomalib_gen.models.NetworkDenoiser`. For ``denoiser="network"`` alone, and not
-        for ``network="energy"``.
+        for ``network="energy"``. "x0" errs alike at all levels, and "eps" nearly so at large ones: a bound, which
+        divides by the level, is then loose where the path's smallest level is small.
     hidden_features : int, default=128
         Width of the network. Ignored, as is the next, where `network` is a callable.
     n_blocks : int, default=2
@@ -364,9 +365,7 @@ class DiffusionDetector(GenerativeDetector):
             If the model has not learned that noise level.
         """
         level = self._check_level(noise)
-        if not isinstance(n_steps, Integral) or n_steps < 1:
-            raise ValueError(f"n_steps must be a positive integer, got {n_steps!r}.")
-        return self._reconstruct(self._validate(X, reset=False), level, int(n_steps))
+        return self._reconstruct(self._validate(X, reset=False), level, _positive("n_steps", n_steps))
 
     def _reconstruct(
         self, rows: npt.NDArray[Any], level: float = 1.0, n_steps: int = 20
@@ -374,9 +373,10 @@ class DiffusionDetector(GenerativeDetector):
         """Reconstruct validated rows."""
 
         def way(model: Any, x: torch.Tensor) -> torch.Tensor:
-            levels = torch.logspace(
-                np.log10(level), np.log10(model.noise_levels[0]), n_steps + 1, dtype=torch.float64
-            )
+            low = model.noise_levels[0]
+            if level <= low:
+                return model.denoise(x, x.new_full((len(x),), low))
+            levels = torch.logspace(np.log10(level), np.log10(low), n_steps + 1, dtype=torch.float64)
 
             def field(y: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
                 return -expand_as_rows(s, y) * model.score(y, s)
@@ -402,9 +402,10 @@ class DiffusionDetector(GenerativeDetector):
             In nats, in the units of X; of rows with noise of the path's smallest level.
         """
         self._check_denoiser()
-        return -self._apply(ODELikelihood(n_steps=n_steps), self._validate(X, reset=False))
+        part = ODELikelihood(n_steps=_positive("n_steps", n_steps))
+        return -self._apply(part, self._validate(X, reset=False))
 
-    def elbo(self, X: Any, *, n_steps: int = 100) -> npt.NDArray[np.float64]:
+    def elbo(self, X: Any, *, n_steps: int = 100, n_draws: int = 1) -> npt.NDArray[np.float64]:
         """Variational bound on the log-density of rows, whatever the detector's anomaly.
 
         Parameters
@@ -412,6 +413,9 @@ class DiffusionDetector(GenerativeDetector):
         X : array-like or data frame of shape (n_samples, n_features)
         n_steps : int, default=100
             Steps of the bound; more make it tighter.
+        n_draws : int, default=1
+            Pairs of noise e and -e at each step, the same for all rows. It is the mean over noise that is a bound: with
+            one pair all values are off alike by some tenths of a nat, and may lie above `log_prob`.
 
         Returns
         -------
@@ -419,7 +423,8 @@ class DiffusionDetector(GenerativeDetector):
             In nats, in the units of X.
         """
         self._check_denoiser()
-        return -self._apply(DiffusionELBO(n_steps=n_steps), self._validate(X, reset=False))
+        part = DiffusionELBO(n_steps=_positive("n_steps", n_steps), n_draws=_positive("n_draws", n_draws))
+        return -self._apply(part, self._validate(X, reset=False))
 
     def sample(
         self,
@@ -437,7 +442,8 @@ class DiffusionDetector(GenerativeDetector):
         sampler : str, default="heun"
             A name in `anomalib_gen.samplers.SAMPLERS`: solvers of the probability-flow equation ("heun", "euler",
             ...), of the reverse diffusion, DDPM's and DDIM's steps, or Langevin dynamics. "ancestral" takes the
-            variances that "improved-ddpm" has learned.
+            variances that "improved-ddpm" has learned. "heun" and "rk4" go wrong where levels far above the data are
+            far apart: on the "cosine" path take "ancestral", "ddim" or "adaptive", or several hundred steps.
         n_steps : int, default=100
             Steps from noise to rows; a discrete path has at most its own.
         random_state : int, RandomState instance or None, default=None
@@ -453,12 +459,11 @@ class DiffusionDetector(GenerativeDetector):
         ValueError
             If `n_samples` or `n_steps` is not a positive integer, or the sampler is unknown.
         """
-        if not isinstance(n_steps, Integral) or n_steps < 1:
-            raise ValueError(f"n_steps must be a positive integer, got {n_steps!r}.")
+        n_steps = _positive("n_steps", n_steps)
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler={sampler!r} is unknown. Known: {', '.join(map(repr, SAMPLERS))}.")
         self._check_denoiser()
-        options = {"sampler": sampler, "n_steps": int(n_steps)}
+        options = {"sampler": sampler, "n_steps": n_steps}
         if sampler == "ancestral" and getattr(getattr(self, "model_", None), "learned_variance", False):
             options["variance"] = "learned"
         return self._draw(n_samples, random_state, **options)
@@ -535,9 +540,14 @@ class DiffusionDetector(GenerativeDetector):
             return objective.make_model(lambda n_outputs: self._make_network(event_shape, (n_outputs,), 0))
         path = self._resolve_path(objective)
         denoiser = self._resolve_denoiser()
-        if denoiser == "closed-form":
-            return ClosedFormDenoiser(path, event_shape, torch.from_numpy(grain))
         learned_variance = getattr(objective, "learns_variance", False)
+        if denoiser == "closed-form":
+            if learned_variance:
+                raise ValueError(
+                    f"denoiser='closed-form' has no network that could learn variances, as {objective!r} wants to. "
+                    "Choose another denoiser or objective."
+                )
+            return ClosedFormDenoiser(path, event_shape, torch.from_numpy(grain))
         if self.network == "energy":
             if learned_variance:
                 raise ValueError(
@@ -576,8 +586,7 @@ class DiffusionDetector(GenerativeDetector):
         images = len(inputs) > 1
         sizes = [shape if len(shape) > 1 else shape[0] for shape in (inputs, outputs)]
         if callable(self.network):
-            network: nn.Module = self.network(*sizes, context_features)
-            return network
+            return build_network(self.network, *sizes, context_features)
         return make_network(
             *sizes,
             kind="auto" if self.network == "energy" else self.network,
@@ -603,3 +612,9 @@ class DiffusionDetector(GenerativeDetector):
 
     def _auto_max_iter(self, steps_per_pass: int) -> int:
         return min(max(min(400 * steps_per_pass, 4000), 2 * steps_per_pass, 500), 10_000)
+
+
+def _positive(name: str, value: Any) -> int:
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    return int(value)

@@ -34,7 +34,7 @@ from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._component import Component
 from anomalib_gen.anomaly import Energy, ScoreNorm
 from anomalib_gen.models.energy import EnergyModel
-from anomalib_gen.networks import NETWORKS, make_network
+from anomalib_gen.networks import NETWORKS, build_network, make_network
 from anomalib_gen.objectives import OBJECTIVES
 from anomalib_gen.samplers import annealed_importance_sampling
 
@@ -253,7 +253,7 @@ class EnergyDetector(GenerativeDetector):
         self.verbose = verbose
 
     def normalize(self, *, n_chains: int = 256, n_levels: int = 200, random_state: Any = None) -> Self:
-        """Estimate log Z by annealed importance sampling, so that `log_prob` has its constant.
+        """Estimate log Z by annealed importance sampling, so that `log_prob`, and a mixture, have its constant.
 
         Parameters
         ----------
@@ -352,7 +352,7 @@ class EnergyDetector(GenerativeDetector):
         n_heads = self.n_heads if getattr(objective, "uses_heads", False) else 1
         context_features = 0 if levels is None else 1
         if callable(self.network):
-            network = self.network(shape, n_heads, context_features)
+            network = build_network(self.network, shape, n_heads, context_features)
         else:
             network = make_network(
                 shape,

@@ -32,6 +32,7 @@ from anomalib_gen._component import Component
 from anomalib_gen.anomaly import Likelihood, Typicality
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, make_flow_transform
 from anomalib_gen.models.glow import FlattenedTransform, Glow
+from anomalib_gen.networks import build_network
 from anomalib_gen.objectives import MaximumLikelihood
 
 AUTO_LAYERS = {"nsf-autoregressive": 2, "nsf-coupling": 4, "maf": 5, "realnvp": 6, "glow": 8}
@@ -312,7 +313,9 @@ class FlowDetector(GenerativeDetector):
         if choice == "auto":
             choice = "glow" if images else "nsf-autoregressive"
         if callable(choice):
-            transform = choice(event_shape if images else features, context_features)
+            transform = build_network(
+                choice, event_shape if images else features, context_features, argument="transform"
+            )
         elif choice == "glow":
             if not images:
                 raise ValueError("transform='glow' is for images of shape (n, channels, height, width).")

@@ -430,11 +430,19 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
 
     def _validate(self, X: Any, *, reset: bool, min_rows: int = 1) -> npt.NDArray[Any]:
         X = super()._validate(X, reset=reset, min_rows=min_rows)
-        # A fitted model knows what it was built for, whatever the parameter says by now.
-        known = None if reset else getattr(self.model_, "observation", None)
-        if isinstance(known, BernoulliObservation) or (known is None and self.observation == "bernoulli"):
+        if self.observation == "bernoulli" if reset else self._binary:
             require_binary(self, X)
         return X
+
+    @property
+    def _binary(self) -> bool:
+        """Whether rows are of zeros and ones: a fitted model knows, whatever the parameter says by now."""
+        return isinstance(getattr(self.model_, "observation", None), BernoulliObservation)
+
+    def _energy(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        if self._binary:  # a composition gives rows that it has checked itself, and not for this
+            require_binary(self, X)
+        return super()._energy(X)
 
     def _make_scaler(
         self,

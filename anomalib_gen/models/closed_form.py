@@ -25,6 +25,13 @@ MAX_ENUMERATED = 20
 """Units whose states are enumerated for an exact log Z: a million states."""
 
 
+def _parameter(value: torch.Tensor, shape: tuple[int, ...], name: str) -> nn.Parameter:
+    """Parameter of a shape; a smaller one would broadcast in the energy and be missing from log Z."""
+    if value.shape != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {tuple(value.shape)}.")
+    return nn.Parameter(value)
+
+
 class ClosedFormEnergy(nn.Module):
     """What these models share: the score is minus the energy's gradient."""
 
@@ -57,8 +64,9 @@ class GaussianEnergy(ClosedFormEnergy):
 
     def __init__(self, mean: torch.Tensor, precision_factor: torch.Tensor) -> None:
         super().__init__()
-        self.mean = nn.Parameter(mean)
-        self.precision_factor = nn.Parameter(precision_factor)
+        size = mean.numel()
+        self.mean = _parameter(mean, (size,), "mean")
+        self.precision_factor = _parameter(precision_factor, (size, size), "precision_factor")
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """Energy ``(B,)`` of rows ``(B, D)``."""
@@ -71,7 +79,9 @@ class GaussianEnergy(ClosedFormEnergy):
 
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Draw ``(n, D)`` rows: x = m + L^-T e."""
-        e = torch.randn((n, len(self.mean)), generator=generator, dtype=self.mean.dtype)
+        e = torch.randn(
+            (n, len(self.mean)), generator=generator, dtype=self.mean.dtype, device=self.mean.device
+        )
         factor = self.precision_factor.detach().tril()
         return self.mean.detach() + torch.linalg.solve_triangular(factor, e, upper=False, left=False)
 
@@ -91,8 +101,9 @@ class QuadraticEnergy(ClosedFormEnergy):
 
     def __init__(self, matrix: torch.Tensor, linear: torch.Tensor) -> None:
         super().__init__()
-        self.matrix = nn.Parameter(matrix)
-        self.linear = nn.Parameter(linear)
+        size = linear.numel()
+        self.matrix = _parameter(matrix, (size, size), "matrix")
+        self.linear = _parameter(linear, (size,), "linear")
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """Energy ``(B,)`` of rows ``(B, D)``."""
@@ -123,9 +134,10 @@ class GaussianMixtureEnergy(ClosedFormEnergy):
 
     def __init__(self, log_weights: torch.Tensor, means: torch.Tensor, factors: torch.Tensor) -> None:
         super().__init__()
-        self.log_weights = nn.Parameter(log_weights)
-        self.means = nn.Parameter(means)
-        self.factors = nn.Parameter(factors)
+        n_components, size = log_weights.numel(), means.shape[-1]
+        self.log_weights = _parameter(log_weights, (n_components,), "log_weights")
+        self.means = _parameter(means, (n_components, size), "means")
+        self.factors = _parameter(factors, (n_components, size, size), "factors")
 
     def _whitened(
         self, x: torch.Tensor, noise: torch.Tensor | None
@@ -162,7 +174,8 @@ class GaussianMixtureEnergy(ClosedFormEnergy):
     def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Draw ``(n, D)`` rows."""
         k = torch.multinomial(self.log_weights.softmax(0), n, replacement=True, generator=generator)
-        e = torch.randn((n, self.means.shape[1], 1), generator=generator, dtype=self.means.dtype)
+        shape = (n, self.means.shape[1], 1)
+        e = torch.randn(shape, generator=generator, dtype=self.means.dtype, device=self.means.device)
         return self.means[k] + (self.factors.tril()[k] @ e).squeeze(-1)
 
 
@@ -181,9 +194,10 @@ class _RestrictedBoltzmannMachine(ClosedFormEnergy):
 
     def __init__(self, weights: torch.Tensor, visible_bias: torch.Tensor, hidden_bias: torch.Tensor) -> None:
         super().__init__()
-        self.weights = nn.Parameter(weights)
-        self.visible_bias = nn.Parameter(visible_bias)
-        self.hidden_bias = nn.Parameter(hidden_bias)
+        n_visible, n_hidden = visible_bias.numel(), hidden_bias.numel()
+        self.weights = _parameter(weights, (n_visible, n_hidden), "weights")
+        self.visible_bias = _parameter(visible_bias, (n_visible,), "visible_bias")
+        self.hidden_bias = _parameter(hidden_bias, (n_hidden,), "hidden_bias")
 
     def hidden_probabilities(self, v: torch.Tensor) -> torch.Tensor:
         """P(h_j = 1 | v), ``(B, n_hidden)``."""
@@ -261,7 +275,7 @@ class GaussianBernoulliRBM(_RestrictedBoltzmannMachine):
         log_scale: torch.Tensor,
     ) -> None:
         super().__init__(weights, visible_bias, hidden_bias)
-        self.log_scale = nn.Parameter(log_scale)
+        self.log_scale = _parameter(log_scale, tuple(visible_bias.shape), "log_scale")
 
     def _hidden_input(self, v: torch.Tensor) -> torch.Tensor:
         return self.hidden_bias + (v * (-2 * self.log_scale).exp()) @ self.weights

@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomalib_gen._runtime import expand_as_rows, normal_like
+from anomalib_gen._runtime import check_shape, expand_as_rows, normal_like
 from anomalib_gen.models.likelihood import ELBOTerms, balanced_elbo_terms, ode_log_prob
 from anomalib_gen.paths import Path, Prediction
 from anomalib_gen.samplers import SAMPLERS
@@ -58,6 +58,11 @@ def embed_levels(level: torch.Tensor, low: float, high: float) -> torch.Tensor:
     k = torch.arange(1, N_FREQUENCIES + 1, dtype=level.dtype, device=level.device)
     phase = 0.5 * math.pi * u.unsqueeze(1) * k
     return torch.cat([u.unsqueeze(1), phase.sin(), phase.cos()], dim=1)
+
+
+def output_shape(x: torch.Tensor, learned_variance: bool) -> tuple[int, ...]:
+    """Shape of what a network gives for rows ``(B, *E)``; twice as wide where it learns variances too."""
+    return len(x), (2 if learned_variance else 1) * x.shape[1], *x.shape[2:]
 
 
 class Denoiser(nn.Module):
@@ -175,6 +180,8 @@ class Denoiser(nn.Module):
         n_draws : int, default=1
             Pairs of noise; each costs two evaluations of the model for each step.
         """
+        if n_steps < 1:
+            raise ValueError(f"n_steps must be at least 1, got {n_steps}.")
         low, high = self.noise_levels
         levels = torch.logspace(math.log10(low), math.log10(high), n_steps + 1, dtype=torch.float64)
         return balanced_elbo_terms(self.denoise, x, levels, generator, n_draws=n_draws)
@@ -238,7 +245,8 @@ class NetworkDenoiser(Denoiser):
         total = (s.square() + d.square()).sqrt()
         y = x / total
         inside = y.clamp(-NETWORK_BOUND, NETWORK_BOUND)
-        out: torch.Tensor = self.network(inside, embed_levels(level, *self.noise_levels))
+        out = self.network(inside, embed_levels(level, *self.noise_levels))
+        check_shape(out, output_shape(x, self.learned_variance), "The network")
         share = None
         if self.learned_variance:
             out, share = out.chunk(2, dim=1)

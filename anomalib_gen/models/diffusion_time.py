@@ -30,6 +30,8 @@ from abc import abstractmethod
 import torch
 from torch import nn
 
+from anomalib_gen._runtime import check_levels, check_shape
+
 BOX = 4.0
 """Half-side c, in deviations of rows with the largest noise."""
 
@@ -39,19 +41,16 @@ class _TimeModel(nn.Module):
 
     def __init__(self, network: nn.Module, noise_levels: tuple[float, float]) -> None:
         super().__init__()
+        check_levels(noise_levels)
         low, high = noise_levels
-        if not 0 < low < high:
-            raise ValueError(
-                f"noise_levels={noise_levels!r} must be two positive numbers, the smaller one first."
-            )
         self.network = network
         self.noise_levels = (float(low), float(high))
 
-    def _see(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _see(self, x: torch.Tensor, n_outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Output of the network ``(B, n_outputs)``, and the squared length of what sticks out of the box ``(B,)``."""
         half_side = BOX * math.sqrt(1 + self.noise_levels[1] ** 2)
         inside = x.clamp(-half_side, half_side)
-        out: torch.Tensor = self.network(inside.asinh())
+        out = check_shape(self.network(inside.asinh()), (len(x), n_outputs), "The network")
         return out, (x - inside).square().flatten(1).sum(1)
 
     def _beyond(self, time: torch.Tensor, square_excess: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -112,7 +111,7 @@ class TimeClassifier(_TimeModel):
 
     def log_time_probabilities(self, x: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the bins for rows ``(B, *E)``, ``(B, n_bins)``."""
-        return self._see(x)[0].log_softmax(1)
+        return self._see(x, self.n_bins)[0].log_softmax(1)
 
     def log_prob_level(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Log-probability ``(B,)`` of the bins that levels ``(B,)`` lie in."""
@@ -120,7 +119,7 @@ class TimeClassifier(_TimeModel):
 
     def estimate_level(self, x: torch.Tensor) -> torch.Tensor:
         """Level at the expected time over the bins' centres, and what sticks out of the box, ``(B,)``."""
-        logits, square_excess = self._see(x)
+        logits, square_excess = self._see(x, self.n_bins)
         centres = (torch.arange(self.n_bins, device=x.device) + 0.5).to(logits) / self.n_bins
         return self._beyond(logits.softmax(1) @ centres, square_excess, x)
 
@@ -147,7 +146,7 @@ class InverseGammaTime(_TimeModel):
 
     def estimate_level(self, x: torch.Tensor) -> torch.Tensor:
         """Most likely level over log s, ``sqrt(b / a)``, ``(B,)``."""
-        logit, square_excess = self._see(x)
+        logit, square_excess = self._see(x, 1)
         return self._beyond(logit.squeeze(1).sigmoid(), square_excess, x)
 
     def log_prob_level(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:

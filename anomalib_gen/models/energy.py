@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from anomalib_gen._runtime import check_levels, check_rows, check_shape
 from anomalib_gen.networks import TAIL_START, compress_tails, expand_tails
 from anomalib_gen.samplers import annealed_importance_sampling, annealed_langevin, mala, score_of
 
@@ -141,6 +142,7 @@ class EnergyModel(nn.Module):
         tail_start: float = TAIL_START,
     ) -> None:
         super().__init__()
+        check_levels(noise_levels)
         self.tail_start = tail_start
         self.network = network
         self.features = features
@@ -185,13 +187,18 @@ class EnergyModel(nn.Module):
         noise = self._levels(x, noise)
         if noise is None or self.noise_levels is None:
             y, _ = compress_tails(x / self.spread, self.tail_start)
-            return self.network(y.clamp(-NETWORK_BOUND, NETWORK_BOUND), None)
+            return self._see(y, None)
         low, high = (math.log(level) for level in self.noise_levels)
         context = ((2 * noise.log() - low - high) / (high - low)).unsqueeze(1)
         scale = noised_spread(self.spread, noise)
         y, _ = compress_tails(x / scale, self.tail_start)
         amplitude = (1 + noise.square()).sqrt() / noise
-        return amplitude.unsqueeze(1) * self.network(y.clamp(-NETWORK_BOUND, NETWORK_BOUND), context)
+        return amplitude.unsqueeze(1) * self._see(y, context)
+
+    def _see(self, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        """Output ``(B, n_heads)`` of the network for rows ``(B, *E)`` in compressed units."""
+        inside = y.clamp(-NETWORK_BOUND, NETWORK_BOUND)
+        return check_shape(self.network(inside, context), (len(y), self.n_heads), "The network")
 
     def energy(self, x: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Energy of rows, in nats up to a constant.
@@ -206,6 +213,7 @@ class EnergyModel(nn.Module):
         -------
         Tensor of shape (B,)
         """
+        check_rows(x, self.spread.shape)
         levels = self._levels(x, noise)
         base = self.base.energy(x) if levels is None else self.base.energy(x, levels)
         return base + self.head_energies(x, levels).sum(1)

@@ -47,6 +47,7 @@ from nflows.transforms.made import MADE, MaskedResidualBlock
 from torch import nn
 from torch.nn import functional as F
 
+from anomalib_gen._runtime import check_levels, check_rows, check_shape
 from anomalib_gen.networks import ResidualMLP, compress_tails, expand_tails
 
 SPLINE_BOUND = 6.0
@@ -356,6 +357,7 @@ class FlowModel(nn.Module):
         grain: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
+        check_levels(noise_levels)
         self.event_shape = (features,) if isinstance(features, int) else tuple(features)
         self.tails = CompressedTails()
         self.transform = transform
@@ -393,8 +395,11 @@ class FlowModel(nn.Module):
         -------
         Tensor of shape (B,)
         """
+        check_rows(x, self.event_shape)
         y, log_det_tails = self.tails(x / self.spread)
         u, log_det = self.transform(y, self._context(x, noise))
+        check_shape(u, tuple(y.shape), "The transform")
+        check_shape(log_det, (len(y),), "The transform's log-determinant")
         log_base = -0.5 * (u.flatten(1).square().sum(1) + math.prod(self.event_shape) * math.log(2 * math.pi))
         return log_base + log_det + log_det_tails - self.spread.log().sum()
 

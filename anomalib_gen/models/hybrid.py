@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomalib_gen._runtime import expand_as_rows, normal_like, row_blocks, scoring_dtype
+from anomalib_gen._runtime import check_shape, expand_as_rows, normal_like, row_blocks, scoring_dtype
 from anomalib_gen.models._stored import Stored, row_keys
-from anomalib_gen.models.denoiser import NETWORK_BOUND, Denoiser, embed_levels
+from anomalib_gen.models.denoiser import NETWORK_BOUND, Denoiser, embed_levels, output_shape
 from anomalib_gen.models.memory import Memory
 from anomalib_gen.models.neighbors import neighbor_scale, values_per_block
 from anomalib_gen.paths import Path, Prediction
@@ -227,7 +227,8 @@ class HybridDenoiser(ClosedFormDenoiser):
         clean, pull = self._closed_form(x, level, unlike)
         y = x / (expand_as_rows(level, x).square() + self.spread.square()).sqrt()
         seen = torch.cat([y, pull], dim=1).clamp(-NETWORK_BOUND, NETWORK_BOUND)
-        out: torch.Tensor = self.network(seen, embed_levels(level, *self.noise_levels))
+        out = self.network(seen, embed_levels(level, *self.noise_levels))
+        check_shape(out, output_shape(x, self.learned_variance), "The network")
         share = None
         if self.learned_variance:
             out, share = out.chunk(2, dim=1)

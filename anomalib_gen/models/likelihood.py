@@ -43,7 +43,7 @@ from typing import NamedTuple
 
 import torch
 
-from anomalib_gen._runtime import expand_as_rows, normal_noise
+from anomalib_gen._runtime import check_shape, expand_as_rows, normal_noise
 from anomalib_gen.samplers import solve_ode
 
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -192,7 +192,7 @@ def _denoise_and_trace(
     with torch.inference_mode(False), torch.enable_grad():
         # What was made in inference mode cannot be saved for a backward pass.
         y, level = y.clone().detach().requires_grad_(), level.clone()
-        clean = denoise(y, level)
+        clean = check_shape(denoise(y, level), y.shape, "denoise")
         rows = clean.flatten(1)
         forms = []
         for k in range(rows.shape[1] if probes is None else len(probes)):
@@ -264,7 +264,7 @@ def elbo_terms(denoise: Denoise, x: torch.Tensor, levels: torch.Tensor, e: torch
     s_min, s_max = float(s[0]), float(s[-1])
     steps = []
     for weight, level, noise in zip(weights, s[1:].tolist(), e, strict=True):
-        clean = denoise(x + level * noise, x.new_full((len(x),), level))
+        clean = check_shape(denoise(x + level * noise, x.new_full((len(x),), level)), x.shape, "denoise")
         steps.append(weight * (x - clean).flatten(1).square().sum(1))
     # log((1 + s^2) / s^2), and the two variances' ratio less one, both without cancellation.
     spread = n * (math.log1p(s_max**-2) - 1 / (1 + s_max**2))

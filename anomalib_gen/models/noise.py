@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomalib_gen._runtime import forked_rng
+from anomalib_gen._runtime import check_shape, forked_rng
 from anomalib_gen.models.flow import FlowModel, make_flow_transform
 from anomalib_gen.networks import compress_tails, expand_tails
 
@@ -166,19 +166,13 @@ class NoiseBase(nn.Module):
         With ``log_prob(x)`` and ``sample(n, generator)``.
     """
 
-    log_z = 0.0
-
     def __init__(self, noise: Any) -> None:
         super().__init__()
         self.noise = noise
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """Energy ``(B,)`` of rows ``(B, D)``."""
-        return -self.noise.log_prob(x)
-
-    def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """Draw ``(n, D)`` rows."""
-        return self.noise.sample(n, generator)
+        return -check_shape(self.noise.log_prob(x), x.shape[:1], "The noise's log_prob")
 
 
 def fit_flow_noise(
@@ -254,6 +248,11 @@ def fit_noise(noise: Any, x: torch.Tensor, generator: torch.Generator) -> Any:
         if noise == "gaussian":
             return GaussianNoise.fit(x)
         return MarginalNoise.fit(x) if noise == "product-of-marginals" else fit_flow_noise(x, generator)
+    if isinstance(noise, torch.distributions.Distribution):
+        raise TypeError(
+            f"noise={noise!r} draws from torch's global generator. Wrap it in an object with sample(n, generator), for "
+            "the generator of a fit, and log_prob(x)."
+        )
     if not (hasattr(noise, "sample") and hasattr(noise, "log_prob")):
         raise TypeError(f"noise={noise!r} must have sample(n, generator) and log_prob(x), or be a name.")
     return noise
@@ -270,7 +269,18 @@ def adopt_noise(model: Any, noise: Any, x: torch.Tensor, generator: torch.Genera
     -------
     object
         The noise, with ``sample`` and ``log_prob``.
+
+    Raises
+    ------
+    ValueError
+        If the model is conditional on noise levels.
     """
+    if hasattr(model, "set_base") and getattr(model, "noise_levels", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} is conditional on noise levels, and noise to compare with has but one density. "
+            "Make it with noise_levels=None; a detector that was fitted with another objective does so in a fit with "
+            "warm_start=False."
+        )
     base = getattr(model, "base", None)
     if isinstance(base, NoiseBase):
         return base.noise

@@ -1,7 +1,13 @@
 """Networks: plain functions of tensors that know nothing of noise, densities or detectors."""
 
 from anomalib_gen.networks.convolution import ConvDecoder, ConvNet
-from anomalib_gen.networks.factory import NETWORKS, Reshaped, Shape, make_network
+from anomalib_gen.networks.factory import (
+    NETWORKS,
+    Reshaped,
+    Shape,
+    build_network,
+    make_network,
+)
 from anomalib_gen.networks.mlp import MLP
 from anomalib_gen.networks.resnet import ResidualMLP
 from anomalib_gen.networks.spectral import SpectralConv, SpectralLinear
@@ -20,6 +26,7 @@ __all__ = [
     "SpectralConv",
     "SpectralLinear",
     "UNet",
+    "build_network",
     "compress_tails",
     "compress_values",
     "expand_tails",

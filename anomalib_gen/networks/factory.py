@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +22,33 @@ CHANNELS_PER_FEATURE = {"unet": 1 / 16, "other": 1 / 8}
 
 Shape = int | tuple[int, ...]
 """Width of a row, or ``(channels, height, width)`` of an image."""
+
+
+def build_network(factory: Callable[..., Any], *sizes: Any, argument: str = "network") -> nn.Module:
+    """Call a user's factory and see that it made a network.
+
+    Parameters
+    ----------
+    factory : callable
+        ``factory(*sizes) -> torch.nn.Module``.
+    *sizes : Any
+    argument : str, default="network"
+        The argument that the factory came as, for messages.
+
+    Raises
+    ------
+    TypeError
+        If it is a network itself, which every fit would train further, or makes none.
+    """
+    if isinstance(factory, nn.Module):
+        raise TypeError(
+            f"{argument} must be a function that makes a network, got the network {type(factory).__name__}(...). "
+            "Write it as a function of the sizes: each fit starts from a new one."
+        )
+    network = factory(*sizes)
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"{argument} must make a torch.nn.Module, and made a {type(network).__name__}.")
+    return network
 
 
 class Reshaped(nn.Module):

@@ -62,8 +62,11 @@ def levels_at(path: Path, u: torch.Tensor, times: str, log_mean: float, log_std:
     if times == "log-uniform":
         log_level = math.log(low) + math.log(high / low) * u
     elif times == "log-normal":
+        if not 0 < log_std < math.inf:
+            raise ValueError(f"log_std must be positive and finite, got {log_std!r}.")
         first, last = (_normal_cdf((math.log(end) - log_mean) / log_std) for end in (low, high))
-        if not first < last:
+        # Less than that is lost in the rounding of single precision, and all levels would be those of one end.
+        if not last - first > 1e-6:
             raise ValueError(
                 f"log_mean={log_mean!r} and log_std={log_std!r} leave nothing of the noise levels "
                 f"{low:.3g} to {high:.3g} of {path!r}."

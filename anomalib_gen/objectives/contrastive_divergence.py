@@ -43,6 +43,7 @@ import torch
 
 from anomalib_gen._component import Component
 from anomalib_gen._runtime import expand_as_rows, normal_like
+from anomalib_gen.objectives._checks import require
 from anomalib_gen.objectives._smoothing import noise_width, smooth
 from anomalib_gen.samplers import mala, ula
 
@@ -117,6 +118,7 @@ class ContrastiveDivergence(Component):
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""
+        require(self, counts=["n_steps"], not_negative=["data_noise", "alpha"])
         positive = x if self._by_gibbs(model) else smooth(model, x, self.data_noise, generator)
         with torch.no_grad():
             negative = self._negatives(model, positive, generator).detach()
@@ -185,7 +187,13 @@ class ContrastiveDivergence(Component):
             for _ in range(self.n_steps):
                 x = model.gibbs(x, generator)
             return x
+        if self.step_size is None and self.data_noise == 0:
+            raise ValueError(
+                f"step_size=None follows data_noise, which is 0 in {self!r}: give one of the two."
+            )
         h = self._auto_step * self.data_noise**2 if self.step_size is None else self.step_size
+        if not 0 < h < math.inf:
+            raise ValueError(f"step_size must be positive and finite, got {self.step_size!r}.")
         if "mala" in (self.transition, self._auto_transition if self.transition == "auto" else None):
             # One run in five is of short steps, h / 10 or h / 100: lengths, so the root.
             u = torch.rand(len(x), generator=generator, device=x.device)

@@ -4,7 +4,7 @@ With x~ = x + s e, e ~ N(0, I), the score of x~ given x is -e / s, and
 
     E_{x, e} |s_theta(x~) + e / s|^2 / 2 = E_x~ |s_theta(x~) - grad log p_s(x~)|^2 / 2 + const,      (1)
 
-so its minimum is the score of the data smoothed by noise of deviation s (Vincent 2011, equation 10). No second
+so its minimum is the score of the data smoothed by noise of deviation s (Vincent 2011, equations 9 to 11). No second
 derivatives are needed. Weighted by s^2 the loss of a row is
 
     |s s_theta(x~) + e|^2 / 2,                                                                       (2)
@@ -23,11 +23,10 @@ import torch
 
 from anomalib_gen._component import Component
 from anomalib_gen._runtime import expand_as_rows, normal_like
+from anomalib_gen.objectives._checks import require
+from anomalib_gen.objectives._levels import judged_draws
 from anomalib_gen.objectives._scores import draw_levels, score_at
 from anomalib_gen.objectives._smoothing import noise_width, smooth
-
-JUDGED_ROWS = 512
-"""Held-out rows are repeated with fresh noise up to about this number: few rows leave a rough judge."""
 
 
 class DenoisingScoreMatching(Component):
@@ -56,6 +55,7 @@ class DenoisingScoreMatching(Component):
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""
+        require(self, not_negative=["data_noise"])
         x, levels, width = self._noise(model, x, generator)
         return _loss(model, x, levels, width, normal_like(x, generator))
 
@@ -65,7 +65,7 @@ class DenoisingScoreMatching(Component):
         It is judged at the levels that are trained; `train` gives the same noise at every evaluation.
         """
         total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-        draws = max(1, min(8, JUDGED_ROWS // (2 * len(x))))
+        draws = judged_draws(x)
         for _ in range(draws):
             clean, levels, width = self._noise(model, x, generator)
             e = normal_like(x, generator)

@@ -19,6 +19,7 @@ from torch import nn
 from anomalib_gen._component import Component
 from anomalib_gen._runtime import expand_as_rows, normal_like
 from anomalib_gen.models import InverseGammaTime, TimeClassifier
+from anomalib_gen.objectives._checks import require
 from anomalib_gen.objectives._levels import JUDGED_ROWS, places
 from anomalib_gen.objectives._smoothing import smooth
 
@@ -51,6 +52,7 @@ class DiffusionTimeEstimation(Component):
 
     def make_model(self, make_network: Callable[[int], nn.Module]) -> nn.Module:
         """Return a model of the distribution on a network of ``make_network(n_outputs)``."""
+        require(self, counts=["n_bins"])
         if self.distribution == "categorical":
             return TimeClassifier(make_network(self.n_bins), n_bins=self.n_bins)
         if self.distribution == "inverse-gamma":

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from anomalib_gen._component import Component
+from anomalib_gen.objectives._checks import require
 
 
 class GradientPenalty(Component):
@@ -38,6 +39,11 @@ class GradientPenalty(Component):
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""
+        require(self, not_negative=["weight"])
+        if not callable(self.objective):
+            raise TypeError(
+                f"objective must be a component of anomalib_gen.objectives, got {self.objective!r}."
+            )
         penalty = 0.5 * model.score(x).square().flatten(1).sum(1)
         loss: torch.Tensor = self.objective(model, x, generator) + self.weight * penalty
         return loss

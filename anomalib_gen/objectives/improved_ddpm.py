@@ -36,6 +36,7 @@ import torch
 
 from anomalib_gen._component import Component
 from anomalib_gen._runtime import expand_as_rows, normal_like
+from anomalib_gen.objectives._checks import require
 from anomalib_gen.objectives._levels import clean_rows, judged_draws, places, unseen
 from anomalib_gen.paths import Path
 
@@ -81,6 +82,7 @@ class ImprovedDDPM(Component):
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""
+        require(self, not_negative=["vlb_weight"])
         tables = step_tables(model.path)
         n = len(tables.level)
         u = places(len(x), x, generator)

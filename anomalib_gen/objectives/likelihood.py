@@ -18,6 +18,7 @@ import torch
 
 from anomalib_gen._component import Component
 from anomalib_gen._runtime import expand_as_rows, normal_like
+from anomalib_gen.objectives._checks import require
 from anomalib_gen.objectives._scores import draw_levels
 from anomalib_gen.objectives._smoothing import dequantise
 
@@ -47,6 +48,7 @@ class MaximumLikelihood(Component):
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, D)``, as ``(B,)``."""
+        require(self, not_negative=["noise"])
         if getattr(model, "cell", 0.0):
             x = dequantise(model, x, generator)
         elif getattr(model, "grain", None) is not None:

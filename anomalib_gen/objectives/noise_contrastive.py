@@ -33,7 +33,9 @@ import torch
 from torch.nn import functional as F
 
 from anomalib_gen._component import Component
+from anomalib_gen._runtime import check_shape
 from anomalib_gen.models.noise import adopt_noise
+from anomalib_gen.objectives._checks import require
 from anomalib_gen.objectives._smoothing import smooth, some_rows
 
 FITTED_ROWS, BRIDGE_ROWS = 20_000, 2_000
@@ -78,6 +80,7 @@ class NoiseContrastive(Component):
     @torch.no_grad()
     def prepare(self, model: Any, rows: Any, generator: torch.Generator) -> None:
         """Fit the noise, make it the model's base, and set the model's `log_z` by equation 3."""
+        require(self, counts=["n_noise"], not_negative=["data_noise"])
         x = smooth(model, some_rows(rows, FITTED_ROWS, generator), self.data_noise, generator)
         self.noise_ = adopt_noise(model, self.noise, x, generator)
         self._set_log_z(model, x, generator)
@@ -91,6 +94,7 @@ class NoiseContrastive(Component):
     def _set_log_z(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> None:
         x = x[:BRIDGE_ROWS]
         y = self.noise_.sample(self.n_noise * len(x), generator)
+        check_shape(y, (self.n_noise * len(x), *x.shape[1:]), "The noise's sample")
         log_ratio = [self._log_ratio(model, z) for z in (x, y)]
         model.log_z.fill_(bridge_log_z(*log_ratio, n_noise=self.n_noise))
 
@@ -108,7 +112,7 @@ class NoiseContrastive(Component):
         if getattr(getattr(model, "base", None), "noise", None) is self.noise_:
             return -model.head_energies(x).sum(1)
         with torch.no_grad():
-            log_noise = self.noise_.log_prob(x)
+            log_noise = check_shape(self.noise_.log_prob(x), x.shape[:1], "The noise's log_prob")
         return -model.energy(x) - log_noise
 
 

@@ -102,6 +102,8 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
         self.buffer_ = self._from_noise(self.buffer_size, generator)
 
     def _negatives(self, model: Any, positive: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if not 0 <= self.p_restart <= 1:
+            raise ValueError(f"p_restart must lie in [0, 1], got {self.p_restart!r}.")
         size, batch = len(self.buffer_), len(positive)
         if batch > size:
             raise ValueError(f"buffer_size={size} must not be below the {batch} rows of a batch.")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from anomalib_gen._component import Component
+from anomalib_gen.objectives._checks import require
 from anomalib_gen.objectives._scores import noised_rows, random_directions, score_and_curvatures, weighted
 from anomalib_gen.objectives.denoising_score_matching import DenoisingScoreMatching
 
@@ -60,6 +61,7 @@ class ScoreMatching(Component):
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""
+        require(self, counts=["n_probes"], not_negative=["data_noise"])
         x, levels = noised_rows(model, x, self.data_noise, generator)
         directions, factor = self._directions(x, generator)
         score, curvatures = score_and_curvatures(model, x, levels, directions)

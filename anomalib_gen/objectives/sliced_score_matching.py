@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from anomalib_gen._component import Component
+from anomalib_gen.objectives._checks import require
 from anomalib_gen.objectives._scores import noised_rows, random_directions, score_and_curvatures, weighted
 from anomalib_gen.objectives.denoising_score_matching import DenoisingScoreMatching
 
@@ -61,6 +62,7 @@ class SlicedScoreMatching(Component):
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""
+        require(self, counts=["n_slices"], not_negative=["data_noise"])
         x, levels = noised_rows(model, x, self.data_noise, generator)
         directions = random_directions(x, self.n_slices, self.probe, generator)
         score, curvatures = score_and_curvatures(model, x, levels, directions)

@@ -29,7 +29,9 @@ import torch
 from torch.nn import functional as F
 
 from anomalib_gen._component import Component
+from anomalib_gen._runtime import check_shape
 from anomalib_gen.models.noise import adopt_noise
+from anomalib_gen.objectives._checks import require
 from anomalib_gen.objectives._smoothing import smooth, some_rows
 from anomalib_gen.objectives.noise_contrastive import FITTED_ROWS
 
@@ -69,15 +71,18 @@ class Telescoping(Component):
     @torch.no_grad()
     def prepare(self, model: Any, rows: Any, generator: torch.Generator) -> None:
         """Fit the noise and make it the model's base; a model that has one already keeps it."""
+        require(self, positive=["power"], not_negative=["data_noise"])
         x = smooth(model, some_rows(rows, FITTED_ROWS, generator), self.data_noise, generator)
         self.noise_ = adopt_noise(model, self.noise, x, generator)
+        if hasattr(model, "log_z"):
+            model.log_z.zero_()  # whatever another objective has left there
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, D)``, as ``(B,)``."""
         n, k = len(x), model.n_heads
         x = smooth(model, x, self.data_noise, generator)
         with torch.no_grad():
-            noise = self.noise_.sample(n, generator)
+            noise = check_shape(self.noise_.sample(n, generator), x.shape, "The noise's sample")
         alpha = (torch.arange(k + 1, dtype=x.dtype, device=x.device) / k).pow(self.power)
         alpha = alpha.reshape(-1, *[1] * x.ndim)
         waymarks = (1 - alpha.square()).sqrt() * x + alpha * noise

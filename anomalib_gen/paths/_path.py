@@ -22,6 +22,7 @@ them (Karras et al. 2022, arXiv:2206.00364, section 2): with y = x_t / alpha and
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from anomalib_gen._component import Component
-from anomalib_gen._runtime import expand_as_rows
+from anomalib_gen._runtime import check_shape, expand_as_rows
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """``denoise(y: (B, *E), level: (B,)) -> (B, *E)``, the mean of clean rows given rows with noise of that level."""
@@ -101,8 +102,20 @@ class Path(Component):
 
     @property
     def noise_levels(self) -> tuple[float, float]:
-        """Noise levels at the two ends of `time_range`."""
+        """Noise levels at the two ends of `time_range`.
+
+        Raises
+        ------
+        ValueError
+            If the path's parameters make no levels that are positive, finite and rise.
+        """
+        if self.n_steps is not None and self.n_steps < 1:
+            raise ValueError(f"n_steps must be a positive integer, got {self!r}.")
         low, high = self.noise_level(torch.tensor(self.time_range, dtype=torch.float64)).tolist()
+        if not 0 < low < high < math.inf:
+            raise ValueError(
+                f"{self!r} has noise levels from {low:.3g} to {high:.3g}, which must be positive, finite and rise."
+            )
         return low, high
 
     def drift(self, t: torch.Tensor) -> torch.Tensor:
@@ -129,7 +142,7 @@ class Path(Component):
     def predict(self, denoise: Denoiser, x_t: torch.Tensor, t: torch.Tensor) -> Prediction:
         """All that a denoiser says of rows `x_t` ``(B, *E)`` at times `t` ``(B,)``."""
         alpha, sigma = expand_as_rows(self.alpha(t), x_t), expand_as_rows(self.sigma(t), x_t)
-        x0 = denoise(x_t / alpha, self.noise_level(t))
+        x0 = check_shape(denoise(x_t / alpha, self.noise_level(t)), x_t.shape, "denoise")
         eps = (x_t - alpha * x0) / sigma
         alpha_dot, sigma_dot = expand_as_rows(self.alpha_dot(t), x_t), expand_as_rows(self.sigma_dot(t), x_t)
         return Prediction(

@@ -134,6 +134,8 @@ class EDM(Path):
 
     def grid(self, n_steps: int | None = None) -> torch.Tensor:
         """Rising levels, ``(n_steps + 1,)``, denser near the data."""
+        if not 0 < self.rho < math.inf:
+            raise ValueError(f"rho must be positive and finite, got {self!r}.")
         even = (super().grid(n_steps) - self.sigma_min) / (self.sigma_max - self.sigma_min)
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (low + even * (high - low)) ** self.rho

@@ -23,11 +23,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 
-from anomalib_gen._runtime import expand_as_rows
+from anomalib_gen._runtime import check_shape, expand_as_rows
 from anomalib_gen.samplers.diagnostics import effective_sample_size
 
 Energy = Callable[[torch.Tensor], torch.Tensor]
@@ -102,7 +103,12 @@ def energy_and_score(
             x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
         # What was made in inference mode cannot be saved for a backward pass.
         args = tuple(a.clone() if isinstance(a, torch.Tensor) and a.is_inference() else a for a in args)
-        energies = energy(x, *args)
+        energies = check_shape(energy(x, *args), x.shape[:1], "energy")
+        if not energies.requires_grad:
+            raise ValueError(
+                "energy must be differentiable with respect to x, and what it returned is attached to nothing: "
+                "is x detached in it, or are gradients off?"
+            )
         # Differentiating with respect to x alone leaves the parameters' .grad untouched.
         (gradient,) = torch.autograd.grad(energies.sum(), x, create_graph=create_graph)
         return (energies, -gradient) if create_graph else (energies.detach(), -gradient)
@@ -247,7 +253,8 @@ def run_chains(
             "n_warmup must not be negative and target_acceptance must lie in (0, 1), "
             f"got {n_warmup} and {target_acceptance}."
         )
-    state = state_at(energy, x.detach())
+    x = as_rows(x)
+    state = state_at(energy, x)
     adaptation = DualAveraging(step_size, target_acceptance)
     divergences = torch.zeros(len(x), dtype=torch.long, device=x.device)
     acceptance, energies, samples = torch.zeros_like(state.energy), [], []
@@ -282,10 +289,20 @@ def stack(samples: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     return torch.stack(samples) if samples else x.new_empty((0, *x.shape))
 
 
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return rows ``(B, *E)`` attached to nothing; refuse what is no tensor of them."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.ndim < 2:
+        found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(
+            f"x must be a floating-point tensor (B, *E), of shape (B, 1) for a single coordinate, got {found}."
+        )
+    return x.detach()
+
+
 def check_steps(n_steps: int, thin: int | None, **positive: float | None) -> None:
     """Refuse what can only be a mistake."""
-    if n_steps < 1 or (thin is not None and thin < 1):
-        raise ValueError(f"n_steps and thin must be at least 1, got {n_steps} and {thin}.")
+    if not all(isinstance(n, Integral) and n >= 1 for n in (n_steps, 1 if thin is None else thin)):
+        raise ValueError(f"n_steps and thin must be integers of at least 1, got {n_steps} and {thin}.")
     for name, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}.")

@@ -35,6 +35,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -75,6 +76,10 @@ class GaussianBase:
 
     mean: torch.Tensor
     scale: torch.Tensor | float = 1.0
+
+    def __post_init__(self) -> None:
+        if not bool((torch.as_tensor(self.scale) > 0).all()):
+            raise ValueError(f"scale must be positive, got {self.scale}.")
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
         """Log-density of rows ``(B, *E)``, ``(B,)``."""
@@ -196,20 +201,20 @@ def annealed_importance_sampling(
     UserWarning
         If the effective sample size is below ten: the estimate then rests on a few chains and is likely too low.
     """
+    _runtime.check_generator(generator)
     if transition not in ("hmc", "mala"):
         raise ValueError(f"transition must be 'hmc' or 'mala', got {transition!r}.")
-    if (
-        n_chains < 2
-        or n_levels < 1
-        or n_transitions < 1
-        or max_leapfrog < 1
-        or n_pilot < 8
-        or not 0 < confidence < 1
+    for name, value, least in (
+        ("n_chains", n_chains, 2),
+        ("n_levels", n_levels, 1),
+        ("n_transitions", n_transitions, 1),
+        ("max_leapfrog", max_leapfrog, 1),
+        ("n_pilot", n_pilot, 8),
     ):
-        raise ValueError(
-            "n_chains must be at least 2, n_levels, n_transitions and max_leapfrog at least 1, n_pilot at least 8 and "
-            "confidence must lie in (0, 1)."
-        )
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), got {confidence!r}.")
     if base is None:
         if event_shape is None:
             raise ValueError("Give the event_shape for a standard normal base, or a base.")
@@ -238,7 +243,7 @@ def annealed_importance_sampling(
             levels = [float(b) for b in betas]
             rising = all(a < b for a, b in pairwise(levels))
             if len(levels) < 2 or levels[0] != 0 or levels[-1] != 1 or not rising:
-                raise ValueError("betas must rise strictly from 0 to 1.")
+                raise ValueError(f"betas must rise strictly from 0 to 1, got {levels}.")
         schedule, _ = _pilot(
             energy, base, levels, make_kernel, transition, n_transitions, n_pilot, generator, verbose
         )
@@ -285,11 +290,17 @@ def log_mean_interval(
 
 def _bridge(energy: Energy, base: Base, beta: float) -> Energy:
     """U_b of equation 1; an end where the other part has no weight does without it, even where it is infinite."""
+
+    def base_log_prob(x: torch.Tensor) -> torch.Tensor:
+        return _runtime.check_shape(base.log_prob(x), x.shape[:1], "base.log_prob")
+
     if beta == 0:
-        return lambda x: -base.log_prob(x)
+        return lambda x: -base_log_prob(x)
     if beta == 1:
         return energy
-    return lambda x: beta * energy(x) - (1 - beta) * base.log_prob(x)
+    return lambda x: (
+        beta * _runtime.check_shape(energy(x), x.shape[:1], "energy") - (1 - beta) * base_log_prob(x)
+    )
 
 
 def _increment(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,8 @@ dx = v dt, dv = s(x) dt conserve (s = -grad E). The leapfrog integrator
 is reversible (negate v and it retraces its steps), preserves volume and errs in H by O(eps^2). So its end point after
 L steps is accepted with probability min(1, exp(H(x, v) - H(x', v'))), and p ∝ exp(-E) stays exactly invariant (Neal
 2011, "MCMC using Hamiltonian dynamics", arXiv:1206.1901, section 3). The best acceptance rate in high dimensions is
-0.651 (Beskos et al. 2013, arXiv:1001.4460); 0.8 is the customary, safer target (Hoffman & Gelman 2014,
-arXiv:1111.4246, section 4.2).
+0.651 (Beskos et al. 2013, arXiv:1001.4460); anything from 0.6 to 0.9 does nearly as well, and the larger ones are safer
+(Betancourt et al. 2014, arXiv:1411.6669).
 
 A trajectory of one fixed length can return to where it began, again and again; hence each chain draws its eps anew in
 every step, which jitters the length L eps (Neal 2011, section 4.2).

@@ -38,7 +38,7 @@ from itertools import pairwise
 
 import torch
 
-from anomalib_gen._runtime import expand_as_rows, normal_like
+from anomalib_gen._runtime import check_shape, expand_as_rows, normal_like
 from anomalib_gen.samplers._chains import (
     ChainState,
     Energy,
@@ -46,6 +46,7 @@ from anomalib_gen.samplers._chains import (
     Move,
     SamplerInfo,
     Score,
+    as_rows,
     check_steps,
     metropolis,
     progress,
@@ -105,15 +106,16 @@ def ula(
     info : SamplerInfo
     """
     check_steps(n_steps, thin, step_size=step_size, max_score_norm=max_score_norm)
-    if temperature < 0 or (noise_scale is not None and noise_scale < 0):
+    if not 0 <= temperature < math.inf or not (noise_scale is None or 0 <= noise_scale < math.inf):
         raise ValueError(
-            f"temperature and noise_scale must not be negative, got {temperature} and {noise_scale}."
+            "temperature and noise_scale must be finite and not negative, "
+            f"got {temperature} and {noise_scale}."
         )
     noise = math.sqrt(2 * step_size * temperature) if noise_scale is None else noise_scale
-    x, samples = x.detach(), []
+    x, samples = as_rows(x), []
     divergences = torch.zeros(len(x), dtype=torch.long, device=x.device)
     for step in progress(range(n_steps), verbose, "ULA"):
-        x, divergent = _ula_step(score(x).detach(), x, step_size, noise, max_score_norm, generator)
+        x, divergent = _ula_step(score(x), x, step_size, noise, max_score_norm, generator)
         divergences += divergent
         if thin is not None and (step + 1) % thin == 0:
             samples.append(x)
@@ -134,6 +136,7 @@ def _ula_step(
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Make one step of equation 1 from the scores `s`; also return which rows could not be moved, ``(B,)``."""
+    s = check_shape(s, x.shape, "score").detach()
     moved = x + h * _cut(s, max_score_norm) + noise * normal_like(x, generator)
     finite = moved.flatten(1).isfinite().all(1)
     return where_rows(finite, moved, x), ~finite
@@ -277,22 +280,25 @@ def annealed_langevin(
     """
     check_steps(n_steps_per_level, thin)
     levels = [float(sigma) for sigma in sigmas]
-    if not levels or levels[-1] <= 0 or any(a <= b for a, b in pairwise(levels)):
-        raise ValueError("sigmas must be positive and strictly falling.")
+    falling = all(a > b for a, b in pairwise(levels))
+    if not levels or not falling or not levels[0] < math.inf or not levels[-1] > 0:
+        raise ValueError(f"sigmas must be positive, finite and strictly falling, got {levels}.")
     if not 0 < step_ratio < 2:
         raise ValueError(f"step_ratio must lie in (0, 2), or the chains diverge, got {step_ratio}.")
-    x, samples = x.detach(), []
+    x, samples = as_rows(x), []
     divergences = torch.zeros(len(x), dtype=torch.long, device=x.device)
     for level in progress(range(len(levels)), verbose, "annealed Langevin"):
         h, sigma = step_ratio * levels[level] ** 2, x.new_full((len(x),), levels[level])
         for step in range(n_steps_per_level):
-            x, divergent = _ula_step(score(x, sigma).detach(), x, h, math.sqrt(2 * h), None, generator)
+            x, divergent = _ula_step(score(x, sigma), x, h, math.sqrt(2 * h), None, generator)
             divergences += divergent
             if thin is not None and level == len(levels) - 1 and (step + 1) % thin == 0:
                 samples.append(x)
     if denoise:
-        clean = x + levels[-1] ** 2 * score(x, sigma).detach()
-        x = where_rows(clean.flatten(1).isfinite().all(1), clean, x)
+        clean = x + levels[-1] ** 2 * check_shape(score(x, sigma), x.shape, "score").detach()
+        finite = clean.flatten(1).isfinite().all(1)
+        divergences += ~finite
+        x = where_rows(finite, clean, x)
     return x, SamplerInfo(
         n_evaluations=len(levels) * n_steps_per_level + int(denoise),
         step_size=tuple(step_ratio * sigma**2 for sigma in levels),

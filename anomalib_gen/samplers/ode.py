@@ -19,8 +19,8 @@ from collections.abc import Callable
 
 import torch
 
-from anomalib_gen._runtime import scoring_dtype
-from anomalib_gen.samplers._chains import SamplerInfo
+from anomalib_gen._runtime import check_shape, scoring_dtype
+from anomalib_gen.samplers._chains import SamplerInfo, as_rows
 from anomalib_gen.samplers._grids import Counted, check_grid, walk
 
 Field = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -69,8 +69,7 @@ def solve_ode(
     times = grid.tolist()
 
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
-        value: torch.Tensor = counted(x, x.new_full((len(x),), t))
-        return value.detach()
+        return check_shape(counted(x, x.new_full((len(x),), t)), x.shape, "field").detach()
 
     def step(k: int, x: torch.Tensor) -> torch.Tensor:
         t, end = times[k], times[k + 1]
@@ -86,7 +85,7 @@ def solve_ode(
         k_4 = velocity(x + h * k_3, end)
         return x + h / 6 * (k_1 + 2 * (k_2 + k_3) + k_4)
 
-    return walk(step, x.detach(), grid, counted, thin=thin, verbose=verbose, label=f"ODE ({method})")
+    return walk(step, as_rows(x), grid, counted, thin=thin, verbose=verbose, label=f"ODE ({method})")
 
 
 @torch.no_grad()
@@ -145,8 +144,8 @@ def solve_ode_adaptively(
     times = grid.to(device=x.device, dtype=exact)
     try:
         states = odeint(
-            lambda t, x: counted(x, t.to(x).expand(len(x))),
-            x.detach(),
+            lambda t, x: check_shape(counted(x, t.to(x).expand(len(x))), x.shape, "field"),
+            as_rows(x),
             times,
             rtol=rtol,
             atol=atol,

@@ -41,10 +41,10 @@ from typing import Any
 
 import torch
 
-from anomalib_gen._runtime import expand_as_rows, normal_like
+from anomalib_gen._runtime import check_shape, expand_as_rows, normal_like
 from anomalib_gen.paths import Path
 from anomalib_gen.paths._path import Denoiser as Denoise
-from anomalib_gen.samplers._chains import SamplerInfo
+from anomalib_gen.samplers._chains import SamplerInfo, as_rows
 from anomalib_gen.samplers._grids import Counted, check_grid, walk
 from anomalib_gen.samplers.langevin import annealed_langevin
 from anomalib_gen.samplers.ode import solve_ode, solve_ode_adaptively
@@ -59,11 +59,17 @@ class _Reverse:
 
     def __init__(self, denoise: Callable[..., Any], grid: torch.Tensor, path: Path, thin: int | None) -> None:
         self.grid = check_grid(grid, thin, falling=True)
-        self.denoise = Counted(denoise)
+        self.denoise = Counted(partial(_checked, denoise))
         self.alpha: list[float] = path.alpha(self.grid).tolist()
         self.sigma: list[float] = path.sigma(self.grid).tolist()
         self.levels = path.noise_level(self.grid)
         self.level: list[float] = self.levels.tolist()
+        if not all(0 < level < math.inf for level in self.level):
+            raise ValueError(
+                f"grid must hold times at which {path!r} has a positive and finite noise level, got levels from "
+                f"{self.level[0]:.3g} to {self.level[-1]:.3g}. Take path.grid(n_steps).flip(0), and final_denoise=True "
+                "for the step to level zero."
+            )
 
     def at(self, k: int, x: torch.Tensor) -> Any:
         """What the denoiser says of rows of the path at time k."""
@@ -114,8 +120,15 @@ class _Reverse:
     ) -> tuple[torch.Tensor, SamplerInfo]:
         last = partial(self.clean, len(self.grid) - 1) if final_denoise else None
         return walk(
-            step, x.detach(), self.grid, self.denoise, last=last, thin=thin, verbose=verbose, label=label
+            step, as_rows(x), self.grid, self.denoise, last=last, thin=thin, verbose=verbose, label=label
         )
+
+
+def _checked(denoise: Callable[..., Any], y: torch.Tensor, level: torch.Tensor) -> Any:
+    """What a denoiser gives, if the clean rows are as many and as wide as the noisy ones."""
+    rows = denoise(y, level)
+    check_shape(rows[0] if isinstance(rows, tuple) else rows, y.shape, "denoise")
+    return rows
 
 
 @torch.no_grad()
@@ -304,7 +317,7 @@ def probability_flow(
     models. NeurIPS. arXiv:2206.00364.
     """
     reverse = _Reverse(denoise, grid, path, thin)
-    y = x.detach() / reverse.alpha[0]
+    y = as_rows(x) / reverse.alpha[0]
 
     def field(y: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         return (y - reverse.denoise(y, level)) / expand_as_rows(level, y)
@@ -544,11 +557,11 @@ def annealed(
     reverse = _Reverse(denoise, grid, path, thin)
 
     def score(y: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        return (denoise(y, level) - y) / expand_as_rows(level.square(), y)
+        return (reverse.denoise(y, level) - y) / expand_as_rows(level.square(), y)
 
     y, info = annealed_langevin(
         score,
-        x.detach() / reverse.alpha[0],
+        as_rows(x) / reverse.alpha[0],
         reverse.level,
         n_steps_per_level=n_steps_per_level,
         step_ratio=step_ratio,

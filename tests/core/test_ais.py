@@ -199,6 +199,36 @@ def test_mistakes_are_refused(options):
         )
 
 
+def test_mistakes_are_shown():
+    for wrong, match in (
+        ({"n_chains": 1}, "n_chains must be an integer of at least 2, got 1"),
+        ({"n_levels": 2.5}, r"n_levels must be an integer of at least 1, got 2\.5"),
+        ({"confidence": 95}, r"confidence must lie in \(0, 1\), got 95"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            annealed_importance_sampling(
+                lambda x: x.square().sum(1), event_shape=(2,), **wrong, generator=generator()
+            )
+    with pytest.raises(ValueError, match="scale must be positive, got -1"):
+        GaussianBase(torch.zeros(2), -1.0)
+
+
+@pytest.mark.parametrize("give", [torch.sum, lambda e: e.unsqueeze(1)])
+def test_one_energy_and_one_density_a_row_are_needed(give):
+    # The energy of all rows together would be annealed like any other, towards a number that is no log Z.
+    with pytest.raises(ValueError, match=r"energy returned .* shape \(64,\) is needed"):
+        annealed_importance_sampling(
+            lambda x: give(x.square().sum(1)), event_shape=(2,), n_levels=3, generator=generator()
+        )
+    base = GaussianBase(torch.zeros(2))
+    log_prob = base.log_prob
+    object.__setattr__(base, "log_prob", lambda x: give(log_prob(x)))
+    with pytest.raises(ValueError, match=r"base.log_prob returned .* shape \(64,\) is needed"):
+        annealed_importance_sampling(
+            lambda x: x.square().sum(1), base=base, n_levels=3, generator=generator()
+        )
+
+
 def test_progress_is_shown_on_request(capsys):
     run(lambda x: x.square().sum(1), 2, n_chains=40, n_levels=10, verbose=1)
     assert "AIS" in capsys.readouterr().err

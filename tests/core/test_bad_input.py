@@ -1,11 +1,16 @@
 """Bad input is refused with a message that names the argument or column, what was found, and what to do."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
+import torch
 from scipy import sparse
+
+from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector
 
 NAMES = ["age", "height", "weight"]
 
@@ -359,3 +364,79 @@ def test_one_image_without_its_first_axis_is_told_how(tiny):
         detector.score_samples(images[0])
     with pytest.raises(ValueError, match=r"given an array of 2 dimensions\. Give an array \(n, 1, 8, 8\)\.$"):
         detector.score_samples(images[:, 0, 0])
+
+
+class Own(torch.nn.Module):
+    """A linear network whose output is given back as `give` says."""
+
+    def __init__(self, give, n_inputs, n_outputs, context_features=0):
+        super().__init__()
+        self.give = give
+        self.layer = torch.nn.Linear(n_inputs + context_features, n_outputs)
+
+    def forward(self, x, context=None):
+        return self.give(self.layer(x if context is None else torch.cat([x, context], 1)))
+
+
+def _scale(give):
+    class Scale(torch.nn.Module):
+        def __init__(self, features, context_features):
+            super().__init__()
+            self.log_scale = torch.nn.Parameter(torch.zeros(features))
+
+        def forward(self, x, context=None):
+            return x * self.log_scale.exp(), give(self.log_scale.expand(len(x), -1))
+
+    return Scale
+
+
+SHAPES = {
+    "flat": lambda out: out.sum(1),
+    "scalar": lambda out: out.sum(),
+    "narrow": lambda out: out[:, :0],
+    "wide": lambda out: torch.cat([out, out], 1),
+    "mixed": lambda out: out.mean(0, keepdim=True),
+    "pair": lambda out: (out, out),
+}
+
+
+@pytest.mark.parametrize("give", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        EnergyDetector,
+        partial(EnergyDetector, objective="noise-contrastive"),
+        partial(EnergyDetector, objective="telescoping"),
+        partial(DiffusionDetector, denoiser="network"),
+        DiffusionDetector,
+        partial(DiffusionDetector, objective="improved-ddpm"),
+        partial(DiffusionDetector, objective="diffusion-time"),
+    ],
+)
+def test_networks_that_return_another_shape_are_refused(X, family, give):
+    # Many would broadcast, and train to something else than was meant.
+    detector = family(network=partial(Own, give), max_iter=2, device="cpu", random_state=0)
+    with pytest.raises(ValueError, match=r"The network returned a .* rows; shape \(\d+, \d+\) is needed"):
+        detector.fit(X)
+
+
+@pytest.mark.parametrize("give", [lambda a: a.sum(), lambda a: a, lambda a: a.sum(1, keepdim=True)])
+def test_transforms_give_one_log_determinant_a_row(tiny, X, give):
+    with pytest.raises(
+        ValueError, match=r"The transform's log-determinant returned .*; shape \(2,\) is needed"
+    ):
+        tiny(transform=_scale(give), max_noise=None).fit(X)
+    tiny(transform=_scale(lambda a: a.sum(1)), max_noise=None).fit(X)
+
+
+@pytest.mark.parametrize(
+    ("family", "argument"),
+    [(EnergyDetector, "network"), (DiffusionDetector, "network"), (FlowDetector, "transform")],
+)
+def test_networks_come_as_functions_that_make_them(X, family, argument):
+    own = Own(torch.clone, 3, 1)
+    with pytest.raises(TypeError, match=rf"{argument} must be a function .* got the network Own"):
+        family(**{argument: own}, device="cpu").fit(X)
+    for made, kind in ((None, "NoneType"), (torch.nn.functional.silu, "function")):
+        with pytest.raises(TypeError, match=rf"{argument} must make a torch.nn.Module, and made a {kind}"):
+            family(**{argument: lambda *sizes, made=made: made}, device="cpu").fit(X)

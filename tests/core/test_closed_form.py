@@ -171,6 +171,25 @@ def test_gibbs_sampling_of_real_units_has_the_mixture_s_mean():
     torch.testing.assert_close(x.mean(0), (p.unsqueeze(1) * points).sum(0), atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "shapes", "match"),
+    [
+        (GaussianEnergy, [(1,), (3, 3)], r"precision_factor must have the shape \(1, 1\), got \(3, 3\)"),
+        (GaussianEnergy, [(3,), (3,)], "precision_factor must"),
+        (QuadraticEnergy, [(3, 3), ()], "matrix must"),
+        (GaussianMixtureEnergy, [(2,), (2, 3), (3, 3)], r"factors must have the shape \(2, 3, 3\)"),
+        (BinaryRBM, [(3, 4), (4,), (3,)], r"weights must have the shape \(4, 3\), got \(3, 4\)"),
+        (GaussianBernoulliRBM, [(3, 4), (3,), (4,), ()], r"log_scale must have the shape \(3,\), got \(\)"),
+        (GaussianBernoulliRBM, [(3, 4), (3,), (4,), (1,)], "log_scale must"),
+        (GaussianBernoulliRBM, [(3, 4), (1,), (4,), (3,)], "weights must"),
+    ],
+)
+def test_parameters_that_would_broadcast_are_refused(kind, shapes, match):
+    # The energy would be right, and log Z that of fewer columns.
+    with pytest.raises(ValueError, match=match):
+        kind(*(torch.ones(shape) for shape in shapes))
+
+
 def test_enumeration_has_a_limit():
     model = BinaryRBM(torch.zeros(21, 22), torch.zeros(21), torch.zeros(22))
     with pytest.raises(ValueError, match="at most 20 units on one side, got 21"):

@@ -13,7 +13,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import cross_val_predict
 
-from anomalib_gen import ComposedDetector, EnergyDetector, VAEDetector
+from anomalib_gen import ComposedDetector, DiffusionDetector, EnergyDetector, VAEDetector
 
 
 class Gaussian(torch.nn.Module):
@@ -93,6 +93,17 @@ def test_members_look_at_their_columns(tiny, X):
         said.score_samples(frame[["weight", "age", "height"]])
 
 
+def test_members_of_a_mixture_may_know_the_columns_in_another_order(tiny, X):
+    frame = pd.DataFrame(X, columns=["age", "height", "weight"])
+    turned = frame[["weight", "age", "height"]]
+    a, b = tiny(max_iter=60).fit(frame), tiny(max_iter=60).fit(turned)
+    composed = ComposedDetector([("a", a), ("b", b)], rule="mixture", weights=[1, 3]).fit(frame)
+    expected = np.log(0.25 * np.exp(a.log_prob(frame)) + 0.75 * np.exp(b.log_prob(turned)))
+    np.testing.assert_allclose(composed.score_samples(frame), expected)
+    drawn = composed.sample(400, random_state=0)
+    np.testing.assert_allclose(drawn.mean(axis=0), X.mean(axis=0), atol=0.5 * X.std(axis=0).max())
+
+
 def test_the_conjunction_of_two_concepts_flags_what_neither_does(tiny):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(2000, 2))
@@ -118,6 +129,29 @@ def test_the_disjunction_accepts_what_one_of_two_accepts(tiny):
     assert (either.predict(night) == 1).mean() > 0.9
     assert (either.predict(day) == 1).mean() > 0.9
     assert (either.predict([[4.0, 4.0], [0.0, 8.0]]) == -1).all()
+
+
+def test_energy_models_enter_a_mixture_as_densities():
+    rng = np.random.default_rng(0)
+    small = {"hidden_features": 16, "max_iter": 30, "random_state": 0, "device": "cpu"}
+    left, right = (
+        EnergyDetector(objective="score-matching", max_noise=None, **small).fit(
+            rng.normal(m, 1, size=(200, 1))
+        )
+        for m in (-2.0, 2.0)
+    )
+    composed = ComposedDetector([("a", left), ("b", right)], rule="mixture", weights=[0.3, 0.7]).fit(grid)
+    raw = np.log(0.3 * np.exp(-left.energy(grid)) + 0.7 * np.exp(-right.energy(grid)))
+    np.testing.assert_allclose(composed.score_samples(grid), raw)
+    for member in (left, right):
+        member.normalize(n_chains=64, n_levels=20, random_state=0)
+    expected = np.log(0.3 * np.exp(left.log_prob(grid)) + 0.7 * np.exp(right.log_prob(grid)))
+    np.testing.assert_allclose(composed.score_samples(grid), expected)
+    differentiable = composed._torch_energy(torch.device("cpu"))
+    np.testing.assert_allclose(-differentiable(torch.tensor(grid)).detach(), expected)
+    # Constants mean nothing to a product.
+    product = ComposedDetector([("a", left), ("b", right)]).fit(grid)
+    np.testing.assert_allclose(product.energy(grid), left.energy(grid) + right.energy(grid))
 
 
 def test_samples_of_a_product_have_its_moments(tiny):
@@ -230,8 +264,13 @@ def test_bad_compositions_are_refused(tiny, fitted, X):
         fit(fitted, tiny())
     with pytest.raises(ValueError, match="Member 'm0' is a IsolationForest, which has no energy"):
         fit(IsolationForest().fit(X))
+    timed = DiffusionDetector(objective="diffusion-time", hidden_features=8, max_iter=2, device="cpu").fit(X)
+    with pytest.raises(ValueError, match=r"Member 'm1' has no energy\. .* another objective"):
+        fit(fitted, timed)
     with pytest.raises(ValueError, match="weights must be 2 finite numbers"):
         fit(fitted, fitted, weights=[1.0])
+    with pytest.raises(ValueError, match=r"weights must be 2 finite numbers, .* got \['m0', 'm1'\]"):
+        fit(fitted, fitted, weights=["m0", "m1"])
     with pytest.raises(ValueError, match="all zero"):
         fit(fitted, weights=[0.0])
     with pytest.raises(ValueError, match="weights of a mixture must be positive"):
@@ -271,6 +310,21 @@ def test_a_failed_refit_keeps_the_fitted_composition(tiny, fitted, X):
     with pytest.raises(ValueError, match="from 0 to 1 are needed"):
         composed.fit(X[:, :2])
     np.testing.assert_array_equal(composed.score_samples(X), scores)
+
+
+def test_members_of_zeros_and_ones_see_and_give_nothing_else(tiny):
+    flags = (np.random.default_rng(0).random((80, 3)) < [0.2, 0.5, 0.8]).astype(float)
+    small = {"max_iter": 5, "hidden_features": 8, "random_state": 0, "device": "cpu"}
+    a, b = (VAEDetector(observation="bernoulli", n_components=n, **small).fit(flags) for n in (1, 2))
+    product = ComposedDetector([("a", a), ("b", b)]).fit(flags)
+    np.testing.assert_allclose(product.energy(flags), a.energy(flags) + b.energy(flags))
+    for composed in (product, ComposedDetector([("a", a), ("flow", tiny().fit(flags))]).fit(flags)):
+        with pytest.raises(ValueError, match="observation='bernoulli' cannot be sampled"):
+            composed.sample(3)
+        with pytest.raises(ValueError, match="observation='bernoulli' needs zeros and ones"):
+            composed.energy(flags + 0.5)
+    mixture = ComposedDetector([("a", a), ("b", b)], rule="mixture").fit(flags)
+    assert set(np.unique(mixture.sample(20, random_state=0))) == {0.0, 1.0}
 
 
 def test_compositions_of_images_keep_to_the_units_of_their_members():

@@ -7,6 +7,7 @@ from scipy import stats
 
 from anomalib_gen import DiffusionDetector
 from anomalib_gen.models import EnergyModel, ScoreDenoiser
+from anomalib_gen.objectives import DiffusionTimeEstimation, NoiseContrastive
 from anomalib_gen.paths import EDM, PATHS, CosineBetas, Linear
 
 
@@ -104,6 +105,26 @@ def test_rows_are_denoised_in_their_units(rows, fitted):
     np.testing.assert_array_equal(fitted.reconstruct(strange), fitted.reconstruct(strange))
 
 
+def test_from_the_smallest_level_a_reconstruction_is_one_step(rows, fitted):
+    low = fitted.model_.noise_levels[0]
+    np.testing.assert_array_equal(
+        fitted.reconstruct(rows[:9], noise=low), fitted.denoise(rows[:9], noise=low)
+    )
+
+
+def test_more_draws_leave_less_chance_in_the_bound(rows):
+    # The density is known: of the stored rows, each with a cloud around it.
+    detector = make(denoiser="closed-form", validation_fraction=0.0).fit(rows)
+    exact = detector.log_prob(rows[:15])
+    gaps = {n: [] for n in (1, 16)}
+    for n, found in gaps.items():
+        for seed in range(6):
+            detector._seeds[3] = seed
+            found.append(np.mean(exact - detector.elbo(rows[:15], n_steps=50, n_draws=n)))
+    assert np.std(gaps[16]) < 0.5 * np.std(gaps[1])
+    assert np.mean(gaps[16]) > 0
+
+
 @pytest.mark.parametrize("sampler", ["heun", "ddim", "ancestral", "euler-maruyama", "predictor-corrector"])
 def test_samplers_by_name(rows, fitted, sampler):
     drawn = fitted.sample(300, sampler=sampler, n_steps=60, random_state=0)
@@ -129,10 +150,21 @@ def test_wrong_arguments_are_named(rows, fitted):
         fitted.sample(3, sampler="euclid")
     with pytest.raises(ValueError, match="n_steps must be a positive integer"):
         fitted.sample(3, n_steps=0)
-    with pytest.raises(ValueError, match="n_steps must be a positive integer"):
-        fitted.reconstruct(rows, n_steps=1.5)
+    for method in (fitted.reconstruct, fitted.log_prob, fitted.elbo):
+        for n_steps in (0, 1.5):
+            with pytest.raises(ValueError, match=rf"n_steps must be a positive integer, got {n_steps}"):
+                method(rows, n_steps=n_steps)
+    with pytest.raises(ValueError, match="n_draws must be a positive integer, got 0"):
+        fitted.elbo(rows, n_draws=0)
     for method in (fitted.denoise, fitted.reconstruct):
         with pytest.raises(ValueError, match=r"noise must lie between 0\.01 and 20"):
             method(rows, noise=50.0)
+    with pytest.raises(ValueError, match=r"n_bins of .* must be a positive integer, got 0"):
+        make(objective=DiffusionTimeEstimation(n_bins=0)).fit(rows)
+    # Objectives that meet the rows first say what they lack as others do.
+    with pytest.raises(TypeError, match=r"objective=NoiseContrastive\(\) does not work with NetworkDenoiser"):
+        make(denoiser="network", objective=NoiseContrastive()).fit(rows)
+    with pytest.raises(ValueError, match="denoiser='closed-form' has no network that could learn variances"):
+        make(denoiser="closed-form", objective="improved-ddpm").fit(rows)
     with pytest.raises(ValueError, match="cannot learn variances"):
         make(network="energy", objective="improved-ddpm").fit(rows)

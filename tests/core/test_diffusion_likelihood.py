@@ -397,6 +397,14 @@ def test_mistakes_are_refused():
     ):
         with pytest.raises(ValueError, match="must"):
             call()
+    for wrong in (lambda y, s: y[:, :1], lambda y, s: y.sum(1), lambda y, s: y.sum()):
+        for call in (
+            lambda wrong=wrong: ode_log_prob(wrong, x, levels, n_steps=2),
+            lambda wrong=wrong: elbo_terms(wrong, x, ladder, rows(3, 2)),
+            lambda wrong=wrong: EDM().predict(wrong, x, torch.ones(2, dtype=x.dtype)),
+        ):
+            with pytest.raises(ValueError, match=r"denoise returned .* for 2 rows; shape \(2, 2\) is needed"):
+                call()
     with pytest.raises(ValueError, match="divergence='trace' is unknown"):
         ode_log_prob(denoise, x, levels, divergence="trace")
     with pytest.raises(ValueError, match="method='rk5' is unknown"):

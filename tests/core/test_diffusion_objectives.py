@@ -513,6 +513,9 @@ def test_validation_is_the_expected_loss_with_less_noise(objective):
             Denoising(times="linear"),
             r"times='linear' is unknown\. Known: 'log-normal', 'log-uniform', 'uniform'",
         ),
+        (Denoising(log_mean=50.0), r"log_mean=50.0 and log_std=1.5 leave nothing of the noise levels"),
+        (Denoising(log_std=0.0), r"log_std must be positive and finite, got 0\.0"),
+        (ImprovedDDPM(vlb_weight=-1.0), r"vlb_weight of .* must be finite and not negative, got -1\.0"),
         (Denoising(log_mean=99.0), r"log_mean=99.0 and log_std=1.5 leave nothing of the noise levels"),
         (
             FlowMatching(pairing="random"),

@@ -1,6 +1,7 @@
 """The energy detector: units, copies, samples, the constant, and what it refuses."""
 
 import io
+import math
 import pickle
 import warnings
 
@@ -15,7 +16,16 @@ from anomalib_gen import EnergyDetector
 from anomalib_gen._component import Component
 from anomalib_gen.anomaly import Energy, ScoreNorm
 from anomalib_gen.networks import MLP
-from anomalib_gen.objectives import ContrastiveDivergence, DenoisingScoreMatching, GradientPenalty
+from anomalib_gen.objectives import (
+    ContrastiveDivergence,
+    DenoisingScoreMatching,
+    GradientPenalty,
+    NoiseContrastive,
+    PersistentContrastiveDivergence,
+    ScoreMatching,
+    SlicedScoreMatching,
+    Telescoping,
+)
 
 OBJECTIVES = [
     "contrastive-divergence",
@@ -207,6 +217,21 @@ def test_a_constant_that_was_learned_agrees_with_the_sampled_one(objective):
     assert integral(detector, rows, detector.log_prob) == pytest.approx(0, abs=0.1)
 
 
+def test_a_constant_of_another_objective_is_not_kept(X):
+    detector = make(objective="noise-contrastive", n_heads=1, warm_start=True).fit(X)
+    assert detector.log_normalizer_ != 0
+    detector.set_params(objective="telescoping").fit(X)
+    assert detector.log_normalizer_ == 0
+
+
+@pytest.mark.parametrize("objective", ["noise-contrastive", "telescoping"])
+def test_a_model_of_many_noise_levels_is_not_compared_with_noise(X, objective):
+    detector = make(warm_start=True).fit(X)
+    with pytest.raises(ValueError, match=r"EnergyModel is conditional on noise levels.*warm_start=False"):
+        detector.set_params(objective=objective).fit(X)
+    assert detector.set_params(warm_start=False).fit(X).model_.noise_levels is None
+
+
 def test_a_density_needs_its_constant_and_fitting_forgets_it(X):
     detector = make()
     for method in ("energy", "log_prob"):
@@ -262,6 +287,43 @@ def test_unknown_names_list_the_known(X):
 def test_bad_parameters_are_refused(X, parameters, match):
     with pytest.raises(ValueError, match=match):
         make(**parameters).fit(X)
+
+
+@pytest.mark.parametrize(
+    ("objective", "match"),
+    [
+        (ContrastiveDivergence(n_steps=0), "n_steps of .* must be a positive integer, got 0"),
+        (ContrastiveDivergence(alpha=-1.0), "alpha of .* must be finite and not negative"),
+        (ContrastiveDivergence(data_noise=0.0), "step_size=None follows data_noise, which is 0"),
+        (PersistentContrastiveDivergence(data_noise=0.0), "step_size=None follows data_noise, which is 0"),
+        (PersistentContrastiveDivergence(step_size=0.0), r"step_size must be positive and finite, got 0\.0"),
+        (PersistentContrastiveDivergence(p_restart=2.0), r"p_restart must lie in \[0, 1\], got 2"),
+        (
+            DenoisingScoreMatching(data_noise=-0.1),
+            r"data_noise of .* must be finite and not negative, got -0",
+        ),
+        (ScoreMatching(n_probes=0), "n_probes of .* must be a positive integer"),
+        (SlicedScoreMatching(n_slices=1.5), r"n_slices of .* must be a positive integer, got 1\.5"),
+        (NoiseContrastive(n_noise=0), "n_noise of .* must be a positive integer, got 0"),
+        (NoiseContrastive(data_noise=math.nan), "data_noise of .* must be finite"),
+        (Telescoping(power=0.0), r"power of .* must be positive and finite, got 0\.0"),
+        (GradientPenalty(DenoisingScoreMatching(), weight=-1.0), "weight of .* not negative"),
+    ],
+    ids=str,
+)
+def test_bad_parameters_of_objectives_are_refused(X, objective, match):
+    with pytest.raises(ValueError, match=match):
+        make(objective=objective, max_noise=None).fit(X)
+
+
+def test_an_objective_without_noise_takes_a_step_of_its_own(X):
+    objective = ContrastiveDivergence(data_noise=0.0, step_size=0.01)
+    assert np.isfinite(make(objective=objective).fit(X).energy(X)).all()
+
+
+def test_what_is_penalised_is_an_object(X):
+    with pytest.raises(TypeError, match=r"objective must be a component .* got 'score-matching'"):
+        make(objective=GradientPenalty("score-matching")).fit(X)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

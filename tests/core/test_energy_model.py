@@ -10,7 +10,7 @@ from torch import nn
 
 from anomalib_gen._runtime import forked_rng, make_generator
 from anomalib_gen._training import _FlatWeights, _MovingAverage
-from anomalib_gen.models import EnergyModel, TailedNormal
+from anomalib_gen.models import EnergyModel, FlowModel, TailedNormal, make_flow_transform
 from anomalib_gen.networks import MLP, ResidualMLP, SpectralLinear
 
 CPU = torch.device("cpu")
@@ -101,6 +101,18 @@ def test_an_untrained_energy_is_that_of_noised_standard_rows():
         noise = torch.full((5,), level, dtype=torch.float64)
         expected = 0.5 * x.square().sum(1) / (1 + level**2) + 1.5 * math.log(1 + level**2)
         torch.testing.assert_close(model.energy(x, noise), expected)
+
+
+def test_rows_and_levels_of_another_kind_are_refused():
+    flow = FlowModel(make_flow_transform("maf", 3), 1)
+    for model in (EnergyModel(ResidualMLP(3, 1, hidden_features=4), 1), flow):
+        with pytest.raises(ValueError, match=r"x must have the shape \(B, 1\), got \(2, 3\)"):
+            model.energy(torch.zeros(2, 3))
+    for levels in ((2.0, 0.1), (0.1, 0.1), (0.0, 1.0), (0.1, math.inf)):
+        with pytest.raises(ValueError, match=r"noise_levels=.* two positive numbers, the smaller one first"):
+            EnergyModel(torch.nn.Identity(), 3, noise_levels=levels)
+        with pytest.raises(ValueError, match=r"noise_levels=.* two positive numbers, the smaller one first"):
+            FlowModel(torch.nn.Identity(), 3, noise_levels=levels)
 
 
 def test_heads_and_base_add_up():

@@ -265,6 +265,8 @@ def test_an_anomaly_of_ones_own_can_be_combined(X):
     detector = DiffusionDetector(anomaly=CombinedAnomaly(learned=DiffusionTime()), max_iter=5, **SMALL).fit(X)
     assert np.isfinite(detector.score_samples(X)).all()
     assert clone(detector).anomaly.get_params()["learned"].get_params()["n_neighbors"] == 5
+    with pytest.raises(TypeError, match="learned must be a component, got 'score_norm'"):
+        DiffusionDetector(anomaly=CombinedAnomaly(learned="score_norm"), max_iter=5, **SMALL).fit(X)
 
 
 def test_a_model_without_stored_rows_cannot_be_asked_for_them(X):

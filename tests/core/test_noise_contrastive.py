@@ -3,6 +3,7 @@
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -497,3 +498,33 @@ def test_are_components():
     own = NoiseContrastive(noise=MarginalNoise.fit(two_clouds(50)))
     assert isinstance(clone(own).noise, MarginalNoise)
     assert repr(Telescoping(power=1.0)) == "Telescoping(power=1.0)"
+
+
+@pytest.mark.parametrize("objective", [NoiseContrastive, Telescoping])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"log_prob": lambda x: torch.zeros_like(x)}, "The noise's log_prob returned"),
+        ({"sample": lambda n, generator: torch.zeros(n, 1)}, "The noise's sample returned"),
+    ],
+)
+def test_noise_of_another_shape_is_refused(objective, change, match):
+    X = np.random.default_rng(0).normal(size=(60, 3))
+    small = {"hidden_features": 4, "n_layers": 1, "max_iter": 2, "random_state": 0, "device": "cpu"}
+    EnergyDetector(objective=objective(noise=Own()), **small).fit(X)
+    with pytest.raises(ValueError, match=match):
+        EnergyDetector(objective=objective(noise=Own(**change)), **small).fit(X)
+
+
+class Own:
+    """A noise distribution of a user's."""
+
+    def __init__(self, log_prob=None, sample=None):
+        self.log_prob = log_prob or (lambda x: -0.5 * x.square().sum(1) - 1.5 * math.log(2 * math.pi))
+        self.sample = sample or (lambda n, generator: torch.randn(n, 3, generator=generator))
+
+
+def test_distributions_of_torch_are_told_why_not():
+    x = torch.zeros(4, 2)
+    with pytest.raises(TypeError, match=r"noise=Normal\(.*\) draws from torch's global generator"):
+        fit_noise(torch.distributions.Normal(torch.zeros(2), torch.ones(2)), x, make_generator(0, CPU))

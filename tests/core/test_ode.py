@@ -161,6 +161,11 @@ def test_mistakes_are_refused():
         for solve in (solve_ode, solve_ode_adaptively):
             with pytest.raises(ValueError, match="grid must"):
                 solve(field, x, torch.tensor(grid))
+    for solve in (solve_ode, solve_ode_adaptively):
+        with pytest.raises(ValueError, match=r"field returned .* shape \(2, 1\) for 2 rows; shape \(2, 2\)"):
+            solve(lambda x, t: -x[:, :1], x, times(0, 1, 2))
+        with pytest.raises(ValueError, match=r"got torch.float64 \(2,\)"):
+            solve(field, x[:, 0], times(0, 1, 2))
     with pytest.raises(ValueError, match="thin"):
         solve_ode(field, x, times(0, 1, 2), thin=0)
     with pytest.raises(FloatingPointError, match="Is the field finite"):

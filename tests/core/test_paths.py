@@ -6,7 +6,17 @@ import pytest
 import torch
 from sklearn.base import clone
 
-from anomalib_gen.paths import PATHS, CosineBetas, GeometricLadder, LinearBetas, VarianceExploding
+from anomalib_gen.models import ScoreDenoiser
+from anomalib_gen.paths import (
+    EDM,
+    PATHS,
+    CosineBetas,
+    GeometricLadder,
+    Linear,
+    LinearBetas,
+    VarianceExploding,
+    VariancePreserving,
+)
 
 each_path = pytest.mark.parametrize("path", [kind() for kind in PATHS.values()], ids=list(PATHS))
 
@@ -117,3 +127,36 @@ def test_the_ladder_is_the_exploding_path_at_its_steps():
 @each_path
 def test_a_path_is_a_component(path):
     assert repr(clone(path)) == repr(path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        EDM(sigma_min=0.0),
+        EDM(sigma_min=2.0, sigma_max=1.0),
+        VarianceExploding(sigma_min=1.0, sigma_max=1.0),
+        VariancePreserving(time_min=0.0),
+        VariancePreserving(beta_min=-1.0),
+        Linear(time_min=0.0),
+        Linear(time_max=1.0),
+        LinearBetas(n_steps=1),
+        LinearBetas(beta_max=1.0),
+        LinearBetas(beta_max=1.5),
+        CosineBetas(offset=-0.1),
+    ],
+    ids=str,
+)
+def test_levels_that_are_none_are_refused(path):
+    name = type(path).__name__
+    for meet in (lambda: path.noise_levels, lambda: ScoreDenoiser(torch.nn.Identity(), path)):
+        with pytest.raises(
+            ValueError, match=rf"{name}\(.*\) has noise levels from .* must be positive, finite"
+        ):
+            meet()
+
+
+def test_grids_that_are_none_are_refused():
+    with pytest.raises(ValueError, match=r"n_steps must be a positive integer, got LinearBetas\(n_steps=0\)"):
+        _ = LinearBetas(n_steps=0).noise_levels
+    with pytest.raises(ValueError, match="rho must be positive and finite"):
+        EDM(rho=0.0).grid(3)

@@ -1,14 +1,17 @@
 """Samplers leave the density they claim to invariant, and err by as much as theory says."""
 
 import math
+import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from scipy import integrate
 
 from anomalib_gen._runtime import make_generator
 from anomalib_gen.samplers import (
+    annealed_importance_sampling,
     annealed_langevin,
     effective_sample_size,
     hmc,
@@ -425,6 +428,8 @@ def test_score_works_in_inference_mode():
     "call",
     [
         lambda x, g: ula(torch.neg, x, 0, step_size=0.1, generator=g),
+        lambda x, g: ula(torch.neg, x, 2.5, step_size=0.1, generator=g),
+        lambda x, g: hmc(standard, x, 10.0, step_size=0.1, generator=g),
         lambda x, g: ula(torch.neg, x, 5, step_size=-0.1, generator=g),
         lambda x, g: ula(torch.neg, x, 5, step_size=0.1, temperature=-1, generator=g),
         lambda x, g: mala(standard, x, 5, step_size=math.nan, generator=g),
@@ -434,7 +439,11 @@ def test_score_works_in_inference_mode():
         lambda x, g: hmc(standard, x, 5, step_size=0.1, jitter=1.0, generator=g),
         lambda x, g: hmc(standard, x, 5, step_size=0.1, thin=0, generator=g),
         lambda x, g: annealed_langevin(lambda x, s: -x, x, [0.1, 1.0], generator=g),
+        lambda x, g: ula(torch.neg, x, 5, step_size=0.1, temperature=math.nan, generator=g),
+        lambda x, g: ula(torch.neg, x, 5, step_size=0.1, noise_scale=math.inf, generator=g),
         lambda x, g: annealed_langevin(lambda x, s: -x, x, [], generator=g),
+        lambda x, g: annealed_langevin(lambda x, s: -x, x, [1.0, math.nan], generator=g),
+        lambda x, g: annealed_langevin(lambda x, s: -x, x, [math.inf, 1.0], generator=g),
         lambda x, g: annealed_langevin(lambda x, s: -x, x, [1.0], step_ratio=2.0, generator=g),
         lambda x, g: effective_sample_size(zeros(3, 2)),
     ],
@@ -442,6 +451,86 @@ def test_score_works_in_inference_mode():
 def test_mistakes_are_refused(call):
     with pytest.raises(ValueError, match="must"):
         call(zeros(2, 2), generator())
+
+
+@pytest.mark.parametrize("wrong", [None, 0, np.random.default_rng(0), np.random.RandomState(0)])
+def test_chance_comes_from_a_generator_of_torch(wrong):
+    state = torch.get_rng_state()
+    for run in (
+        lambda: ula(torch.neg, zeros(2, 1), 1, step_size=0.1, generator=wrong),
+        lambda: mala(standard, zeros(2, 1), 1, step_size=0.1, generator=wrong),
+        lambda: hmc(standard, zeros(2, 1), 1, step_size=0.1, generator=wrong),
+        lambda: annealed_langevin(lambda x, s: -x, zeros(2, 1), [1.0], generator=wrong),
+        lambda: annealed_importance_sampling(standard, event_shape=(1,), n_levels=2, generator=wrong),
+    ):
+        with pytest.raises(
+            TypeError, match=f"generator must be a torch.Generator, .* {type(wrong).__name__}"
+        ):
+            run()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (2, 1), (2, 2)])
+@pytest.mark.parametrize("run", [mala, hmc])
+def test_energies_and_scores_of_another_shape_are_refused(run, shape):
+    # One that broadcasts would give another density without a word, where there are as many rows as columns above all.
+    def energy(x):
+        return x.square().sum() if shape == () else x.square().sum().expand(shape)
+
+    x = zeros(2, 2)
+    if shape == (2,):
+        run(energy, x, 1, step_size=0.1, generator=generator())
+        return
+    with pytest.raises(
+        ValueError, match=rf"energy returned .* shape {re.escape(str(shape))} for 2 rows; shape \(2,\) is"
+    ):
+        run(energy, x, 1, step_size=0.1, generator=generator())
+    with pytest.raises(ValueError, match="energy returned"):
+        score_of(energy)(x)
+
+
+def test_scores_must_have_the_shape_of_the_rows():
+    x = zeros(3, 2)
+    for score in (lambda x: -x[:, :1], lambda x: -x.sum(1), lambda x: None):
+        with pytest.raises(ValueError, match=r"score returned .* for 3 rows; shape \(3, 2\) is needed"):
+            ula(score, x, 1, step_size=0.1, generator=generator())
+    with pytest.raises(ValueError, match="score returned"):
+        annealed_langevin(lambda x, s: -x[:, :1], x, [1.0], generator=generator())
+
+
+@pytest.mark.parametrize("energy", [lambda x: standard(x.detach()), torch.no_grad()(standard)])
+def test_energies_without_a_gradient_are_named(energy):
+    with pytest.raises(ValueError, match="energy must be differentiable"):
+        mala(energy, zeros(2, 2), 1, step_size=0.1, generator=generator())
+
+
+@pytest.mark.parametrize(
+    ("x", "found"),
+    [
+        (torch.zeros(4), r"torch.float32 \(4,\)"),
+        (torch.zeros(4, 1, dtype=torch.long), "torch.int64"),
+        ([[0.0]], "list"),
+    ],
+)
+def test_chains_start_at_rows(x, found):
+    for run in (
+        lambda: ula(torch.neg, x, 1, step_size=0.1, generator=generator()),
+        lambda: hmc(standard, x, 1, step_size=0.1, generator=generator()),
+        lambda: annealed_langevin(lambda x, s: -x, x, [1.0], generator=generator()),
+    ):
+        with pytest.raises(ValueError, match=rf"x must be a floating-point tensor .* got {found}"):
+            run()
+
+
+def test_a_last_step_that_is_not_finite_is_not_made_and_counted():
+    def score(x, sigma):
+        calls.append(x)
+        return x * math.nan if len(calls) > 5 else -x
+
+    calls = []
+    x, info = annealed_langevin(score, zeros(2, 2), [1.0], n_steps_per_level=5, generator=generator())
+    assert torch.isfinite(x).all()
+    assert info.divergences.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("sampler", ALL)

@@ -11,7 +11,15 @@ from anomalib_gen._runtime import forked_rng
 from anomalib_gen.models import GaussianMixtureEnergy, NetworkDenoiser, ScoreDenoiser
 from anomalib_gen.models.denoiser import LEVEL_FEATURES
 from anomalib_gen.networks import ResidualMLP
-from anomalib_gen.paths import EDM, PATHS, GeometricLadder, LinearBetas, VarianceExploding, VariancePreserving
+from anomalib_gen.paths import (
+    EDM,
+    PATHS,
+    GeometricLadder,
+    Linear,
+    LinearBetas,
+    VarianceExploding,
+    VariancePreserving,
+)
 from anomalib_gen.samplers import (
     SAMPLERS,
     ancestral,
@@ -467,6 +475,15 @@ def test_mistakes_are_refused():
     for sampler in SAMPLERS.values():
         with pytest.raises(ValueError, match="grid must fall"):
             sampler(denoise, x, grid.flip(0), **rest)
+        for wrong in (lambda y, s: y[:, :1], lambda y, s: y.sum(1), lambda y, s: y.sum()):
+            with pytest.raises(ValueError, match=r"denoise returned .*; shape \(2, 2\) is needed"):
+                sampler(wrong, x, grid, **rest)
+        # Nothing of a row is left at the end of the straight path, and no noise at its start.
+        for times in (torch.tensor([1.0, 0.5, 0.1]), torch.tensor([0.5, 0.1, 0.0])):
+            with pytest.raises(ValueError, match=r"grid must hold times at which Linear\(\) has a positive"):
+                sampler(denoise, x, times, path=Linear(), generator=generator())
+        with pytest.raises(ValueError, match=r"x must be a floating-point tensor \(B, \*E\)"):
+            sampler(denoise, x.numpy(), grid, **rest)
     for call, message in (
         (lambda: ancestral(denoise, x, grid, variance=1.5, **rest), "variance must"),
         (lambda: ancestral(denoise, x, grid, variance="upper", **rest), "variance must"),
