@@ -430,7 +430,7 @@ class DiffusionDetector(GenerativeDetector):
         self,
         n_samples: int = 1,
         *,
-        sampler: str = "heun",
+        sampler: str = "auto",
         n_steps: int = 100,
         random_state: Any = None,
     ) -> npt.NDArray[np.float64]:
@@ -439,11 +439,11 @@ class DiffusionDetector(GenerativeDetector):
         Parameters
         ----------
         n_samples : int, default=1
-        sampler : str, default="heun"
+        sampler : str, default="auto"
             A name in `anomalib_gen.samplers.SAMPLERS`: solvers of the probability-flow equation ("heun", "euler",
             ...), of the reverse diffusion, DDPM's and DDIM's steps, or Langevin dynamics. "ancestral" takes the
-            variances that "improved-ddpm" has learned. "heun" and "rk4" go wrong where levels far above the data are
-            far apart: on the "cosine" path take "ancestral", "ddim" or "adaptive", or several hundred steps.
+            variances that "improved-ddpm" has learned. "auto" takes "heun", but "ddim" on the "cosine" path: "heun" and
+            "rk4" go wrong where levels far above the data are far apart, unless there are several hundred steps.
         n_steps : int, default=100
             Steps from noise to rows; a discrete path has at most its own.
         random_state : int, RandomState instance or None, default=None
@@ -460,9 +460,12 @@ class DiffusionDetector(GenerativeDetector):
             If `n_samples` or `n_steps` is not a positive integer, or the sampler is unknown.
         """
         n_steps = _positive("n_steps", n_steps)
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler={sampler!r} is unknown. Known: {', '.join(map(repr, SAMPLERS))}.")
+        if sampler not in ("auto", *SAMPLERS):
+            known = ", ".join(map(repr, ("auto", *SAMPLERS)))
+            raise ValueError(f"sampler={sampler!r} is unknown. Known: {known}.")
         self._check_denoiser()
+        if sampler == "auto":
+            sampler = "ddim" if isinstance(self.model_.path, CosineBetas) else "heun"
         options = {"sampler": sampler, "n_steps": n_steps}
         if sampler == "ancestral" and getattr(getattr(self, "model_", None), "learned_variance", False):
             options["variance"] = "learned"

@@ -132,6 +132,14 @@ def test_samplers_by_name(rows, fitted, sampler):
     np.testing.assert_array_equal(drawn, fitted.sample(300, sampler=sampler, n_steps=60, random_state=0))
 
 
+@pytest.mark.parametrize("path", ["cosine", "vp", "ve", "edm"])
+def test_samples_by_default_have_the_moments_of_the_rows(rows, path):
+    drawn = make(path=path, denoiser="closed-form").fit(rows).sample(2000, random_state=0)
+    scale = rows.std(axis=0)
+    np.testing.assert_allclose((drawn.mean(axis=0) - rows.mean(axis=0)) / scale, 0, atol=0.08)
+    np.testing.assert_allclose(drawn.std(axis=0) / scale, 1, atol=0.06)
+
+
 def test_learned_variances_are_drawn_with(rows, monkeypatch):
     detector = make(objective="improved-ddpm").fit(rows)
     asked = []
