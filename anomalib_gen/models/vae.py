@@ -24,12 +24,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from anomalib_gen._runtime import normal_noise
+from anomalib_gen._runtime import check_shape, normal_noise
 from anomalib_gen.models.observation import Observation
 
 ENCODER_BOUND = 8.0
@@ -102,22 +103,13 @@ class VAEModel(nn.Module):
     def encode(self, x: torch.Tensor) -> Posterior:
         """Return q(z | x) of rows ``(B, *E)``."""
         seen = self.observation.coordinates(x).clamp(-ENCODER_BOUND, ENCODER_BOUND)
-        mean, raw = self._checked("encoder", self.encoder(seen), (2 * self.n_components,)).chunk(2, dim=1)
+        output = check_shape(self.encoder(seen), (len(x), 2 * self.n_components), "The encoder")
+        mean, raw = output.chunk(2, dim=1)
         return Posterior(mean, LOG_STD_RANGE * torch.tanh(raw / LOG_STD_RANGE))
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Location ``(B, *E)`` of the observation for latent vectors ``(B, L)``."""
-        return self._checked("decoder", self.decoder(z), self.event_shape)
-
-    @staticmethod
-    def _checked(name: str, output: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        # A narrower output would broadcast and go unnoticed.
-        if output.shape[1:] != shape:
-            needed = ", ".join(map(str, shape))
-            raise ValueError(
-                f"The {name} returned a tensor of shape {tuple(output.shape)}; (rows, {needed}) is needed."
-            )
-        return output
+        return check_shape(self.decoder(z), (len(z), *self.event_shape), "The decoder")
 
     def log_likelihood(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Return log p(x | z), ``(B,)``, of rows ``(B, *E)`` and latent vectors ``(B, L)``."""
@@ -158,8 +150,8 @@ class VAEModel(nn.Module):
 
     def draw_noise(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Draw standard normal noise ``(n, L)``: a latent vector for each of n passes over all rows."""
-        if n < 1:
-            raise ValueError(f"n_draws must be at least 1, got {n}.")
+        if not isinstance(n, Integral) or n < 1:
+            raise ValueError(f"n_draws must be a positive integer, got {n!r}.")
         return normal_noise((n, self.n_components), next(self.parameters()), generator)
 
     def draw_balanced_noise(self, n: int | str, generator: torch.Generator) -> torch.Tensor:
@@ -182,7 +174,7 @@ class VAEModel(nn.Module):
         """
         if isinstance(n, str):
             if n != "auto":
-                raise ValueError(f"n_draws must be a positive number or 'auto', got {n!r}.")
+                raise ValueError(f"n_draws must be a positive integer or 'auto', got {n!r}.")
             n = min(max(self.n_components + 1, MIN_DRAWS), MAX_DRAWS)
         noise = self.draw_noise(n, generator)
         if n == 1:

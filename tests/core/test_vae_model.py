@@ -222,14 +222,22 @@ def test_posterior_deviations_are_bounded(raw):
     assert float(std.max()) < 404
 
 
+class Mean(nn.Linear):
+    """A layer that forgets the rows."""
+
+    def forward(self, x):
+        return super().forward(x).mean(0, keepdim=True)
+
+
 @pytest.mark.parametrize(
     ("factories", "message"),
     [
-        ((lambda i, o: nn.Linear(i, o // 2), nn.Linear), r"encoder returned .* \(5, 2\); \(rows, 4\)"),
-        ((nn.Linear, lambda i, o: nn.Linear(i, 1)), r"decoder returned .* \(5, 1\); \(rows, 3\)"),
+        ((lambda i, o: nn.Linear(i, o // 2), nn.Linear), r"encoder returned .* \(5, 2\) .* \(5, 4\)"),
+        ((nn.Linear, lambda i, o: nn.Linear(i, 1)), r"decoder returned .* \(5, 1\) .* \(5, 3\)"),
+        ((Mean, nn.Linear), r"encoder returned .* \(1, 4\) .* \(5, 4\)"),
     ],
 )
-def test_networks_of_another_width_are_refused(factories, message):
+def test_networks_of_another_shape_are_refused(factories, message):
     model = VAEModel(*factories, GaussianObservation(3), features=3, n_components=2)
     with pytest.raises(ValueError, match=message):
         model.elbo(torch.zeros(5, 3), torch.zeros(2))
@@ -375,10 +383,10 @@ def test_few_draws_give_the_bound_of_a_linear_model_exactly():
 
 
 def test_draws_are_a_number_or_auto():
-    with pytest.raises(ValueError, match="n_draws must be a positive number or 'auto', got 'all'"):
+    with pytest.raises(ValueError, match="n_draws must be a positive integer or 'auto', got 'all'"):
         NegativeELBO(n_draws="all")(make_model(), draw(3, 4), generator())
 
 
 def test_at_least_one_draw():
-    with pytest.raises(ValueError, match="n_draws must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="n_draws must be a positive integer, got 0"):
         NegativeELBO(n_draws=0)(make_model(), draw(3, 4), generator())
