@@ -232,7 +232,7 @@ class ImageReader(TransformerMixin, BaseEstimator):
         have the size of the first one that is read in `fit`.
     mode : {"RGB", "L"}, default="RGB"
         Colour, three channels, or grey, one. Transparency is dropped. Files with more than 8 bits a value cannot be
-        read: what is beyond 255 would be cut.
+        read, in grey or in colour: what does not fit would be cut.
     on_error : {"raise", "skip"}, default="raise"
         What to do about files that cannot be read: refuse them all by name before anything is returned, or warn and
         leave them out. The result then has fewer images than files; `skipped_` says which are missing.
@@ -248,8 +248,11 @@ class ImageReader(TransformerMixin, BaseEstimator):
 
     Notes
     -----
-    Resizing is bilinear with antialiasing, after decoding. Compare images only after the same resizing and coding:
-    a difference in either is easier to detect than any anomaly.
+    Images stand as a viewer shows them: turned where the file says so (EXIF orientation), which a camera that was held
+    upright does. Of a file with several images the first is read.
+
+    Resizing is bilinear with antialiasing, after decoding, and keeps no proportions. Compare images only after the
+    same resizing and coding: a difference in either is easier to detect than any anomaly.
 
     Examples
     --------
@@ -391,21 +394,25 @@ class ImageReader(TransformerMixin, BaseEstimator):
     def _decode(self, path: str, event_shape: tuple[int, int, int] | None) -> npt.NDArray[np.uint8]:
         """One file as ``(channels, height, width)``."""
         try:
-            from PIL import Image
+            from PIL import Image, ImageOps, UnidentifiedImageError
         except ImportError as error:  # pragma: no cover
             raise ModuleNotFoundError(
                 "Reading image files needs Pillow: pip install 'anomalib-gen[images]'."
             ) from error
 
         try:
-            with Image.open(path) as file:
-                if file.mode[0] in "IF":
-                    # Pillow would cut what is beyond 255, and fractions.
+            # A stream: files that Pillow knows by name it maps into memory, and then garbles turned grey TIFF files.
+            with open(path, "rb") as stream, Image.open(stream) as file:
+                if file.mode[0] in "IF" or ";16" in str(file.tile):
+                    # Pillow would cut what is beyond 255, and fractions; of colours it would drop the lower 8 bits.
                     raise ValueError(
                         f"more than 8 bits a value, mode {file.mode!r}; convert it to 8 bits, or read it into an array "
                         "of real numbers"
                     )
-                image = file.convert(self.mode)
+                file.info.pop("transparency", None)  # of some forms of it the conversion would warn
+                image = ImageOps.exif_transpose(file).convert(self.mode)
+        except UnidentifiedImageError as error:
+            raise ValueError("no image that Pillow can read") from error
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from error
         if event_shape is not None and image.size != (event_shape[2], event_shape[1]):
@@ -442,7 +449,11 @@ def list_images(X: Any) -> list[str]:
             raise ValueError(
                 f"X={os.fspath(X)!r} is no folder. Give a folder, or a list of the paths of files."
             )
-        paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        paths = sorted(
+            str(path)
+            for path in folder.rglob("*")
+            if path.suffix.lower() in SUFFIXES and not path.is_dir()  # a link to nothing is to be named
+        )
         if not paths:
             raise ValueError(f"There are no image files ({', '.join(SUFFIXES)}) in {folder}.")
         return paths
