@@ -25,6 +25,13 @@ DIMMED = (0.3, 0.6)
 HIGHEST = 0.998
 """Quantile of the maps at the end of the scale, so that one pixel does not set it for all."""
 
+WIDTH, HEIGHT = 1.2, 3.6
+"""Inches: an image is as large as fits between them."""
+TEXT_LINE, TEXT_WIDTH = 0.3, 1.1
+"""Inches that a score takes above its pair."""
+BAR, MIN_BAR = 0.13, 2.4
+"""Inches: thickness of the colour bar, and the height of images from which its label fits beside them."""
+
 
 class ImageHeatmapDisplay:
     """Images, each beside itself in faint grey under its heat map, all maps on one scale.
@@ -34,8 +41,7 @@ class ImageHeatmapDisplay:
     Parameters
     ----------
     images : ndarray of shape (n_images, channels, height, width)
-        Grey or of three colours, with values from 0 to 255 if they are whole numbers; others are stretched to the range
-        of all.
+        Grey or of three colours, with values from 0 to 255 if they are uint8; others are stretched to the range of all.
     maps : ndarray of shape (n_images, height, width)
         Higher = more anomalous.
     scores : ndarray of shape (n_images,) or None, default=None
@@ -195,18 +201,24 @@ class ImageHeatmapDisplay:
         n, height, width = self.maps.shape
         across = min(int(n_columns), n)
         down = math.ceil(n / across)
-        # In pixels of the images: a pair, the space between pairs, and the line of text above each.
-        gap, text = 0.25 * width, 0.25 * height if self.scores is not None else 0.12 * height
+        # Inches a pixel; then in pixels a pair, the space between pairs, and the line of text above each.
+        unit = min(WIDTH / width, HEIGHT / height)
+        gap = 0.25 * width
+        if self.scores is not None:
+            gap = max(gap, TEXT_WIDTH / unit - 2 * width)
+        text = (TEXT_LINE if self.scores is not None else 0.5 * TEXT_LINE) / unit
         step_x, step_y = 2 * width + gap, height + text
-        inches = 1.2
+        tall, given = down * step_y * unit, ax is not None
         ax = start(
             self,
             ax,
             figsize=(
-                inches * across * step_x / width + 1.1,
-                inches * down * step_y / width + 0.5,
+                max(across * step_x * unit, 2 * WIDTH) + 1.1,
+                tall + 0.5 + (0 if tall >= MIN_BAR else 0.9) + (0 if self.masks is None else TEXT_LINE),
             ),
         )
+        if given:
+            tall = ax.get_window_extent().height / ax.figure.dpi
         import matplotlib as mpl
 
         color, edge = ink(), {"fill": False, "lw": 0.6}
@@ -233,18 +245,28 @@ class ImageHeatmapDisplay:
                 v = y + (np.arange(fine.shape[0]) + 0.5) / 8 - 1
                 ax.contour(u, v, fine, [0.5], colors=[NORMAL], linewidths=1.2)
             if self.scores is not None:
-                ax.text(x, y - 0.04 * height, f"score {self.scores[k]:.4g}", fontsize="small", va="bottom")
+                ax.text(
+                    x,
+                    y - 0.15 * TEXT_LINE / unit,
+                    f"score {self.scores[k]:.4g}",
+                    fontsize="small",
+                    va="bottom",
+                )
         ax.set(xlim=(-0.02 * width, across * step_x - gap + 0.02 * width), aspect="equal")
         ax.set_ylim(down * step_y - text + 0.02 * height, -text)
         ax.set_axis_off()
         ax.set_title(self.name)
+        beside = tall >= MIN_BAR  # else the bar lies below
+        length = 0.9 * tall if beside else MIN_BAR
         bar = ax.figure.colorbar(
             mpl.cm.ScalarMappable(norm, fade),
             ax=ax,
             label="anomaly" if self.unit is None else self.unit.replace(", ", "\n"),
             extend="max",
+            extendfrac=min(0.05, BAR / length),
+            location="right" if beside else "bottom",
             shrink=0.9,
-            aspect=12 * down,
+            aspect=length / BAR,
             pad=0.02,
         )
         bar.ax.set_facecolor(str(np.mean(DIMMED)))
@@ -256,7 +278,7 @@ class ImageHeatmapDisplay:
 
 def _pictures(images: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Images ``(n, height, width, 3)`` from 0 to 1."""
-    if np.issubdtype(images.dtype, np.integer):
+    if images.dtype == np.uint8:
         shown = images / 255.0
     else:
         low, high = float(images.min()), float(images.max())

@@ -390,6 +390,41 @@ def test_heat_maps_of_colour_images_and_what_is_refused():
         ImageHeatmapDisplay.from_predictions(images, np.zeros((2, 4, 6)), n_columns=0)
 
 
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("shape", [(8, 8), (9, 13), (31, 17), (8, 64), (128, 16)])
+def test_all_words_beside_heat_maps_can_be_read(shape, n):
+    """Whatever the shape: nothing is cut at the edge, and words lie neither on images nor on each other."""
+    images, masks = np.zeros((n, 1, *shape), np.uint8), np.zeros((n, *shape), dtype=bool)
+    masks[:, 2:4, 2:4] = True
+    display = ImageHeatmapDisplay.from_predictions(
+        images,
+        masks.astype(float),
+        scores=np.full(n, -123.4),
+        masks=masks,
+        unit="squared residual above normal, in standardised pixels",
+        name="DiffusionDetector",
+    )
+    ax, figure = display.ax_, display.figure_
+    figure.canvas.draw()
+    bar = figure.axes[-1]
+    label = bar.yaxis.label if bar.get_ylabel() else bar.xaxis.label
+    words = [ax.title, *ax.texts, *ax.get_legend().get_texts(), label]
+    boxes = [word.get_window_extent() for word in words]
+    for box in [*boxes, bar.get_window_extent()]:
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+    others = [picture.get_window_extent() for picture in ax.images] + [bar.get_window_extent()]
+    for k, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[k + 1 :] + others)
+
+
+def test_only_images_of_eight_bits_have_a_fixed_scale():
+    levels = np.arange(17).repeat(4).reshape(1, 1, 17, 4)  # as of scikit-learn's digits
+    for images, brightest in ((levels, 1), (levels / 16, 1), (levels.astype(np.uint8), 16 / 255)):
+        display = ImageHeatmapDisplay.from_predictions(images, np.zeros((1, 17, 4)))
+        assert np.asarray(display.ax_.images[0].get_array()).max() == pytest.approx(brightest)
+
+
 def test_wrong_labels_and_scores_are_refused(fitted, X):
     with pytest.raises(ValueError, match=r"y must hold 200 labels.*values \[0\]"):
         ScoreHistogramDisplay.from_estimator(fitted, X, np.zeros(200, dtype=int))
