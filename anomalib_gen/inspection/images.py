@@ -208,17 +208,12 @@ class ImageHeatmapDisplay:
             gap = max(gap, TEXT_WIDTH / unit - 2 * width)
         text = (TEXT_LINE if self.scores is not None else 0.5 * TEXT_LINE) / unit
         step_x, step_y = 2 * width + gap, height + text
-        tall, given = down * step_y * unit, ax is not None
-        ax = start(
-            self,
-            ax,
-            figsize=(
-                max(across * step_x * unit, 2 * WIDTH) + 1.1,
-                tall + 0.5 + (0 if tall >= MIN_BAR else 0.9) + (0 if self.masks is None else TEXT_LINE),
-            ),
-        )
+        wide, tall, given = across * step_x * unit, down * step_y * unit, ax is not None
+        bar_x, bar_y = (1.1, 0.0) if tall >= MIN_BAR else (0.1, 1.0)
+        legend = 0.0 if self.masks is None else TEXT_LINE
+        ax = start(self, ax, figsize=(max(wide, 2 * WIDTH) + bar_x, tall + 0.5 + bar_y + legend))
         if given:
-            tall = ax.get_window_extent().height / ax.figure.dpi
+            wide, tall = ax.get_window_extent().size / ax.figure.dpi
         import matplotlib as mpl
 
         color, edge = ink(), {"fill": False, "lw": 0.6}
@@ -257,7 +252,7 @@ class ImageHeatmapDisplay:
         ax.set_axis_off()
         ax.set_title(self.name)
         beside = tall >= MIN_BAR  # else the bar lies below
-        length = 0.9 * tall if beside else MIN_BAR
+        length = 0.9 * (tall if beside else wide)
         bar = ax.figure.colorbar(
             mpl.cm.ScalarMappable(norm, fade),
             ax=ax,
