@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy.typing as npt
 
 from anomalib_gen.explain._columns import split_pipeline
 from anomalib_gen.heatmaps import explain_images, resolve_kind
-from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_scores, ink, start
+from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_count, check_scores, ink, start
 
 UNITS = {
     "residual": "squared residual, in standardised pixels",
@@ -196,10 +195,8 @@ class ImageHeatmapDisplay:
         -------
         ImageHeatmapDisplay
         """
-        if not isinstance(n_columns, Integral) or isinstance(n_columns, bool) or n_columns < 1:
-            raise ValueError(f"n_columns must be a positive integer, got {n_columns!r}.")
         n, height, width = self.maps.shape
-        across = min(int(n_columns), n)
+        across = min(check_count(n_columns, "n_columns"), n)
         down = math.ceil(n / across)
         # Inches a pixel; then in pixels a pair, the space between pairs, and the line of text above each.
         unit = min(WIDTH / width, HEIGHT / height)

@@ -359,9 +359,11 @@ class LatentSpaceDisplay:
         if Z.shape[1] == 1:
             Z, names = np.column_stack([Z, np.zeros(len(Z))]), (names[0], "")
         elif Z.shape[1] > 2:
+            if len(Z) < 2:
+                raise ValueError(f"Principal axes are those of two rows at least, got {len(Z)}.")
             centred = Z - Z.mean(axis=0)
             _, spread, axes = np.linalg.svd(centred, full_matrices=False)
-            share = spread**2 / (spread**2).sum()
+            share = spread**2 / max((spread**2).sum(), np.finfo(float).tiny)
             Z = centred @ axes[:2].T
             names = (
                 f"first principal axis ({share[0]:.0%} of the variance)",

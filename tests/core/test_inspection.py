@@ -83,7 +83,9 @@ def test_histogram_counts_every_row(fitted, labelled):
 def test_histogram_says_what_lies_outside():
     scores = np.r_[np.random.default_rng(0).normal(size=100), -1e6, -1e7]
     display = ScoreHistogramDisplay.from_predictions(scores, threshold=-2.0)
-    assert "2 rows farther left" in display.ax_.get_xlabel()
+    assert display.ax_.get_xlabel().endswith("counted at the edge: 2 rows farther left")
+    both = ScoreHistogramDisplay.from_predictions(np.r_[scores, 1e6])
+    assert "2 rows farther left, 1 row farther right" in both.ax_.get_xlabel()
     assert display.ax_.get_xlim()[0] > -100
     again = display.plot(bins=10)
     assert again is display
@@ -226,7 +228,7 @@ def test_contributions_are_ordered_and_the_rest_is_added_up(fitted, X):
     assert sum(widths) == pytest.approx(found.values[2].sum())
     assert widths[0] >= widths[1]
     labels = [text.get_text() for text in display.ax_.get_yticklabels()]
-    assert labels[-1] == "1 other columns"
+    assert labels[-1] == "1 other column"
     assert labels[0].startswith(f"x{found.values[2].argmax()} = ")
     frame = pd.DataFrame(X, columns=["a", "b", "c"])
     with pytest.warns(UserWarning, match="X has feature names"):
@@ -452,6 +454,40 @@ def test_dollars_in_names_and_values_are_no_mathematics(tiny, X):
     table = TopAnomaliesDisplay.from_estimator(detector, frame, keys=[r"$\y$"] * len(frame), n_top=2)
     table.figure_.canvas.draw()
     assert r"$\y$" in table._repr_html_()
+
+
+def test_numbers_out_of_range_are_refused_by_name(fitted, X):
+    found = feature_contributions(fitted, X[:3])
+    for row in (3, -4, 1.0):
+        with pytest.raises(ValueError, match="row must be an integer from 0 to 2, got"):
+            FeatureContributionsDisplay.from_contributions(found, row=row)
+        with pytest.raises(ValueError, match="row must be an integer from 0 to 2, got"):
+            FeatureContributionsDisplay.from_estimator(fitted, X[:3], row=row)
+    last = FeatureContributionsDisplay.from_estimator(fitted, X[:3], row=-1)
+    np.testing.assert_array_equal(last.contributions.data, X[2:3])
+    with pytest.raises(ValueError, match="max_columns must be a positive integer, got 0"):
+        FeatureContributionsDisplay.from_contributions(found, max_columns=0)
+    with pytest.raises(ValueError, match="n must be a positive integer, got -1"):
+        found.top(-1)
+    with pytest.raises(ValueError, match="bins must be a positive integer, got 0"):
+        ScoreHistogramDisplay.from_predictions([0.0, 1.0], bins=0)
+    with pytest.raises(ValueError, match="n_resamples must be a positive integer, got 0"):
+        DetectionCurveDisplay.from_predictions([1, -1], [0.0, 1.0], n_resamples=0)
+    for make in (DetectionCurveDisplay.from_predictions, PValueDisplay.from_predictions):
+        data = ([1, -1], [0.0, 1.0]) if make == DetectionCurveDisplay.from_predictions else ([0.5],)
+        with pytest.raises(ValueError, match="confidence must lie between 0 and 1, got 95"):
+            make(*data, confidence=95)
+    curve = DetectionCurveDisplay.from_predictions([1, -1], [0.0, 1.0], confidence=0.999, n_resamples=5)
+    assert curve.ax_.get_legend().get_title().get_text() == "99.9% bootstrap intervals"
+
+
+def test_principal_axes_need_rows_that_differ_or_say_nothing(X, recwarn):
+    vae = VAEDetector(max_iter=1, n_components=3, device="cpu").fit(X)
+    with pytest.raises(ValueError, match="two rows at least, got 1"):
+        LatentSpaceDisplay.from_estimator(vae, X[:1])
+    display = LatentSpaceDisplay.from_estimator(vae, np.repeat(X[:1], 2, axis=0))
+    assert "(0% of the variance)" in display.ax_.get_xlabel()
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
 
 
 def test_a_closed_form_has_no_loss_to_draw(X):
