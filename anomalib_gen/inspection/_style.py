@@ -48,14 +48,14 @@ def threshold_of(estimator: Any) -> float | None:
 
 def check_count(value: Any, name: str) -> int:
     """A whole number of at least one."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")
     return int(value)
 
 
 def check_confidence(value: Any) -> float:
     """A share between 0 and 1."""
-    if not isinstance(value, Real) or not 0 < value < 1:
+    if not isinstance(value, Real) or not 0 < float(value) < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {value!r}.")
     return float(value)
 

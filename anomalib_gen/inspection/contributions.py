@@ -138,7 +138,7 @@ class FeatureContributionsDisplay:
 
 def _check_row(row: Any, n: int) -> int:
     """Position of a row, which may be counted from the end."""
-    if not isinstance(row, Integral) or not -n <= row < n:
+    if not isinstance(row, Integral) or not -n <= int(row) < n:
         raise ValueError(f"row must be an integer from 0 to {n - 1}, got {row!r}.")
     return int(row) % n
 

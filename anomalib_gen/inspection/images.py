@@ -213,7 +213,7 @@ class ImageHeatmapDisplay:
             wide, tall = ax.get_window_extent().size / ax.figure.dpi
         import matplotlib as mpl
 
-        color, edge = ink(), {"fill": False, "lw": 0.6}
+        edge: dict[str, Any] = {"fill": False, "lw": 0.6, "ec": ink()}
         low, high = 0.0, float(np.quantile(self.maps, HIGHEST))
         if high <= low:
             high = max(float(self.maps.max()), low + 1e-12)
@@ -229,7 +229,7 @@ class ImageHeatmapDisplay:
                 ax.imshow(shown, extent=extent, interpolation="nearest")
                 if left > x:
                     ax.imshow(heat, cmap=fade, norm=norm, extent=extent, interpolation="nearest")
-                ax.add_patch(mpl.patches.Rectangle((left, y), width, height, ec=color, **edge))
+                ax.add_patch(mpl.patches.Rectangle((left, y), width, height, **edge))
             if self.masks is not None and self.masks[k].any() and not self.masks[k].all():
                 # Along the pixels' edges, where a contour of the mask itself would cut corners.
                 fine = np.kron(np.pad(self.masks[k], 1), np.ones((8, 8)))

@@ -227,10 +227,11 @@ class TopAnomaliesDisplay:
         TopAnomaliesDisplay
         """
         heads, rows, shades = self._text()
-        # As wide as the text: about a twelfth of an inch a letter.
+        # As wide as the text: about a twelfth of an inch a letter, and a tenth in the title.
         letters = [max(len(text) for text in column) + 3 for column in zip(heads, *rows, strict=True)]
         self._own_figure = ax is None
-        ax = start(self, ax, figsize=(max(4.0, 0.085 * sum(letters)), 0.75 + 0.28 * len(rows)))
+        width = max(4.0, 0.085 * sum(letters), 0.1 * len(self._title()))
+        ax = start(self, ax, figsize=(width, 0.75 + 0.28 * len(rows)))
         import matplotlib as mpl
 
         color = ink()

@@ -456,6 +456,14 @@ def test_dollars_in_names_and_values_are_no_mathematics(tiny, X):
     assert r"$\y$" in table._repr_html_()
 
 
+def test_the_title_of_a_narrow_table_is_not_cut():
+    table = TopAnomaliesDisplay.from_predictions(np.arange(200.0), name="BootstrapConformalDetector")
+    table.figure_.canvas.draw()
+    assert table.ax_.get_title(loc="left").startswith("Bootstrap")
+    (title,) = (t for t in table.ax_.get_children() if getattr(t, "get_text", str)().startswith("Bootstrap"))
+    assert title.get_window_extent().x1 <= table.figure_.bbox.x1
+
+
 def test_numbers_out_of_range_are_refused_by_name(fitted, X):
     found = feature_contributions(fitted, X[:3])
     for row in (3, -4, 1.0):
