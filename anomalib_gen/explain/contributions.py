@@ -115,7 +115,7 @@ class FeatureContributions:
         list of list of (name, value, contribution)
             For each row, largest contribution first.
         """
-        if not isinstance(n, Integral) or n < 1:
+        if not isinstance(n, Integral) or int(n) < 1:
             raise ValueError(f"n must be a positive integer, got {n!r}.")
         order = np.argsort(-self.values, axis=1, kind="stable")[:, :n]
         return [
