@@ -73,7 +73,7 @@ def mutate_pixels(X: npt.NDArray[Any], *, rate: float = 0.2, random_state: Any =
     ----------
     X : ndarray of shape (n_samples, channels, height, width)
     rate : float, default=0.2
-        Share of the values that are replaced, each independently.
+        Share of the values that are replaced, each independently; whole numbers by whole numbers.
     random_state : int, RandomState instance or None, default=None
 
     Returns
@@ -90,12 +90,12 @@ def mutate_pixels(X: npt.NDArray[Any], *, rate: float = 0.2, random_state: Any =
         raise ValueError(f"rate must lie in (0, 1], got {rate!r}.")
     random = check_random_state(random_state)
     X = np.asarray(X)
-    low, high = float(X.min()), float(X.max())
+    low, high = X.min(), X.max()
     mutated = X.copy()
     for rows in row_blocks(len(X), rows_per_block(int(np.prod(X.shape[1:])))):
         block = mutated[rows]
         chosen = random.random_sample(block.shape) < rate
-        if X.dtype == np.uint8:
+        if np.issubdtype(X.dtype, np.integer):
             block[chosen] = random.randint(int(low), int(high) + 1, size=int(chosen.sum()))
         else:
             block[chosen] = random.uniform(low, high, size=int(chosen.sum()))

@@ -198,6 +198,9 @@ def test_mutations(digits):
     assert mutated.dtype == np.uint8
     assert 0.27 < (mutated != digits).mean() < 0.33
     np.testing.assert_array_equal(mutated, mutate_pixels(digits, rate=0.3, random_state=0))
+    # Whole numbers of any type reach the largest.
+    two = mutate_pixels(np.tile([0, 1], (50, 1, 8, 4)), rate=1.0, random_state=0)
+    assert set(np.unique(two)) == {0, 1}
     real = mutate_pixels(digits / 255.0, rate=1.0, random_state=0)
     assert real.mean() == pytest.approx((digits / 255.0).max() / 2, rel=0.05)
     with pytest.raises(ValueError, match="rate must lie"):
