@@ -33,6 +33,8 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".t
 SHOWN = 5
 """Files named in a message; the others are counted."""
 CHANNELS = {"L": 1, "RGB": 3}
+UNREADABLE = (OSError, ValueError, SyntaxError)
+"""What Pillow raises for damaged files."""
 
 
 def bits_per_dimension(log_prob: Any, event_shape: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -134,11 +136,27 @@ def likelihood_ratio(
     ComposedDetector
         A fitted one, whose members are named "normal" and "background".
 
+    Raises
+    ------
+    TypeError
+        If `detector` is none of this package.
+    ValueError
+        If X are images unlike those that it was fitted on, or `rate` does not lie between 0 and 1.
+
     References
     ----------
     Ren, J., Liu, P. J., Fertig, E., Snoek, J., Poplin, R., DePristo, M. A., Dillon, J. V., Lakshminarayanan, B. (2019).
     Likelihood ratios for out-of-distribution detection. NeurIPS. arXiv:1906.02845.
     """
+    if not isinstance(detector, GenerativeDetector):
+        hint = ""
+        if hasattr(detector, "steps"):
+            hint = " Take the last step: likelihood_ratio(pipeline[-1], pipeline[:-1].transform(X))."
+        raise TypeError(
+            f"Likelihood ratios are of detectors of anomalib_gen with a density, got {type(detector).__name__}.{hint}"
+        )
+    check_is_fitted(detector)
+    X = detector._validate(X, reset=False, min_rows=2)
     background = clone(detector).fit(mutate_pixels(X, rate=rate, random_state=random_state))
     return ComposedDetector([("normal", detector), ("background", background)], weights=[1, -1]).fit(X)
 
@@ -307,21 +325,7 @@ class ImageReader(TransformerMixin, BaseEstimator):
         """
         paths = list_images(X)
         if self.size is None:
-            errors = []
-            for path in paths:
-                try:
-                    first = self._decode(path, None)
-                    break
-                except (OSError, ValueError, SyntaxError) as error:
-                    errors.append(f"{path} ({error})")
-                    if self.on_error == "raise":
-                        break
-            else:
-                first = None
-            if errors and (self.on_error == "raise" or first is None):
-                raise ValueError(f"No size can be told from {_named(errors)}.")
-            assert first is not None
-            height, width = first.shape[1:]
+            height, width = self._first_size(paths)
         else:
             sides: list[Any] = [self.size] * 2 if isinstance(self.size, Integral) else list(self.size)  # type: ignore[arg-type]
             if len(sides) != 2 or not all(isinstance(side, Integral) and side > 0 for side in sides):  # type: ignore[operator]
@@ -366,7 +370,7 @@ class ImageReader(TransformerMixin, BaseEstimator):
             try:
                 images[n] = self._decode(path, self.event_shape_)
                 n += 1
-            except (OSError, ValueError, SyntaxError) as error:
+            except UNREADABLE as error:
                 errors.append(f"{path} ({error})")
                 skipped.append(path)
         self.skipped_ = skipped
@@ -382,6 +386,19 @@ class ImageReader(TransformerMixin, BaseEstimator):
                 stacklevel=2,
             )
         return images[:n]
+
+    def _first_size(self, paths: Sequence[str]) -> tuple[int, int]:
+        """Height and width of the first file; of the first that can be read, if others are skipped."""
+        errors = []
+        for path in paths:
+            try:
+                _, height, width = self._decode(path, None).shape
+                return height, width
+            except UNREADABLE as error:
+                errors.append(f"{path} ({error})")
+                if self.on_error == "raise":
+                    break
+        raise ValueError(f"No size can be told from {_named(errors)}.")
 
     def _allocate(self, n: int) -> npt.NDArray[np.uint8]:
         shape = (n, *self.event_shape_)
