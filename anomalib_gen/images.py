@@ -8,9 +8,11 @@ which is told what it gets and guesses nothing: `ChannelsFirst` for arrays with 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import warnings
+import weakref
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
@@ -240,8 +242,8 @@ class ImageReader(TransformerMixin, BaseEstimator):
     """Read image files into the arrays that detectors take.
 
     Files are decoded one after the other, so that no more than one is held beside the result. A result beyond
-    `max_bytes` is written to a temporary file that is mapped into memory; detectors read such arrays in blocks, and the
-    file goes with the array.
+    `max_bytes` is written to a temporary file that is mapped into memory; detectors read such arrays in blocks,
+    processes of joblib share them, and the file goes with the array.
 
     Parameters
     ----------
@@ -404,9 +406,12 @@ class ImageReader(TransformerMixin, BaseEstimator):
         shape = (n, *self.event_shape_)
         if int(np.prod(shape)) <= self.max_bytes:
             return np.empty(shape, dtype=np.uint8)
-        # The mapping keeps the data of a file that has no name any more (where the system allows that) alive.
-        with tempfile.TemporaryFile(prefix="anomalib_gen-", suffix=".images") as file:
-            return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+        # The file keeps its name as long as it is mapped: by it joblib's processes find the data.
+        descriptor, path = tempfile.mkstemp(prefix="anomalib_gen-", suffix=".images")
+        os.close(descriptor)
+        images = np.memmap(path, dtype=np.uint8, mode="w+", shape=shape)
+        weakref.finalize(images.base, _remove, path)  # the mapping, which views of the array hold, too
+        return images
 
     def _decode(self, path: str, event_shape: tuple[int, int, int] | None) -> npt.NDArray[np.uint8]:
         """One file as ``(channels, height, width)``."""
@@ -440,6 +445,11 @@ class ImageReader(TransformerMixin, BaseEstimator):
             image = image.resize((event_shape[2], event_shape[1]), Image.Resampling.BILINEAR)
         pixels = np.asarray(image, dtype=np.uint8)
         return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.remove(path)
 
 
 def list_images(X: Any) -> list[str]:

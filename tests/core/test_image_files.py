@@ -1,11 +1,14 @@
 """Reading image files, layouts, and bits per dimension."""
 
+import gc
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
+from joblib import Parallel, delayed
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import make_pipeline
@@ -52,6 +55,19 @@ def test_large_results_are_mapped(folder):
     mapped = large.fit_transform(folder)
     assert isinstance(mapped, np.memmap)
     np.testing.assert_array_equal(mapped, small.fit_transform(folder))
+
+
+def test_mapped_images_reach_other_processes_and_leave_no_file(folder):
+    mapped = ImageReader(max_bytes=1000).fit_transform(folder)
+    path, view = Path(mapped.filename), mapped[2:]
+    sums = Parallel(n_jobs=2)(delayed(np.sum)(part) for part in (mapped, view))
+    assert sums == [mapped.sum(), view.sum()]
+    del mapped
+    assert path.exists()
+    assert view.any()
+    del view
+    gc.collect()
+    assert not path.exists()
 
 
 def test_files_that_cannot_be_read_are_named(folder):
