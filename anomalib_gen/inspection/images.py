@@ -216,7 +216,8 @@ class ImageHeatmapDisplay:
         edge: dict[str, Any] = {"fill": False, "lw": 0.6, "ec": ink()}
         low, high = 0.0, float(np.quantile(self.maps, HIGHEST))
         if high <= low:
-            high = max(float(self.maps.max()), low + 1e-12)
+            # Few pixels are hot, or none is: then the scale is that of how cold they are.
+            high = max(float(self.maps.max()), low) or float(np.abs(self.maps).max()) or 1.0
         norm = mpl.colors.Normalize(low, high, clip=True)
         fade = mpl.colors.LinearSegmentedColormap.from_list(
             "heat", [mpl.colors.to_rgba(ANOMALY, alpha) for alpha in (0, OPACITY)]

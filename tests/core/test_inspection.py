@@ -421,6 +421,15 @@ def test_all_words_beside_heat_maps_can_be_read(shape, n, marked):
         assert not any(box.overlaps(other) for other in boxes[k + 1 :] + others)
 
 
+@pytest.mark.parametrize(("values", "end"), [((0, 0), 1.0), ((-2, -3), 3.0), ((-2, 5), 5.0)])
+def test_maps_without_heat_have_a_scale_that_can_be_read(values, end):
+    maps = np.full((1, 32, 32), float(values[0]))
+    maps[0, 0, 0] = values[1]
+    display = ImageHeatmapDisplay.from_predictions(np.zeros((1, 1, 32, 32), np.uint8), maps)
+    heat = display.ax_.images[2]
+    assert (heat.norm.vmin, heat.norm.vmax) == (0, end)
+
+
 def test_only_images_of_eight_bits_have_a_fixed_scale():
     levels = np.arange(17).repeat(4).reshape(1, 1, 17, 4)  # as of scikit-learn's digits
     for images, brightest in ((levels, 1), (levels / 16, 1), (levels.astype(np.uint8), 16 / 255)):
