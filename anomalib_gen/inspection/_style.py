@@ -46,10 +46,11 @@ def threshold_of(estimator: Any) -> float | None:
     return getattr(inner, "offset_", None)
 
 
-def check_count(value: Any, name: str) -> int:
-    """A whole number of at least one."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+def check_count(value: Any, name: str, *, least: int = 1) -> int:
+    """A whole number of at least one, or of `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}.")
     return int(value)
 
 

@@ -488,6 +488,10 @@ def test_numbers_out_of_range_are_refused_by_name(fitted, X):
         found.top(-1)
     with pytest.raises(ValueError, match="bins must be a positive integer, got 0"):
         ScoreHistogramDisplay.from_predictions([0.0, 1.0], bins=0)
+    with pytest.raises(ValueError, match="bins must be a positive integer, got 0"):
+        SamplesDisplay.from_predictions(X, X, bins=0)
+    with pytest.raises(ValueError, match="resolution must be an integer of at least 2, got 1"):
+        LandscapeDisplay.from_estimator(fitted, X[:, :2], resolution=1)
     with pytest.raises(ValueError, match="n_resamples must be a positive integer, got 0"):
         DetectionCurveDisplay.from_predictions([1, -1], [0.0, 1.0], n_resamples=0)
     for make in (DetectionCurveDisplay.from_predictions, PValueDisplay.from_predictions):
@@ -505,6 +509,13 @@ def test_principal_axes_need_rows_that_differ_or_say_nothing(X, recwarn):
     display = LatentSpaceDisplay.from_estimator(vae, np.repeat(X[:1], 2, axis=0))
     assert "(0% of the variance)" in display.ax_.get_xlabel()
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
+def test_a_single_loss_is_a_point(X):
+    ax = LossCurveDisplay.from_estimator(VAEDetector(max_iter=1, device="cpu").fit(X)).ax_
+    assert [line.get_marker() for line in ax.lines[:2]] == ["o", "o"]
+    ax = LossCurveDisplay.from_estimator(VAEDetector(max_iter=60, device="cpu").fit(X)).ax_
+    assert [line.get_marker() for line in ax.lines[:2]] == ["None", "None"]
 
 
 def test_a_closed_form_has_no_loss_to_draw(X):
