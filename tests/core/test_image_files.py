@@ -14,6 +14,12 @@ from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import make_pipeline
 
 from anomalib_gen import FlowDetector
+from anomalib_gen.calibration import (
+    BootstrapConformalDetector,
+    CrossConformalDetector,
+    SplitConformalDetector,
+    ThresholdDetector,
+)
 from anomalib_gen.images import ChannelsFirst, ImageReader, bits_per_dimension, list_images
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -115,6 +121,20 @@ def test_a_reader_drops_into_a_pipeline(folder):
     assert clone(pipeline).get_params()["imagereader__size"] == 8
     assert pipeline.score_samples(list_images(folder)[:2]).shape == (2,)
     assert flow.event_shape_ == (1, 8, 8)
+
+
+def test_calibration_takes_files_to_fit_and_folders_to_score(folder):
+    flow = FlowDetector(max_iter=1, hidden_features=8, random_state=0, device="cpu")
+    pipeline, files = make_pipeline(ImageReader(size=8, mode="L"), flow), list_images(folder)
+    detector = SplitConformalDetector(pipeline, alpha=0.2, random_state=0).fit(files)
+    np.testing.assert_array_equal(detector.p_values(folder), detector.p_values(files))
+    np.testing.assert_array_equal(detector.predict(str(folder)), detector.predict(files))
+    for wrapper in (SplitConformalDetector, CrossConformalDetector, BootstrapConformalDetector):
+        with pytest.raises(TypeError, match=r"is a folder, of which no part .*list_images\(folder\)"):
+            wrapper(pipeline).fit(folder)
+    for rule in ("contamination", "false-positive-rate", "cost"):
+        with pytest.raises(TypeError, match="is a folder, of which no part"):
+            ThresholdDetector(pipeline, threshold=rule).fit(str(folder), [1, -1])
 
 
 def test_layouts():
