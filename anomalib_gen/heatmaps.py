@@ -52,7 +52,7 @@ def explain_images(
     Parameters
     ----------
     detector : detector
-        A fitted detector of images, of any family.
+        A fitted detector of images, of any family; of a composition its members have maps.
     X : array-like of shape (n_samples, channels, height, width)
     kind : {"auto", "residual", "score", "likelihood"}, default="auto"
         What is shown, see the module. "auto" takes the residual of an autoencoder or a diffusion model, and the score
@@ -88,10 +88,15 @@ def explain_images(
     (2, 8, 8)
     """
     if not isinstance(detector, GenerativeDetector):
-        hint = "explain_images(pipeline[-1], pipeline[:-1].transform(X))"
+        hint = ""
+        if hasattr(detector, "steps"):
+            hint = " Explain the last step: explain_images(pipeline[-1], pipeline[:-1].transform(X))."
+        elif hasattr(detector, "estimator_"):
+            hint = " Explain what is inside: explain_images(detector.estimator_, X)."
+        elif hasattr(detector, "detectors"):
+            hint = " Explain its members one by one."
         raise TypeError(
-            f"Heat maps are for detectors of images of anomalib_gen, got {type(detector).__name__}. "
-            f"Of a pipeline explain the last step: {hint}."
+            f"Heat maps are for detectors of images of anomalib_gen, got {type(detector).__name__}.{hint}"
         )
     check_is_fitted(detector)
     if len(detector.event_shape_) != 3:

@@ -8,9 +8,11 @@ which is told what it gets and guesses nothing: `ChannelsFirst` for arrays with 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import warnings
+import weakref
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
@@ -33,6 +35,8 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".t
 SHOWN = 5
 """Files named in a message; the others are counted."""
 CHANNELS = {"L": 1, "RGB": 3}
+UNREADABLE = (OSError, ValueError, SyntaxError)
+"""What Pillow raises for damaged files."""
 
 
 def bits_per_dimension(log_prob: Any, event_shape: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -73,7 +77,7 @@ def mutate_pixels(X: npt.NDArray[Any], *, rate: float = 0.2, random_state: Any =
     ----------
     X : ndarray of shape (n_samples, channels, height, width)
     rate : float, default=0.2
-        Share of the values that are replaced, each independently.
+        Share of the values that are replaced, each independently; whole numbers by whole numbers.
     random_state : int, RandomState instance or None, default=None
 
     Returns
@@ -90,12 +94,12 @@ def mutate_pixels(X: npt.NDArray[Any], *, rate: float = 0.2, random_state: Any =
         raise ValueError(f"rate must lie in (0, 1], got {rate!r}.")
     random = check_random_state(random_state)
     X = np.asarray(X)
-    low, high = float(X.min()), float(X.max())
+    low, high = X.min(), X.max()
     mutated = X.copy()
     for rows in row_blocks(len(X), rows_per_block(int(np.prod(X.shape[1:])))):
         block = mutated[rows]
         chosen = random.random_sample(block.shape) < rate
-        if X.dtype == np.uint8:
+        if np.issubdtype(X.dtype, np.integer):
             block[chosen] = random.randint(int(low), int(high) + 1, size=int(chosen.sum()))
         else:
             block[chosen] = random.uniform(low, high, size=int(chosen.sum()))
@@ -134,11 +138,27 @@ def likelihood_ratio(
     ComposedDetector
         A fitted one, whose members are named "normal" and "background".
 
+    Raises
+    ------
+    TypeError
+        If `detector` is none of this package.
+    ValueError
+        If X are images unlike those that it was fitted on, or `rate` does not lie between 0 and 1.
+
     References
     ----------
     Ren, J., Liu, P. J., Fertig, E., Snoek, J., Poplin, R., DePristo, M. A., Dillon, J. V., Lakshminarayanan, B. (2019).
     Likelihood ratios for out-of-distribution detection. NeurIPS. arXiv:1906.02845.
     """
+    if not isinstance(detector, GenerativeDetector):
+        hint = ""
+        if hasattr(detector, "steps"):
+            hint = " Take the last step: likelihood_ratio(pipeline[-1], pipeline[:-1].transform(X))."
+        raise TypeError(
+            f"Likelihood ratios are of detectors of anomalib_gen with a density, got {type(detector).__name__}.{hint}"
+        )
+    check_is_fitted(detector)
+    X = detector._validate(X, reset=False, min_rows=2)
     background = clone(detector).fit(mutate_pixels(X, rate=rate, random_state=random_state))
     return ComposedDetector([("normal", detector), ("background", background)], weights=[1, -1]).fit(X)
 
@@ -222,8 +242,8 @@ class ImageReader(TransformerMixin, BaseEstimator):
     """Read image files into the arrays that detectors take.
 
     Files are decoded one after the other, so that no more than one is held beside the result. A result beyond
-    `max_bytes` is written to a temporary file that is mapped into memory; detectors read such arrays in blocks, and the
-    file goes with the array.
+    `max_bytes` is written to a temporary file that is mapped into memory; detectors read such arrays in blocks,
+    processes of joblib share them, and the file goes with the array.
 
     Parameters
     ----------
@@ -232,7 +252,7 @@ class ImageReader(TransformerMixin, BaseEstimator):
         have the size of the first one that is read in `fit`.
     mode : {"RGB", "L"}, default="RGB"
         Colour, three channels, or grey, one. Transparency is dropped. Files with more than 8 bits a value cannot be
-        read: what is beyond 255 would be cut.
+        read, in grey or in colour: what does not fit would be cut.
     on_error : {"raise", "skip"}, default="raise"
         What to do about files that cannot be read: refuse them all by name before anything is returned, or warn and
         leave them out. The result then has fewer images than files; `skipped_` says which are missing.
@@ -248,8 +268,11 @@ class ImageReader(TransformerMixin, BaseEstimator):
 
     Notes
     -----
-    Resizing is bilinear with antialiasing, after decoding. Compare images only after the same resizing and coding:
-    a difference in either is easier to detect than any anomaly.
+    Images stand as a viewer shows them: turned where the file says so (EXIF orientation), which a camera that was held
+    upright does. Of a file with several images the first is read.
+
+    Resizing is bilinear with antialiasing, after decoding, and keeps no proportions. Compare images only after the
+    same resizing and coding: a difference in either is easier to detect than any anomaly.
 
     Examples
     --------
@@ -304,21 +327,7 @@ class ImageReader(TransformerMixin, BaseEstimator):
         """
         paths = list_images(X)
         if self.size is None:
-            errors = []
-            for path in paths:
-                try:
-                    first = self._decode(path, None)
-                    break
-                except (OSError, ValueError, SyntaxError) as error:
-                    errors.append(f"{path} ({error})")
-                    if self.on_error == "raise":
-                        break
-            else:
-                first = None
-            if errors and (self.on_error == "raise" or first is None):
-                raise ValueError(f"No size can be told from {_named(errors)}.")
-            assert first is not None
-            height, width = first.shape[1:]
+            height, width = self._first_size(paths)
         else:
             sides: list[Any] = [self.size] * 2 if isinstance(self.size, Integral) else list(self.size)  # type: ignore[arg-type]
             if len(sides) != 2 or not all(isinstance(side, Integral) and side > 0 for side in sides):  # type: ignore[operator]
@@ -363,7 +372,7 @@ class ImageReader(TransformerMixin, BaseEstimator):
             try:
                 images[n] = self._decode(path, self.event_shape_)
                 n += 1
-            except (OSError, ValueError, SyntaxError) as error:
+            except UNREADABLE as error:
                 errors.append(f"{path} ({error})")
                 skipped.append(path)
         self.skipped_ = skipped
@@ -380,32 +389,52 @@ class ImageReader(TransformerMixin, BaseEstimator):
             )
         return images[:n]
 
+    def _first_size(self, paths: Sequence[str]) -> tuple[int, int]:
+        """Height and width of the first file; of the first that can be read, if others are skipped."""
+        errors = []
+        for path in paths:
+            try:
+                _, height, width = self._decode(path, None).shape
+                return height, width
+            except UNREADABLE as error:
+                errors.append(f"{path} ({error})")
+                if self.on_error == "raise":
+                    break
+        raise ValueError(f"No size can be told from {_named(errors)}.")
+
     def _allocate(self, n: int) -> npt.NDArray[np.uint8]:
         shape = (n, *self.event_shape_)
         if int(np.prod(shape)) <= self.max_bytes:
             return np.empty(shape, dtype=np.uint8)
-        # The mapping keeps the data of a file that has no name any more (where the system allows that) alive.
-        with tempfile.TemporaryFile(prefix="anomalib_gen-", suffix=".images") as file:
-            return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+        # The file keeps its name as long as it is mapped: by it joblib's processes find the data.
+        descriptor, path = tempfile.mkstemp(prefix="anomalib_gen-", suffix=".images")
+        os.close(descriptor)
+        images = np.memmap(path, dtype=np.uint8, mode="w+", shape=shape)
+        weakref.finalize(images.base, _remove, path)  # the mapping, which views of the array hold, too
+        return images
 
     def _decode(self, path: str, event_shape: tuple[int, int, int] | None) -> npt.NDArray[np.uint8]:
         """One file as ``(channels, height, width)``."""
         try:
-            from PIL import Image
+            from PIL import Image, ImageOps, UnidentifiedImageError
         except ImportError as error:  # pragma: no cover
             raise ModuleNotFoundError(
                 "Reading image files needs Pillow: pip install 'anomalib-gen[images]'."
             ) from error
 
         try:
-            with Image.open(path) as file:
-                if file.mode[0] in "IF":
-                    # Pillow would cut what is beyond 255, and fractions.
+            # A stream: files that Pillow knows by name it maps into memory, and then garbles turned grey TIFF files.
+            with open(path, "rb") as stream, Image.open(stream) as file:
+                if file.mode[0] in "IF" or ";16" in str(file.tile):
+                    # Pillow would cut what is beyond 255, and fractions; of colours it would drop the lower 8 bits.
                     raise ValueError(
                         f"more than 8 bits a value, mode {file.mode!r}; convert it to 8 bits, or read it into an array "
                         "of real numbers"
                     )
-                image = file.convert(self.mode)
+                file.info.pop("transparency", None)  # of some forms of it the conversion would warn
+                image = ImageOps.exif_transpose(file).convert(self.mode)
+        except UnidentifiedImageError as error:
+            raise ValueError("no image that Pillow can read") from error
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from error
         if event_shape is not None and image.size != (event_shape[2], event_shape[1]):
@@ -416,6 +445,11 @@ class ImageReader(TransformerMixin, BaseEstimator):
             image = image.resize((event_shape[2], event_shape[1]), Image.Resampling.BILINEAR)
         pixels = np.asarray(image, dtype=np.uint8)
         return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.remove(path)
 
 
 def list_images(X: Any) -> list[str]:
@@ -442,7 +476,11 @@ def list_images(X: Any) -> list[str]:
             raise ValueError(
                 f"X={os.fspath(X)!r} is no folder. Give a folder, or a list of the paths of files."
             )
-        paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        paths = sorted(
+            str(path)
+            for path in folder.rglob("*")
+            if path.suffix.lower() in SUFFIXES and not path.is_dir()  # a link to nothing is to be named
+        )
         if not paths:
             raise ValueError(f"There are no image files ({', '.join(SUFFIXES)}) in {folder}.")
         return paths

@@ -52,7 +52,8 @@ class InputComplexity(Component):
         PNG, or WebP's lossless form, whose files are smaller; of Pillow.
     weight : float or "learned", default=1.0
         w of equation 1: how much of the code length is taken off. 1 is the published form, a likelihood ratio;
-        "learned" takes equation 2, over at most 512 normal images.
+        "learned" takes equation 2, over at most 512 normal images; it is below 0 where normal images with longer codes
+        are the likelier ones.
     likelihood : component or None, default=None
         The anomaly that estimates -log p(x) in nats. None takes what suits the model: the exact likelihood of a flow,
         the variational bounds of autoencoders and diffusion models, the energy of an energy model (whose constant

@@ -7,6 +7,7 @@ be said elsewhere.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, ClassVar
 
@@ -93,16 +94,34 @@ def score_rows(estimator: Any, X: Any, direction: str) -> npt.NDArray[np.float64
     """
     method, sign = resolve_scores(estimator, direction)
     scores = sign * np.asarray(getattr(estimator, method)(X), dtype=np.float64)
-    if scores.shape != (_num_samples(X),):
+    # (How many images a folder has, its reader knows.)
+    n = scores.size if isinstance(X, str | os.PathLike) else _num_samples(X)
+    if scores.shape != (n,):
         raise ValueError(
-            f"{type(estimator).__name__}.{method} returned scores of shape {scores.shape} for {_num_samples(X)} "
-            "rows; one score a row is needed."
+            f"{type(estimator).__name__}.{method} returned scores of shape {scores.shape} for {n} rows; one score a "
+            "row is needed."
         )
     if np.isnan(scores).any():
         raise ValueError(
             f"{type(estimator).__name__}.{method} returned NaN for row {int(np.isnan(scores).argmax())}."
         )
     return scores
+
+
+def splittable(X: Any) -> Any:
+    """Rows of which some can be taken.
+
+    Raises
+    ------
+    TypeError
+        If X is a folder.
+    """
+    if isinstance(X, str | os.PathLike):
+        raise TypeError(
+            f"X={os.fspath(X)!r} is a folder, of which no part can be held out. Give its files: "
+            "anomalib_gen.images.list_images(folder)."
+        )
+    return indexable(X)[0]
 
 
 def seeded_clone(estimator: Any, random: np.random.RandomState) -> Any:
@@ -166,7 +185,7 @@ def fit_and_hold_out(detector: WrappedDetector, X: Any, fraction: float) -> tupl
 
     A frozen estimator is taken as it is, and all rows are held out.
     """
-    (X,) = indexable(X)
+    X = splittable(X)
     inner = detector._inner()
     n = _num_samples(X)
     if isinstance(inner, FrozenEstimator):

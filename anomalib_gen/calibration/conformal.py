@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 from sklearn.base import _fit_context
-from sklearn.utils import _safe_indexing, check_random_state, indexable
+from sklearn.utils import _safe_indexing, check_random_state
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
@@ -34,6 +34,7 @@ from anomalib_gen.calibration._wrapped import (
     fit_and_hold_out,
     require_unfitted,
     seeded_clone,
+    splittable,
 )
 from anomalib_gen.calibration.p_values import conformal_p_values, flagged_ranks
 
@@ -402,7 +403,7 @@ class CrossConformalDetector(_LeftOutConformalDetector):
         ValueError
             If there are fewer rows than folds, or the folds overlap.
         """
-        (X,) = indexable(X)
+        X = splittable(X)
         n = _num_samples(X)
         require_unfitted(self)
         if isinstance(self.cv, Integral):
@@ -513,7 +514,7 @@ class BootstrapConformalDetector(_LeftOutConformalDetector):
         -------
         self
         """
-        (X,) = indexable(X)
+        X = splittable(X)
         n = _num_samples(X)
         require_unfitted(self)
         if n < 2:

@@ -26,12 +26,12 @@ import numpy.typing as npt
 from scipy import stats
 from sklearn.base import _fit_context
 from sklearn.frozen import FrozenEstimator
-from sklearn.utils import _safe_indexing, check_consistent_length, check_random_state, indexable
+from sklearn.utils import _safe_indexing, check_consistent_length, check_random_state
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
 from anomalib_gen._component import Component, resolve_component
-from anomalib_gen.calibration._wrapped import WrappedDetector, fit_and_hold_out, seeded_clone
+from anomalib_gen.calibration._wrapped import WrappedDetector, fit_and_hold_out, seeded_clone, splittable
 from anomalib_gen.calibration.extremes import TailFit, fit_tail
 from anomalib_gen.calibration.p_values import flagged_ranks
 
@@ -334,7 +334,7 @@ class ThresholdDetector(WrappedDetector):
         elif rule.held_out:
             fitted, held_out = fit_and_hold_out(self, X, self.calibration_fraction)
         else:
-            (held_out,) = indexable(X)
+            held_out = splittable(X)
             fitted = seeded_clone(self._inner(), check_random_state(self.random_state))
             fitted = fitted if isinstance(fitted, FrozenEstimator) else fitted.fit(held_out)
         self._calibrate(fitted, rule, self._scores_of(fitted, held_out), labels)
@@ -354,7 +354,7 @@ class ThresholdDetector(WrappedDetector):
             raise ValueError(
                 "This threshold rule needs labels: give y, +1 for normal rows and -1 for anomalies."
             )
-        (X,) = indexable(X)
+        X = splittable(X)
         labels = np.asarray(y)
         check_consistent_length(X, labels)
         unknown = set(np.unique(labels).tolist()) - {1, -1}

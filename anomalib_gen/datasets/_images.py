@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +144,14 @@ def load_other_images(
     Raises
     ------
     ValueError
-        If the source is unknown.
+        If the source is unknown, or `n_samples` is not a positive integer.
     FileNotFoundError
         If the files of CIFAR-10 or of MNIST are not there.
     """
     if source not in OTHER_SOURCES:
         raise ValueError(f"source must be one of {', '.join(map(repr, OTHER_SOURCES))}, got {source!r}.")
+    if not isinstance(n_samples, Integral) or int(n_samples) < 1:
+        raise ValueError(f"n_samples must be a positive integer, got {n_samples!r}.")
     random = check_random_state(random_state)
     if source == "mnist":
         with np.load(find_image_file(_FILES["mnist"]["test"], data_home), allow_pickle=False) as archive:

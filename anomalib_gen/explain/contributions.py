@@ -93,6 +93,8 @@ class FeatureContributions:
         How they were found.
     data : ndarray of shape (n_rows, n_columns)
         The rows themselves, in their own units.
+    index : pandas.Index or None
+        That of the rows, if they came in a data frame of pandas.
     """
 
     values: npt.NDArray[np.float64]
@@ -101,6 +103,7 @@ class FeatureContributions:
     feature_names: list[str]
     method: str
     data: npt.NDArray[Any]
+    index: pd.Index | None = None
 
     def to_frame(self) -> pd.DataFrame:
         """Contributions as a data frame.
@@ -108,11 +111,11 @@ class FeatureContributions:
         Returns
         -------
         DataFrame
-            A row for each row, a column for each column.
+            A row for each row, a column for each column; with the index of the rows, where they had one.
         """
         import pandas as pd
 
-        return pd.DataFrame(self.values, columns=self.feature_names)
+        return pd.DataFrame(self.values, index=self.index, columns=self.feature_names)
 
     def top(self, n: int = 3) -> list[list[tuple[str, Any, float]]]:
         """Columns that contribute most.
@@ -127,6 +130,8 @@ class FeatureContributions:
         list of list of (name, value, contribution)
             For each row, largest contribution first.
         """
+        if not isinstance(n, Integral) or int(n) < 1:
+            raise ValueError(f"n must be a positive integer, got {n!r}.")
         order = np.argsort(-self.values, axis=1, kind="stable")[:, :n]
         return [
             [(self.feature_names[j], self.data[i, j], float(self.values[i, j])) for j in columns]
@@ -239,6 +244,7 @@ def feature_contributions(
         feature_names=names,
         method=method,
         data=np.asarray(X),
+        index=X.index if hasattr(X, "iloc") else None,
     )
 
 

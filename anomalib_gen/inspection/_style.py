@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,21 @@ def threshold_of(estimator: Any) -> float | None:
     if not hasattr(inner, "offset_") and hasattr(inner, "threshold_"):  # pyod
         return -float(inner.threshold_)
     return getattr(inner, "offset_", None)
+
+
+def check_count(value: Any, name: str, *, least: int = 1) -> int:
+    """A whole number of at least one, or of `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+    return int(value)
+
+
+def check_confidence(value: Any) -> float:
+    """A share between 0 and 1."""
+    if not isinstance(value, Real) or not 0 < float(value) < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {value!r}.")
+    return float(value)
 
 
 def check_labels(y: Any, n: int) -> npt.NDArray[np.int64]:

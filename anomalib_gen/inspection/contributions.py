@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
 from sklearn.utils import _safe_indexing
+from sklearn.utils.validation import _num_samples
 
 from anomalib_gen.explain import FeatureContributions, feature_contributions
-from anomalib_gen.inspection._style import ANOMALY, NORMAL, ink, literal, start
+from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_count, ink, literal, start
 
 UNITS = {
     "integrated-gradients": "contribution to the energy, in nats",
@@ -63,7 +65,8 @@ class FeatureContributionsDisplay:
         -------
         FeatureContributionsDisplay
         """
-        found = feature_contributions(estimator, _safe_indexing(X, [row]), **options)
+        i = _check_row(row, _num_samples(X))
+        found = feature_contributions(estimator, _safe_indexing(X, [i]), **options)
         return cls.from_contributions(found, ax=ax, max_columns=max_columns)
 
     @classmethod
@@ -100,15 +103,16 @@ class FeatureContributionsDisplay:
         -------
         FeatureContributionsDisplay
         """
-        found, i = self.contributions, self.row
+        found, i = self.contributions, _check_row(self.row, len(self.contributions.values))
         values = found.values[i]
+        check_count(max_columns, "max_columns")
         order = np.argsort(-np.abs(values), kind="stable")
         shown, rest = order[:max_columns], order[max_columns:]
         shown = shown[np.argsort(-values[shown], kind="stable")]
         labels = [f"{found.feature_names[j]} = {_show(found.data[i, j])}" for j in shown]
         heights = list(values[shown])
         if len(rest):
-            labels.append(f"{len(rest)} other columns")
+            labels.append(f"{len(rest)} other column{'s' if len(rest) > 1 else ''}")
             heights.append(float(values[rest].sum()))
         ax = start(self, ax, figsize=(6, 1.2 + 0.32 * len(labels)))
         positions = np.arange(len(labels))[::-1]
@@ -130,6 +134,13 @@ class FeatureContributionsDisplay:
             title=title,
         )
         return self
+
+
+def _check_row(row: Any, n: int) -> int:
+    """Position of a row, which may be counted from the end."""
+    if not isinstance(row, Integral) or not -n <= int(row) < n:
+        raise ValueError(f"row must be an integer from 0 to {n - 1}, got {row!r}.")
+    return int(row) % n
 
 
 def _show(value: Any) -> str:

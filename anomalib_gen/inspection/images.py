@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy.typing as npt
 
 from anomalib_gen.explain._columns import split_pipeline
 from anomalib_gen.heatmaps import explain_images, resolve_kind
-from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_scores, ink, start
+from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_count, check_scores, ink, start
 
 UNITS = {
     "residual": "squared residual, in standardised pixels",
@@ -25,6 +24,13 @@ DIMMED = (0.3, 0.6)
 HIGHEST = 0.998
 """Quantile of the maps at the end of the scale, so that one pixel does not set it for all."""
 
+WIDTH, HEIGHT = 1.2, 3.6
+"""Inches: an image is as large as fits between them."""
+TEXT_LINE, TEXT_WIDTH = 0.3, 1.1
+"""Inches that a score takes above its pair."""
+BAR, MIN_BAR = 0.13, 2.4
+"""Inches: thickness of the colour bar, and the height of images from which its label fits beside them."""
+
 
 class ImageHeatmapDisplay:
     """Images, each beside itself in faint grey under its heat map, all maps on one scale.
@@ -34,8 +40,7 @@ class ImageHeatmapDisplay:
     Parameters
     ----------
     images : ndarray of shape (n_images, channels, height, width)
-        Grey or of three colours, with values from 0 to 255 if they are whole numbers; others are stretched to the range
-        of all.
+        Grey or of three colours, with values from 0 to 255 if they are uint8; others are stretched to the range of all.
     maps : ndarray of shape (n_images, height, width)
         Higher = more anomalous.
     scores : ndarray of shape (n_images,) or None, default=None
@@ -190,29 +195,29 @@ class ImageHeatmapDisplay:
         -------
         ImageHeatmapDisplay
         """
-        if not isinstance(n_columns, Integral) or isinstance(n_columns, bool) or n_columns < 1:
-            raise ValueError(f"n_columns must be a positive integer, got {n_columns!r}.")
         n, height, width = self.maps.shape
-        across = min(int(n_columns), n)
+        across = min(check_count(n_columns, "n_columns"), n)
         down = math.ceil(n / across)
-        # In pixels of the images: a pair, the space between pairs, and the line of text above each.
-        gap, text = 0.25 * width, 0.25 * height if self.scores is not None else 0.12 * height
+        # Inches a pixel; then in pixels a pair, the space between pairs, and the line of text above each.
+        unit = min(WIDTH / width, HEIGHT / height)
+        gap = 0.25 * width
+        if self.scores is not None:
+            gap = max(gap, TEXT_WIDTH / unit - 2 * width)
+        text = (TEXT_LINE if self.scores is not None else 0.5 * TEXT_LINE) / unit
         step_x, step_y = 2 * width + gap, height + text
-        inches = 1.2
-        ax = start(
-            self,
-            ax,
-            figsize=(
-                inches * across * step_x / width + 1.1,
-                inches * down * step_y / width + 0.5,
-            ),
-        )
+        wide, tall, given = across * step_x * unit, down * step_y * unit, ax is not None
+        bar_x, bar_y = (1.1, 0.0) if tall >= MIN_BAR else (0.1, 1.0)
+        legend = 0.0 if self.masks is None else TEXT_LINE
+        ax = start(self, ax, figsize=(max(wide, 2 * WIDTH) + bar_x, tall + 0.5 + bar_y + legend))
+        if given:
+            wide, tall = ax.get_window_extent().size / ax.figure.dpi
         import matplotlib as mpl
 
-        color, edge = ink(), {"fill": False, "lw": 0.6}
+        edge: dict[str, Any] = {"fill": False, "lw": 0.6, "ec": ink()}
         low, high = 0.0, float(np.quantile(self.maps, HIGHEST))
         if high <= low:
-            high = max(float(self.maps.max()), low + 1e-12)
+            # Few pixels are hot, or none is: then the scale is that of how cold they are.
+            high = max(float(self.maps.max()), low) or float(np.abs(self.maps).max()) or 1.0
         norm = mpl.colors.Normalize(low, high, clip=True)
         fade = mpl.colors.LinearSegmentedColormap.from_list(
             "heat", [mpl.colors.to_rgba(ANOMALY, alpha) for alpha in (0, OPACITY)]
@@ -225,7 +230,7 @@ class ImageHeatmapDisplay:
                 ax.imshow(shown, extent=extent, interpolation="nearest")
                 if left > x:
                     ax.imshow(heat, cmap=fade, norm=norm, extent=extent, interpolation="nearest")
-                ax.add_patch(mpl.patches.Rectangle((left, y), width, height, ec=color, **edge))
+                ax.add_patch(mpl.patches.Rectangle((left, y), width, height, **edge))
             if self.masks is not None and self.masks[k].any() and not self.masks[k].all():
                 # Along the pixels' edges, where a contour of the mask itself would cut corners.
                 fine = np.kron(np.pad(self.masks[k], 1), np.ones((8, 8)))
@@ -233,18 +238,28 @@ class ImageHeatmapDisplay:
                 v = y + (np.arange(fine.shape[0]) + 0.5) / 8 - 1
                 ax.contour(u, v, fine, [0.5], colors=[NORMAL], linewidths=1.2)
             if self.scores is not None:
-                ax.text(x, y - 0.04 * height, f"score {self.scores[k]:.4g}", fontsize="small", va="bottom")
+                ax.text(
+                    x,
+                    y - 0.15 * TEXT_LINE / unit,
+                    f"score {self.scores[k]:.4g}",
+                    fontsize="small",
+                    va="bottom",
+                )
         ax.set(xlim=(-0.02 * width, across * step_x - gap + 0.02 * width), aspect="equal")
         ax.set_ylim(down * step_y - text + 0.02 * height, -text)
         ax.set_axis_off()
         ax.set_title(self.name)
+        beside = tall >= MIN_BAR  # else the bar lies below
+        length = 0.9 * (tall if beside else wide)
         bar = ax.figure.colorbar(
             mpl.cm.ScalarMappable(norm, fade),
             ax=ax,
             label="anomaly" if self.unit is None else self.unit.replace(", ", "\n"),
             extend="max",
+            extendfrac=min(0.05, BAR / length),
+            location="right" if beside else "bottom",
             shrink=0.9,
-            aspect=12 * down,
+            aspect=length / BAR,
             pad=0.02,
         )
         bar.ax.set_facecolor(str(np.mean(DIMMED)))
@@ -256,7 +271,7 @@ class ImageHeatmapDisplay:
 
 def _pictures(images: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Images ``(n, height, width, 3)`` from 0 to 1."""
-    if np.issubdtype(images.dtype, np.integer):
+    if images.dtype == np.uint8:
         shown = images / 255.0
     else:
         low, high = float(images.min()), float(images.max())

@@ -10,7 +10,7 @@ from sklearn.utils.validation import check_is_fitted
 from anomalib_gen._inputs import as_kind_of, validate_rows
 from anomalib_gen.calibration._wrapped import innermost, score_rows
 from anomalib_gen.explain._columns import names_of
-from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_labels, ink, start
+from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_count, check_labels, ink, start
 
 MAX_POINTS = 2000
 """Points of a scatter: more hide each other."""
@@ -107,6 +107,7 @@ class LandscapeDisplay:
         rows = np.asarray(X, dtype=np.float64)
         if rows.ndim != 2 or rows.shape[1] != 2:
             raise ValueError(f"X must have two columns to be drawn in a plane, got shape {rows.shape}.")
+        check_count(resolution, "resolution", least=2)
         low, high = rows.min(axis=0), rows.max(axis=0)
         space = margin * np.where(high > low, high - low, 1.0)
         u, v = (np.linspace(low[j] - space[j], high[j] + space[j], resolution) for j in (0, 1))
@@ -281,10 +282,23 @@ class LossCurveDisplay:
         LossCurveDisplay
         """
         ax = start(self, ax)
-        ax.plot(self.steps, self.training, color=NORMAL, lw=1.4, label="training, mean between evaluations")
+        marker = "o" if len(self.steps) == 1 else None  # a line of one point is not seen
+        ax.plot(
+            self.steps,
+            self.training,
+            color=NORMAL,
+            lw=1.4,
+            marker=marker,
+            label="training, mean between evaluations",
+        )
         if len(self.validation):
             ax.plot(
-                self.steps[-len(self.validation) :], self.validation, color=ANOMALY, lw=1.8, label="held out"
+                self.steps[-len(self.validation) :],
+                self.validation,
+                color=ANOMALY,
+                lw=1.8,
+                marker=marker,
+                label="held out",
             )
         if self.best_step is not None and len(self.validation):
             ax.axvline(
@@ -359,9 +373,11 @@ class LatentSpaceDisplay:
         if Z.shape[1] == 1:
             Z, names = np.column_stack([Z, np.zeros(len(Z))]), (names[0], "")
         elif Z.shape[1] > 2:
+            if len(Z) < 2:
+                raise ValueError(f"Principal axes are those of two rows at least, got {len(Z)}.")
             centred = Z - Z.mean(axis=0)
             _, spread, axes = np.linalg.svd(centred, full_matrices=False)
-            share = spread**2 / (spread**2).sum()
+            share = spread**2 / max((spread**2).sum(), np.finfo(float).tiny)
             Z = centred @ axes[:2].T
             names = (
                 f"first principal axis ({share[0]:.0%} of the variance)",
@@ -533,6 +549,7 @@ class SamplesDisplay:
         -------
         SamplesDisplay
         """
+        check_count(bins, "bins")
         n = self.data.shape[1]
         ax = start(self, ax, figsize=(2.6 * n + 0.6, 2.6 * n + 0.4))
         ax.set_axis_off()

@@ -14,6 +14,8 @@ from anomalib_gen.calibration._wrapped import innermost, score_rows
 from anomalib_gen.inspection._style import (
     ANOMALY,
     NORMAL,
+    check_confidence,
+    check_count,
     check_labels,
     check_scores,
     ink,
@@ -140,6 +142,7 @@ class ScoreHistogramDisplay:
         -------
         ScoreHistogramDisplay
         """
+        check_count(bins, "bins")
         ax = start(self, ax)
         low, middle, high = np.quantile(self.scores, [0.25, 0.5, 0.75])
         # A few rows far out would squeeze all others into one bin: they are counted at the edge.
@@ -169,9 +172,12 @@ class ScoreHistogramDisplay:
         if self.threshold is not None and np.isfinite(self.threshold):
             flagged = (self.scores < self.threshold).mean()
             ax.axvline(self.threshold, color=ink(), ls="--", lw=1.2, label=f"threshold ({flagged:.1%} below)")
-        outside = int((self.scores < left).sum())
-        note = f"; {outside} rows farther left are counted at the edge" if outside else ""
-        ax.set(xlabel=f"score (lower = more abnormal{note})", ylabel="share of rows", title=self.name)
+        outside = {"left": int((self.scores < left).sum()), "right": int((self.scores > right).sum())}
+        counted = ", ".join(
+            f"{n} row{'s' if n > 1 else ''} farther {side}" for side, n in outside.items() if n
+        )
+        note = f"\ncounted at the edge: {counted}" if counted else ""
+        ax.set(xlabel=f"score (lower = more abnormal){note}", ylabel="share of rows", title=self.name)
         ax.legend(frameon=False)
         return self
 
@@ -297,6 +303,7 @@ class DetectionCurveDisplay:
         """
         if kind not in ("roc", "precision-recall"):
             raise ValueError(f"kind must be 'roc' or 'precision-recall', got {kind!r}.")
+        confidence, n_resamples = check_confidence(confidence), check_count(n_resamples, "n_resamples")
         anomaly = -check_scores(scores)
         target = check_labels(y, len(anomaly)) == -1
         if target.all() or not target.any():
@@ -364,7 +371,7 @@ class DetectionCurveDisplay:
             # Over the line of chance, which is low where anomalies are rare.
             edgecolor="none",
             fontsize="small",
-            title=f"{self.confidence:.0%} bootstrap intervals",
+            title=f"{100 * self.confidence:g}% bootstrap intervals",
             title_fontsize="small",
         )
         return self
@@ -469,7 +476,9 @@ class PValueDisplay:
         p = check_scores(p_values, "p_values")
         if p.min() < 0 or p.max() > 1:
             raise ValueError(f"p_values must lie in [0, 1], got {p.min():g} to {p.max():g}.")
-        return cls(p_values=np.sort(p), confidence=confidence, name=name).plot(ax=ax, **kwargs)
+        return cls(p_values=np.sort(p), confidence=check_confidence(confidence), name=name).plot(
+            ax=ax, **kwargs
+        )
 
     def plot(self, ax: Any = None, *, log: bool = True, color: Any = NORMAL) -> Self:
         """Draw on the axes given, or on new ones.
@@ -497,7 +506,7 @@ class PValueDisplay:
             color=ink(),
             alpha=0.12,
             lw=0,
-            label=f"{self.confidence:.0%} band of {n} uniform p-values",
+            label=f"{100 * self.confidence:g}% band of {n} uniform p-values",
         )
         ax.plot([lowest if log else 0, 1], [lowest if log else 0, 1], color=ink(), ls=":", lw=1)
         values, counts = np.unique(self.p_values, return_counts=True)

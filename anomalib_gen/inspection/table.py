@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -12,6 +13,7 @@ from anomalib_gen.explain import FeatureContributions, feature_contributions
 from anomalib_gen.explain._columns import split_pipeline
 from anomalib_gen.inspection._style import (
     ANOMALY,
+    check_count,
     check_labels,
     check_scores,
     ink,
@@ -187,13 +189,13 @@ class TopAnomaliesDisplay:
                     f"{len(contributions.values)} rows."
                 )
             top = _top(values, n_top)
-            contributions = FeatureContributions(
+            contributions = replace(
+                contributions,
                 values=contributions.values[top],
                 anomaly=contributions.anomaly[top],
                 baseline=contributions.baseline[top],
-                feature_names=contributions.feature_names,
-                method=contributions.method,
                 data=contributions.data[top],
+                index=None if contributions.index is None else contributions.index[top],
             )
         frame = _table(
             values,
@@ -225,10 +227,11 @@ class TopAnomaliesDisplay:
         TopAnomaliesDisplay
         """
         heads, rows, shades = self._text()
-        # As wide as the text: about a twelfth of an inch a letter.
+        # As wide as the text: about a twelfth of an inch a letter, and a tenth in the title.
         letters = [max(len(text) for text in column) + 3 for column in zip(heads, *rows, strict=True)]
         self._own_figure = ax is None
-        ax = start(self, ax, figsize=(max(4.0, 0.085 * sum(letters)), 0.75 + 0.28 * len(rows)))
+        width = max(4.0, 0.085 * sum(letters), 0.1 * len(self._title()))
+        ax = start(self, ax, figsize=(width, 0.75 + 0.28 * len(rows)))
         import matplotlib as mpl
 
         color = ink()
@@ -346,9 +349,7 @@ def _cell(name: str, value: Any) -> str:
 
 def _top(scores: Any, n: int) -> Any:
     """Positions of the lowest scores, lowest first; the earlier of two that tie."""
-    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
-        raise ValueError(f"n_top must be a positive integer, got {n!r}.")
-    return np.argsort(scores, kind="stable")[:n]
+    return np.argsort(scores, kind="stable")[: check_count(n, "n_top")]
 
 
 def _table(

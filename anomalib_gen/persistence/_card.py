@@ -40,6 +40,7 @@ def model_card(document: Mapping[str, Any]) -> str:
             "offset": "Threshold",
             "anomaly": "Anomaly",
             "n_features_in": "Columns",
+            "image_shape": "Images (channels, height, width)",
             "n_weights": "Weights",
             "n_iter": "Gradient steps",
             "best_iter": "Step whose weights were kept",
@@ -57,7 +58,8 @@ def model_card(document: Mapping[str, Any]) -> str:
         lines += [f"Described from {schema['n_rows']} rows.", ""]
     columns = schema["columns"]
     if columns is None:
-        lines.append("Nothing is known of the columns.")
+        images = any("image_shape" in part for part in training)
+        lines.append("They are images." if images else "Nothing is known of the columns.")
     else:
         lines += ["| column | type | range or values | missing |", "| --- | --- | --- | --- |"]
         lines += [_row(column) for column in columns[:MAX_COLUMNS]]

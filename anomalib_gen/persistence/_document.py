@@ -244,6 +244,11 @@ def _describe_detector(path: str, detector: Any) -> dict[str, Any]:
         value = getattr(detector, name, None)
         if isinstance(value, int | float) and math.isfinite(value):
             found[name.strip("_")] = float(value) if isinstance(value, float) else int(value)
+    shape = tuple(getattr(detector, "event_shape_", ()))
+    if len(shape) > 1:
+        # n_features_in_ is the number of channels, which nobody would call columns.
+        found.pop("n_features_in", None)
+        found["image_shape"] = list(shape)
     for name, label in (("loss_curve_", "last_loss"), ("validation_curve_", "best_validation_loss")):
         curve = [value for value in getattr(detector, name, None) or [] if math.isfinite(value)]
         if curve:

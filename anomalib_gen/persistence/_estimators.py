@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from anomalib_gen.persistence._errors import ModelFolderError
 
@@ -79,6 +80,14 @@ def dump_estimator(estimator: Any, trusted: Collection[str]) -> bytes:
     try:
         data = _canonical(skops.dumps(estimator))
     except Exception as error:
+        networks = [
+            name for name, value in getattr(estimator, "__dict__", {}).items() if isinstance(value, nn.Module)
+        ]
+        if networks:
+            raise ModelFolderError(
+                f"its {networks[0]} is a network of yours, and model folders hold none. Save the detector behind it "
+                "alone, and build the rest around it again."
+            ) from error
         raise ModelFolderError(f"it cannot be saved without pickle ({error}).") from error
     try:
         _check(data, trusted)

@@ -244,6 +244,10 @@ def test_contributions_return_to_the_columns_of_the_input(frame, encoder):
     assert contribution == found.values[0].max()
     table = found.to_frame()
     assert list(table.columns) == list(frame.columns)
+    # With the index of the rows, so that it joins what else is known of them.
+    shuffled = feature_contributions(pipeline, odd[::-1], background=frame).to_frame()
+    assert shuffled.index.equals(odd.index[::-1])
+    np.testing.assert_allclose(shuffled.loc[odd.index], found.values, rtol=1e-6, atol=1e-9)
     # Through meta-estimators and searches as well.
     inner = pipeline[-1]
     conformal = make_pipeline(encoder, SplitConformalDetector(FlowDetector(**SMALL), random_state=0)).fit(

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 
-from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
+from anomalib_gen import ComposedDetector, DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
 from anomalib_gen.anomaly import ReconstructionError
+from anomalib_gen.calibration import SplitConformalDetector
 from anomalib_gen.heatmaps import _average, explain_images
 from anomalib_gen.images import ChannelsFirst
 
@@ -107,8 +109,16 @@ def test_what_there_is_no_map_of_is_refused(trained, digits):
     with pytest.raises(ValueError, match="Heat maps are for detectors of images"):
         explain_images(table, digits[:2])
     pipeline = make_pipeline(ChannelsFirst(), trained(VAEDetector))
-    with pytest.raises(TypeError, match=r"got Pipeline\. Of a pipeline explain the last step"):
+    with pytest.raises(TypeError, match=r"got Pipeline\. Explain the last step"):
         explain_images(pipeline, digits[:2, 0])
+    calibrated = SplitConformalDetector(FrozenEstimator(trained(VAEDetector))).fit(digits)
+    with pytest.raises(
+        TypeError, match=r"got SplitConformalDetector\. .* explain_images\(detector\.estimator_, X"
+    ):
+        explain_images(calibrated, digits[:2])
+    composed = ComposedDetector([("flow", trained(FlowDetector))]).fit(digits)
+    with pytest.raises(TypeError, match=r"got ComposedDetector\. Explain its members"):
+        explain_images(composed, digits[:2])
 
 
 @pytest.mark.parametrize("scale", [1, 1 / 255], ids=["uint8", "float"])

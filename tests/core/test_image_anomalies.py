@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits, load_sample_images
+from sklearn.exceptions import NotFittedError
 from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
 
 from anomalib_gen import ComposedDetector, DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
 from anomalib_gen.anomaly import (
@@ -18,7 +20,7 @@ from anomalib_gen.anomaly import (
     MultiScaleReconstruction,
 )
 from anomalib_gen.anomaly.multiscale_reconstruction import pyramid_distance
-from anomalib_gen.images import likelihood_ratio, mutate_pixels
+from anomalib_gen.images import ChannelsFirst, likelihood_ratio, mutate_pixels
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 FAMILIES = [DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector]
@@ -198,6 +200,9 @@ def test_mutations(digits):
     assert mutated.dtype == np.uint8
     assert 0.27 < (mutated != digits).mean() < 0.33
     np.testing.assert_array_equal(mutated, mutate_pixels(digits, rate=0.3, random_state=0))
+    # Whole numbers of any type reach the largest.
+    two = mutate_pixels(np.tile([0, 1], (50, 1, 8, 4)), rate=1.0, random_state=0)
+    assert set(np.unique(two)) == {0, 1}
     real = mutate_pixels(digits / 255.0, rate=1.0, random_state=0)
     assert real.mean() == pytest.approx((digits / 255.0).max() / 2, rel=0.05)
     with pytest.raises(ValueError, match="rate must lie"):
@@ -212,6 +217,17 @@ def test_a_likelihood_ratio_is_the_difference_of_two_energies(digits):
     np.testing.assert_allclose(normal, detector.energy(digits[:9]))
     assert np.abs(background - normal).max() > 1
     assert ratio.event_shape_ == (1, 8, 8)
+
+
+def test_what_has_no_likelihood_ratio_is_refused_before_training(digits, monkeypatch):
+    detector, plain = small(FlowDetector).fit(digits), small(FlowDetector)
+    monkeypatch.setattr(FlowDetector, "fit", lambda *_: pytest.fail("trained in vain"))
+    with pytest.raises(NotFittedError):
+        likelihood_ratio(plain, digits)
+    with pytest.raises(ValueError, match="uint8 images, 0 to 255, and X is float64"):
+        likelihood_ratio(detector, digits / 255)
+    with pytest.raises(TypeError, match=r"got Pipeline\. Take the last step"):
+        likelihood_ratio(make_pipeline(ChannelsFirst(), detector), digits[:, 0])
 
 
 def test_compositions_draw_images(digits):

@@ -1,12 +1,25 @@
 """Reading image files, layouts, and bits per dimension."""
 
+import gc
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
+from joblib import Parallel, delayed
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import make_pipeline
 
 from anomalib_gen import FlowDetector
+from anomalib_gen.calibration import (
+    BootstrapConformalDetector,
+    CrossConformalDetector,
+    SplitConformalDetector,
+    ThresholdDetector,
+)
 from anomalib_gen.images import ChannelsFirst, ImageReader, bits_per_dimension, list_images
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -50,13 +63,28 @@ def test_large_results_are_mapped(folder):
     np.testing.assert_array_equal(mapped, small.fit_transform(folder))
 
 
+def test_mapped_images_reach_other_processes_and_leave_no_file(folder):
+    mapped = ImageReader(max_bytes=1000).fit_transform(folder)
+    path, view = Path(mapped.filename), mapped[2:]
+    sums = Parallel(n_jobs=2)(delayed(np.sum)(part) for part in (mapped, view))
+    assert sums == [mapped.sum(), view.sum()]
+    del mapped
+    assert path.exists()
+    assert view.any()
+    del view
+    gc.collect()
+    assert not path.exists()
+
+
 def test_files_that_cannot_be_read_are_named(folder):
     (folder / "a" / "broken.png").write_bytes(b"not a picture")
     cut = (folder / "b" / "00.png").read_bytes()
     (folder / "b" / "cut.png").write_bytes(cut[: len(cut) // 2])
     Image.new("RGB", (5, 5)).save(folder / "b" / "small.png")
     reader = ImageReader().fit(folder)
-    with pytest.raises(ValueError, match=r"3 of 15 files .*broken\.png.*cut\.png.*small\.png \(5 x 5 pixels"):
+    with pytest.raises(
+        ValueError, match=r"3 of 15 files .*broken\.png \(no .*cut\.png.*small\.png \(5 x 5 pixels"
+    ):
         reader.transform(folder)
     reader.set_params(on_error="skip")
     with pytest.warns(UserWarning, match=r"3 of 15 files cannot be read and are left out: .*broken\.png"):
@@ -95,6 +123,20 @@ def test_a_reader_drops_into_a_pipeline(folder):
     assert flow.event_shape_ == (1, 8, 8)
 
 
+def test_calibration_takes_files_to_fit_and_folders_to_score(folder):
+    flow = FlowDetector(max_iter=1, hidden_features=8, random_state=0, device="cpu")
+    pipeline, files = make_pipeline(ImageReader(size=8, mode="L"), flow), list_images(folder)
+    detector = SplitConformalDetector(pipeline, alpha=0.2, random_state=0).fit(files)
+    np.testing.assert_array_equal(detector.p_values(folder), detector.p_values(files))
+    np.testing.assert_array_equal(detector.predict(str(folder)), detector.predict(files))
+    for wrapper in (SplitConformalDetector, CrossConformalDetector, BootstrapConformalDetector):
+        with pytest.raises(TypeError, match=r"is a folder, of which no part .*list_images\(folder\)"):
+            wrapper(pipeline).fit(folder)
+    for rule in ("contamination", "false-positive-rate", "cost"):
+        with pytest.raises(TypeError, match="is a folder, of which no part"):
+            ThresholdDetector(pipeline, threshold=rule).fit(str(folder), [1, -1])
+
+
 def test_layouts():
     images = np.random.default_rng(0).integers(0, 256, (6, 9, 10, 3), dtype=np.uint8)
     layout = ChannelsFirst()
@@ -120,7 +162,8 @@ def test_files_that_would_unpack_to_too_much_are_named_too(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
     with pytest.raises(ValueError, match=r"1 of 13 files .*huge\.png \(Image size \(1600 pixels\)"):
         reader.transform(folder)
-    assert len(reader.set_params(on_error="skip").transform(folder)) == 12
+    with pytest.warns(UserWarning, match="1 of 13 files"):
+        assert len(reader.set_params(on_error="skip").transform(folder)) == 12
     assert [path.endswith("huge.png") for path in reader.skipped_] == [True]
 
 
@@ -136,6 +179,64 @@ def test_files_of_more_than_eight_bits_are_named_and_not_cut(tmp_path):
     reader = ImageReader(mode="L", on_error="skip")
     with pytest.warns(UserWarning, match="2 of 3 files"):
         assert reader.fit_transform(tmp_path).shape == (1, 1, 2, 2)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2), (6, 4)], ids=["rgb", "la", "rgba"])
+def test_colours_of_sixteen_bits_are_not_cut_either(tmp_path, mode, kind, channels):
+    """Pillow says that such files have 8 bits, and drops the lower ones."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = b"".join(b"\0" + bytes(range(2 * 8 * channels)) for _ in range(8))
+    header = struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0)
+    (tmp_path / "deep.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+    with pytest.raises(ValueError, match=r"deep\.png \(more than 8 bits a value"):
+        ImageReader(mode=mode, size=8).fit_transform(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_images_stand_as_a_viewer_shows_them(tmp_path, suffix):
+    pixels = np.zeros((16, 24), dtype=np.uint8)
+    pixels[:8, :8] = 255  # the corner at the top left
+    turned = {1: (16, 24, 0, 0), 3: (16, 24, -1, -1), 6: (24, 16, 0, -1), 8: (24, 16, -1, 0)}
+    for orientation, (height, width, row, column) in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}.{suffix}"
+        Image.fromarray(pixels).save(path, exif=exif)
+        (image,) = ImageReader(mode="L").fit_transform([path])
+        assert image.shape == (1, height, width)
+        assert image[0, row, column] > 200
+        assert (image > 127).sum() == 64
+
+
+def test_transparency_is_dropped_in_silence(tmp_path):
+    grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    grey.quantize(16).save(tmp_path / "palette.png", transparency=bytes(range(16)))
+    grey.convert("RGBA").save(tmp_path / "colour.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = ImageReader(mode="L").fit_transform(tmp_path)
+    np.testing.assert_array_equal(images[0, 0], np.asarray(grey))
+    assert np.abs(images[1, 0].astype(int) - grey).max() <= 4
+
+
+def test_folders_with_the_name_of_a_file_are_none(folder):
+    (folder / "a" / "crops.png").mkdir()
+    Image.new("RGB", (12, 10)).save(folder / "a" / "crops.png" / "Größe.PNG")
+    (folder / "b" / "gone.jpg").symlink_to(folder / "nothing.jpg")
+    paths = [path.rsplit("/")[-1] for path in list_images(folder)]
+    assert len(paths) == 14
+    assert {"Größe.PNG", "gone.jpg"} <= set(paths)
+    with pytest.raises(ValueError, match=r"1 of 14 files cannot be read: .*gone\.jpg"):
+        ImageReader().fit_transform(folder)
 
 
 def test_readers_are_fitted_first_and_take_paths(folder):

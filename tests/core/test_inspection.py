@@ -83,7 +83,9 @@ def test_histogram_counts_every_row(fitted, labelled):
 def test_histogram_says_what_lies_outside():
     scores = np.r_[np.random.default_rng(0).normal(size=100), -1e6, -1e7]
     display = ScoreHistogramDisplay.from_predictions(scores, threshold=-2.0)
-    assert "2 rows farther left" in display.ax_.get_xlabel()
+    assert display.ax_.get_xlabel().endswith("counted at the edge: 2 rows farther left")
+    both = ScoreHistogramDisplay.from_predictions(np.r_[scores, 1e6])
+    assert "2 rows farther left, 1 row farther right" in both.ax_.get_xlabel()
     assert display.ax_.get_xlim()[0] > -100
     again = display.plot(bins=10)
     assert again is display
@@ -226,7 +228,7 @@ def test_contributions_are_ordered_and_the_rest_is_added_up(fitted, X):
     assert sum(widths) == pytest.approx(found.values[2].sum())
     assert widths[0] >= widths[1]
     labels = [text.get_text() for text in display.ax_.get_yticklabels()]
-    assert labels[-1] == "1 other columns"
+    assert labels[-1] == "1 other column"
     assert labels[0].startswith(f"x{found.values[2].argmax()} = ")
     frame = pd.DataFrame(X, columns=["a", "b", "c"])
     with pytest.warns(UserWarning, match="X has feature names"):
@@ -390,6 +392,51 @@ def test_heat_maps_of_colour_images_and_what_is_refused():
         ImageHeatmapDisplay.from_predictions(images, np.zeros((2, 4, 6)), n_columns=0)
 
 
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("shape", [(8, 8), (9, 13), (31, 17), (8, 64), (128, 16)])
+def test_all_words_beside_heat_maps_can_be_read(shape, n, marked):
+    """Whatever the shape: nothing is cut at the edge, and words lie neither on images nor on each other."""
+    images, masks = np.zeros((n, 1, *shape), np.uint8), np.zeros((n, *shape), dtype=bool)
+    masks[:, 2:4, 2:4] = True
+    display = ImageHeatmapDisplay.from_predictions(
+        images,
+        masks.astype(float),
+        scores=np.full(n, -123.4),
+        masks=masks if marked else None,
+        unit="squared residual above normal, in standardised pixels",
+        name="DiffusionDetector",
+    )
+    ax, figure = display.ax_, display.figure_
+    figure.canvas.draw()
+    bar = figure.axes[-1]
+    label = bar.yaxis.label if bar.get_ylabel() else bar.xaxis.label
+    words = [ax.title, *ax.texts, label, *(ax.get_legend().get_texts() if marked else ())]
+    boxes = [word.get_window_extent() for word in words]
+    for box in [*boxes, bar.get_window_extent()]:
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+    others = [picture.get_window_extent() for picture in ax.images] + [bar.get_window_extent()]
+    for k, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[k + 1 :] + others)
+
+
+@pytest.mark.parametrize(("values", "end"), [((0, 0), 1.0), ((-2, -3), 3.0), ((-2, 5), 5.0)])
+def test_maps_without_heat_have_a_scale_that_can_be_read(values, end):
+    maps = np.full((1, 32, 32), float(values[0]))
+    maps[0, 0, 0] = values[1]
+    display = ImageHeatmapDisplay.from_predictions(np.zeros((1, 1, 32, 32), np.uint8), maps)
+    heat = display.ax_.images[2]
+    assert (heat.norm.vmin, heat.norm.vmax) == (0, end)
+
+
+def test_only_images_of_eight_bits_have_a_fixed_scale():
+    levels = np.arange(17).repeat(4).reshape(1, 1, 17, 4)  # as of scikit-learn's digits
+    for images, brightest in ((levels, 1), (levels / 16, 1), (levels.astype(np.uint8), 16 / 255)):
+        display = ImageHeatmapDisplay.from_predictions(images, np.zeros((1, 17, 4)))
+        assert np.asarray(display.ax_.images[0].get_array()).max() == pytest.approx(brightest)
+
+
 def test_wrong_labels_and_scores_are_refused(fitted, X):
     with pytest.raises(ValueError, match=r"y must hold 200 labels.*values \[0\]"):
         ScoreHistogramDisplay.from_estimator(fitted, X, np.zeros(200, dtype=int))
@@ -416,6 +463,59 @@ def test_dollars_in_names_and_values_are_no_mathematics(tiny, X):
     table = TopAnomaliesDisplay.from_estimator(detector, frame, keys=[r"$\y$"] * len(frame), n_top=2)
     table.figure_.canvas.draw()
     assert r"$\y$" in table._repr_html_()
+
+
+def test_the_title_of_a_narrow_table_is_not_cut():
+    table = TopAnomaliesDisplay.from_predictions(np.arange(200.0), name="BootstrapConformalDetector")
+    table.figure_.canvas.draw()
+    assert table.ax_.get_title(loc="left").startswith("Bootstrap")
+    (title,) = (t for t in table.ax_.get_children() if getattr(t, "get_text", str)().startswith("Bootstrap"))
+    assert title.get_window_extent().x1 <= table.figure_.bbox.x1
+
+
+def test_numbers_out_of_range_are_refused_by_name(fitted, X):
+    found = feature_contributions(fitted, X[:3])
+    for row in (3, -4, 1.0):
+        with pytest.raises(ValueError, match="row must be an integer from 0 to 2, got"):
+            FeatureContributionsDisplay.from_contributions(found, row=row)
+        with pytest.raises(ValueError, match="row must be an integer from 0 to 2, got"):
+            FeatureContributionsDisplay.from_estimator(fitted, X[:3], row=row)
+    last = FeatureContributionsDisplay.from_estimator(fitted, X[:3], row=-1)
+    np.testing.assert_array_equal(last.contributions.data, X[2:3])
+    with pytest.raises(ValueError, match="max_columns must be a positive integer, got 0"):
+        FeatureContributionsDisplay.from_contributions(found, max_columns=0)
+    with pytest.raises(ValueError, match="n must be a positive integer, got -1"):
+        found.top(-1)
+    with pytest.raises(ValueError, match="bins must be a positive integer, got 0"):
+        ScoreHistogramDisplay.from_predictions([0.0, 1.0], bins=0)
+    with pytest.raises(ValueError, match="bins must be a positive integer, got 0"):
+        SamplesDisplay.from_predictions(X, X, bins=0)
+    with pytest.raises(ValueError, match="resolution must be an integer of at least 2, got 1"):
+        LandscapeDisplay.from_estimator(fitted, X[:, :2], resolution=1)
+    with pytest.raises(ValueError, match="n_resamples must be a positive integer, got 0"):
+        DetectionCurveDisplay.from_predictions([1, -1], [0.0, 1.0], n_resamples=0)
+    for make in (DetectionCurveDisplay.from_predictions, PValueDisplay.from_predictions):
+        data = ([1, -1], [0.0, 1.0]) if make == DetectionCurveDisplay.from_predictions else ([0.5],)
+        with pytest.raises(ValueError, match="confidence must lie between 0 and 1, got 95"):
+            make(*data, confidence=95)
+    curve = DetectionCurveDisplay.from_predictions([1, -1], [0.0, 1.0], confidence=0.999, n_resamples=5)
+    assert curve.ax_.get_legend().get_title().get_text() == "99.9% bootstrap intervals"
+
+
+def test_principal_axes_need_rows_that_differ_or_say_nothing(X, recwarn):
+    vae = VAEDetector(max_iter=1, n_components=3, device="cpu").fit(X)
+    with pytest.raises(ValueError, match="two rows at least, got 1"):
+        LatentSpaceDisplay.from_estimator(vae, X[:1])
+    display = LatentSpaceDisplay.from_estimator(vae, np.repeat(X[:1], 2, axis=0))
+    assert "(0% of the variance)" in display.ax_.get_xlabel()
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
+def test_a_single_loss_is_a_point(X):
+    ax = LossCurveDisplay.from_estimator(VAEDetector(max_iter=1, device="cpu").fit(X)).ax_
+    assert [line.get_marker() for line in ax.lines[:2]] == ["o", "o"]
+    ax = LossCurveDisplay.from_estimator(VAEDetector(max_iter=60, device="cpu").fit(X)).ax_
+    assert [line.get_marker() for line in ax.lines[:2]] == ["None", "None"]
 
 
 def test_a_closed_form_has_no_loss_to_draw(X):

@@ -173,5 +173,8 @@ def test_files_without_loss_ask_for_no_coding(coded_home):
     for channel in range(3):
         np.testing.assert_array_equal(X[:, channel, 2:-2, 2:-2], digits[:, 0])
     assert not X[:, :, :2].any()
+    for n in (0, -1, 2.0):
+        with pytest.raises(ValueError, match="n_samples must be a positive integer, got"):
+            load_other_images("mnist", n_samples=n)
     with pytest.raises(ValueError, match="source must be one of 'mnist', 'photographs'"):
         load_other_images("svhn", data_home=coded_home)

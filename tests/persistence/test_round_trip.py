@@ -40,6 +40,7 @@ from anomalib_gen.calibration import (
     TailProbability,
     ThresholdDetector,
 )
+from anomalib_gen.features import FeatureExtractor
 from anomalib_gen.images import ChannelsFirst
 from anomalib_gen.models import KernelDenoiser
 from anomalib_gen.paths import EDM
@@ -138,6 +139,25 @@ def test_nothing_is_said_of_the_columns_of_images(tmp_path):
         detector.save(tmp_path / "model", X=images[:, :, ::2, ::2], overwrite=True)
     with pytest.raises(ValueError, match="must be a table"):
         small(VAEDetector).fit(images[:, 0, 0]).save(tmp_path / "model", X=images, overwrite=True)
+
+
+def test_the_card_of_a_detector_of_images_speaks_of_images(tmp_path):
+    images = np.random.default_rng(0).normal(size=(40, 1, 8, 9))
+    small(VAEDetector).fit(images).save(tmp_path / "model")
+    card = (tmp_path / "model" / "MODEL_CARD.md").read_text()
+    assert "| Images (channels, height, width) | [1, 8, 9] |" in card
+    assert "olumns" not in card
+
+
+def test_a_network_of_the_user_s_is_named(tmp_path):
+    images = np.random.default_rng(0).normal(size=(40, 1, 8, 8))
+    extractor = FeatureExtractor(torch.nn.Conv2d(1, 2, 3), device="cpu")
+    pipeline = make_pipeline(extractor, small(VAEDetector)).fit(images)
+    with pytest.raises(
+        ModelFolderError, match=r"FeatureExtractor\): its network is a network of yours, .* alone"
+    ):
+        save(pipeline, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_images_in_another_layout(tmp_path):
