@@ -524,8 +524,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     def _draw(self, n_samples: int, random_state: Any, **options: Any) -> npt.NDArray[Any]:
         """Draw rows in the units of X; `options` are the model's."""
         check_is_fitted(self)
-        if not isinstance(n_samples, Integral) or n_samples < 1:
-            raise ValueError(f"n_samples must be a positive integer, got {n_samples!r}.")
+        _runtime.check_count(n_samples, "n_samples")
         device = self._scoring_device()
         model: Any = self._model_on(device)
         seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))

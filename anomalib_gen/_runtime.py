@@ -11,6 +11,8 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -150,6 +152,14 @@ def forked_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
 def expand_as_rows(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Reshape per-row numbers ``(B,)`` so that they broadcast over events ``(B, *E)``."""
     return t.reshape(-1, *([1] * (x.ndim - 1)))
+
+
+def check_count(value: Any, name: str, *, least: int = 1) -> int:
+    """Return a whole number of at least `least`; the message of another one names it."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+    return int(value)
 
 
 def check_shape(values: torch.Tensor, shape: Sequence[int], name: str) -> torch.Tensor:

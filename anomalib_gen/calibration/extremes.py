@@ -19,13 +19,14 @@ excesses look like what was fitted to them (`TailFit.goodness_of_fit`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy import optimize, stats
 from sklearn.utils import check_random_state
+
+from anomalib_gen._runtime import check_count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -175,8 +176,7 @@ class TailFit:
         TailGoodness
             A small p-value says that the threshold is too low, or that the values are rounded or mixed.
         """
-        if not isinstance(n_resamples, Integral) or n_resamples < 1:
-            raise ValueError(f"n_resamples must be a positive integer, got {n_resamples!r}.")
+        check_count(n_resamples, "n_resamples")
         random = check_random_state(random_state)
         statistic = _anderson_darling(self.excesses, self.shape, self.scale)
         at_least = 0

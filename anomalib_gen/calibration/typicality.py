@@ -14,13 +14,12 @@ rows beside the batch that test rejects too often.)
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.utils import check_random_state
 
-from anomalib_gen._runtime import row_blocks
+from anomalib_gen._runtime import check_count, row_blocks
 
 RESAMPLED_VALUES = 2**22
 """Values drawn at once by the bootstrap."""
@@ -94,8 +93,7 @@ def typicality_test(
             f"typicality_test needs a detector with log_prob, and {type(detector).__name__} has none. "
             "Use one that gives exact densities, such as FlowDetector."
         )
-    if not isinstance(n_resamples, Integral) or n_resamples < 1:
-        raise ValueError(f"n_resamples must be a positive integer, got {n_resamples!r}.")
+    check_count(n_resamples, "n_resamples")
     reference = -detector.log_prob(X_reference)
     if len(reference) < 2:
         raise ValueError(

@@ -34,6 +34,7 @@ from anomalib_gen import _runtime
 from anomalib_gen._base import outlier_threshold
 from anomalib_gen._inputs import check_images, validate_rows
 from anomalib_gen._outlier import OutlierScores
+from anomalib_gen._runtime import check_count
 from anomalib_gen.samplers import mala
 
 
@@ -452,8 +453,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
             one of rows of zeros and ones.
         """
         check_is_fitted(self)
-        if not isinstance(n_samples, Integral) or n_samples < 1:
-            raise ValueError(f"n_samples must be a positive integer, got {n_samples!r}.")
+        check_count(n_samples, "n_samples")
         unseen = np.setdiff1d(np.arange(self.n_features_in_), np.concatenate(self._columns))
         if len(unseen):
             raise ValueError(

@@ -43,7 +43,7 @@ from torch import nn
 from anomalib_gen import _runtime
 from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._component import Component
-from anomalib_gen._runtime import expand_as_rows
+from anomalib_gen._runtime import check_count, expand_as_rows
 from anomalib_gen._scaling import ArrayRows, Standardizer, TailedStandardizer
 from anomalib_gen.anomaly import (
     ClosedFormResidual,
@@ -365,7 +365,7 @@ class DiffusionDetector(GenerativeDetector):
             If the model has not learned that noise level.
         """
         level = self._check_level(noise)
-        return self._reconstruct(self._validate(X, reset=False), level, _positive("n_steps", n_steps))
+        return self._reconstruct(self._validate(X, reset=False), level, check_count(n_steps, "n_steps"))
 
     def _reconstruct(
         self, rows: npt.NDArray[Any], level: float = 1.0, n_steps: int = 20
@@ -402,7 +402,7 @@ class DiffusionDetector(GenerativeDetector):
             In nats, in the units of X; of rows with noise of the path's smallest level.
         """
         self._check_denoiser()
-        part = ODELikelihood(n_steps=_positive("n_steps", n_steps))
+        part = ODELikelihood(n_steps=check_count(n_steps, "n_steps"))
         return -self._apply(part, self._validate(X, reset=False))
 
     def elbo(self, X: Any, *, n_steps: int = 100, n_draws: int = 1) -> npt.NDArray[np.float64]:
@@ -423,7 +423,7 @@ class DiffusionDetector(GenerativeDetector):
             In nats, in the units of X.
         """
         self._check_denoiser()
-        part = DiffusionELBO(n_steps=_positive("n_steps", n_steps), n_draws=_positive("n_draws", n_draws))
+        part = DiffusionELBO(n_steps=check_count(n_steps, "n_steps"), n_draws=check_count(n_draws, "n_draws"))
         return -self._apply(part, self._validate(X, reset=False))
 
     def sample(
@@ -459,7 +459,7 @@ class DiffusionDetector(GenerativeDetector):
         ValueError
             If `n_samples` or `n_steps` is not a positive integer, or the sampler is unknown.
         """
-        n_steps = _positive("n_steps", n_steps)
+        n_steps = check_count(n_steps, "n_steps")
         if sampler not in ("auto", *SAMPLERS):
             known = ", ".join(map(repr, ("auto", *SAMPLERS)))
             raise ValueError(f"sampler={sampler!r} is unknown. Known: {known}.")
@@ -615,9 +615,3 @@ class DiffusionDetector(GenerativeDetector):
 
     def _auto_max_iter(self, steps_per_pass: int) -> int:
         return min(max(min(400 * steps_per_pass, 4000), 2 * steps_per_pass, 500), 10_000)
-
-
-def _positive(name: str, value: Any) -> int:
-    if not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    return int(value)

@@ -35,7 +35,6 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -130,8 +129,7 @@ class FeatureContributions:
         list of list of (name, value, contribution)
             For each row, largest contribution first.
         """
-        if not isinstance(n, Integral) or int(n) < 1:
-            raise ValueError(f"n must be a positive integer, got {n!r}.")
+        _runtime.check_count(n, "n")
         order = np.argsort(-self.values, axis=1, kind="stable")[:, :n]
         return [
             [(self.feature_names[j], self.data[i, j], float(self.values[i, j])) for j in columns]
@@ -205,8 +203,7 @@ def feature_contributions(
     """
     if method not in ("auto", *METHODS):
         raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, METHODS))}, got {method!r}.")
-    if not isinstance(n_baselines, Integral) or n_baselines < 1:
-        raise ValueError(f"n_baselines must be a positive integer, got {n_baselines!r}.")
+    _runtime.check_count(n_baselines, "n_baselines")
     check_is_fitted(detector)
     front, inner = split_pipeline(detector)
     if not hasattr(inner, "_torch_energy"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -44,14 +44,6 @@ def threshold_of(estimator: Any) -> float | None:
     if not hasattr(inner, "offset_") and hasattr(inner, "threshold_"):  # pyod
         return -float(inner.threshold_)
     return getattr(inner, "offset_", None)
-
-
-def check_count(value: Any, name: str, *, least: int = 1) -> int:
-    """A whole number of at least one, or of `least`."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
-        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise ValueError(f"{name} must be {wanted}, got {value!r}.")
-    return int(value)
 
 
 def check_confidence(value: Any) -> float:

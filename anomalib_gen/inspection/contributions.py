@@ -9,8 +9,9 @@ import numpy as np
 from sklearn.utils import _safe_indexing
 from sklearn.utils.validation import _num_samples
 
+from anomalib_gen._runtime import check_count
 from anomalib_gen.explain import FeatureContributions, feature_contributions
-from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_count, ink, literal, start
+from anomalib_gen.inspection._style import ANOMALY, NORMAL, ink, literal, start
 
 UNITS = {
     "integrated-gradients": "contribution to the energy, in nats",

@@ -8,9 +8,10 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from anomalib_gen._runtime import check_count
 from anomalib_gen.explain._columns import split_pipeline
 from anomalib_gen.heatmaps import explain_images, resolve_kind
-from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_count, check_scores, ink, start
+from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_scores, ink, start
 
 UNITS = {
     "residual": "squared residual, in standardised pixels",

@@ -10,12 +10,12 @@ from scipy import stats
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 from sklearn.utils import check_random_state
 
+from anomalib_gen._runtime import check_count
 from anomalib_gen.calibration._wrapped import innermost, score_rows
 from anomalib_gen.inspection._style import (
     ANOMALY,
     NORMAL,
     check_confidence,
-    check_count,
     check_labels,
     check_scores,
     ink,

@@ -8,12 +8,12 @@ from typing import Any, Self
 import numpy as np
 from sklearn.utils import _safe_indexing
 
+from anomalib_gen._runtime import check_count
 from anomalib_gen.calibration._wrapped import score_rows
 from anomalib_gen.explain import FeatureContributions, feature_contributions
 from anomalib_gen.explain._columns import split_pipeline
 from anomalib_gen.inspection._style import (
     ANOMALY,
-    check_count,
     check_labels,
     check_scores,
     ink,

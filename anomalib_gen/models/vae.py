@@ -24,13 +24,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from anomalib_gen._runtime import check_shape, normal_noise
+from anomalib_gen._runtime import check_count, check_shape, normal_noise
 from anomalib_gen.models.observation import Observation
 
 ENCODER_BOUND = 8.0
@@ -150,8 +149,7 @@ class VAEModel(nn.Module):
 
     def draw_noise(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Draw standard normal noise ``(n, L)``: a latent vector for each of n passes over all rows."""
-        if not isinstance(n, Integral) or n < 1:
-            raise ValueError(f"n_draws must be a positive integer, got {n!r}.")
+        check_count(n, "n_draws")
         return normal_noise((n, self.n_components), next(self.parameters()), generator)
 
     def draw_balanced_noise(self, n: int | str, generator: torch.Generator) -> torch.Tensor:

@@ -35,7 +35,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -211,8 +210,7 @@ def annealed_importance_sampling(
         ("max_leapfrog", max_leapfrog, 1),
         ("n_pilot", n_pilot, 8),
     ):
-        if not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        _runtime.check_count(value, name, least=least)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence!r}.")
     if base is None:

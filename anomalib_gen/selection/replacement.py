@@ -24,12 +24,12 @@ Anomalies of many columns at once, small in each, are not what is asked for here
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 from sklearn.utils import check_random_state
 
+from anomalib_gen._runtime import check_count
 from anomalib_gen.selection._scorer import Scorer, as_table, column_of, draw_uniform, varies, with_columns
 
 REFERENCES = ("uniform", "marginal")
@@ -117,8 +117,7 @@ class ColumnReplacement(Scorer):
         """
         if self.reference not in REFERENCES:
             raise ValueError(f"reference must be 'uniform' or 'marginal', got {self.reference!r}.")
-        if not isinstance(self.n_repeats, Integral) or self.n_repeats < 1:
-            raise ValueError(f"n_repeats must be a positive integer, got {self.n_repeats!r}.")
+        check_count(self.n_repeats, "n_repeats")
         rows = as_table(X, type(self).__name__)
         random = check_random_state(self.random_state)
         n = len(rows)

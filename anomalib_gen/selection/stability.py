@@ -19,7 +19,6 @@ Where most are wrong alike, it is wrong with them.
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from scipy.stats import rankdata
 from sklearn.utils import _safe_indexing, check_random_state, indexable
 from sklearn.utils.validation import _num_samples
 
+from anomalib_gen._runtime import check_count
 from anomalib_gen.selection._scorer import Scorer, refit
 
 
@@ -101,8 +101,7 @@ class RankStability(Scorer):
         ValueError
             If there are fewer than four rows, or the estimator is frozen.
         """
-        if not isinstance(self.n_fits, Integral) or self.n_fits < 1:
-            raise ValueError(f"n_fits must be a positive integer, got {self.n_fits!r}.")
+        check_count(self.n_fits, "n_fits")
         (X,) = indexable(X)
         n = _num_samples(X)
         if n < 4:

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ import numpy.typing as npt
 from scipy.integrate import trapezoid
 from sklearn.utils import _safe_indexing, check_random_state
 
+from anomalib_gen._runtime import check_count
 from anomalib_gen.selection._scorer import Scorer, as_table, column_of, draw_uniform, refit, with_columns
 
 
@@ -197,8 +197,7 @@ class _VolumeScorer(Scorer):
         """
         for name in ("n_points", "n_subsets", *(() if self.n_columns is None else ("n_columns",))):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+            check_count(value, name)
         rows = as_table(X, type(self).__name__)
         random = check_random_state(self.random_state)
         if self.n_columns is None:

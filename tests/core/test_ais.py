@@ -202,7 +202,7 @@ def test_mistakes_are_refused(options):
 def test_mistakes_are_shown():
     for wrong, match in (
         ({"n_chains": 1}, "n_chains must be an integer of at least 2, got 1"),
-        ({"n_levels": 2.5}, r"n_levels must be an integer of at least 1, got 2\.5"),
+        ({"n_levels": 2.5}, r"n_levels must be a positive integer, got 2\.5"),
         ({"confidence": 95}, r"confidence must lie in \(0, 1\), got 95"),
     ):
         with pytest.raises(ValueError, match=match):
