@@ -5,7 +5,9 @@ Rows come as index batches from data that are resident on the device where they 
     loss -> gradient -> clip -> AdamW -> exponential moving average of the weights,
 
 all of which but the first two work on the weights laid end to end (`_FlatWeights`): as many calls as there are weights
-would take a tenth of the time of a small network's step. Every `eval_every` steps the averaged weights are judged on
+would take a tenth of the time of a small network's step. AdamW's decay is taken off the matrices apart from Adam's
+step, which is what decouples it (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2), so that all weights of one
+precision are one vector to the optimiser. Every `eval_every` steps the averaged weights are judged on
 held-out rows; the best ones seen are kept.
 The averaging follows Polyak and Juditsky (1992, doi:10.1137/0330046) in its exponential form, with a decay that
 grows as min(decay, (1 + t) / (10 + t)), so that the first steps are soon forgotten.
@@ -118,32 +120,34 @@ class TrainingResult:
 
 
 class _FlatWeights:
-    """Parameters as views of a few long vectors: of each precision one for matrices, and one for all else.
+    """Parameters as views of one long vector of each precision, matrices first.
 
     Parameters
     ----------
     parameters : list of Parameter
-        Those to lay end to end, in this order. They stay what they are to the model; `release` gives each its own
-        memory again.
+        Those to lay end to end. They stay what they are to the model; `release` gives each its own memory again.
 
     Attributes
     ----------
     vectors : list of Parameter
         The vectors. Their gradients are set by `gather`.
-    decayed : list of bool
-        Whether a vector holds matrices, which weight decay is for.
+    matrices : list of Tensor
+        The part of each vector that holds matrices, which weight decay is for; it shares the vector's memory.
+    groups : list of list of Parameter
+        The parameters of each vector, in the order they lie there.
     """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        groups: dict[tuple[bool, torch.dtype], list[nn.Parameter]] = {}
-        for parameter in parameters:
-            groups.setdefault((parameter.ndim >= 2, parameter.dtype), []).append(parameter)
-        self.decayed = [matrices for matrices, _ in groups]
-        self.groups = list(groups.values())
+        by_precision: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in sorted(parameters, key=lambda parameter: parameter.ndim < 2):
+            by_precision.setdefault(parameter.dtype, []).append(parameter)
+        self.groups = list(by_precision.values())
         self.vectors: list[nn.Parameter] = []
+        self.matrices: list[torch.Tensor] = []
         for group in self.groups:
             joined = torch.cat([parameter.detach().reshape(-1) for parameter in group])
             self.vectors.append(nn.Parameter(joined))
+            self.matrices.append(joined[: sum(parameter.numel() for parameter in group if parameter.ndim >= 2)])
             for parameter, piece in _pieces(joined, group):
                 parameter.data = piece
 
@@ -158,6 +162,22 @@ class _FlatWeights:
         for group in self.groups:
             for parameter in group:
                 parameter.grad = None
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> None:
+        """Scale the vectors' gradients down to `max_norm`, together, if they are longer."""
+        gradients = [_gradient(vector) for vector in self.vectors]
+        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
+        factor = (max_norm / norm).clamp(max=1)
+        for gradient in gradients:
+            gradient.mul_(factor)
+
+    @torch.no_grad()
+    def decay(self, rate: float) -> None:
+        """Take the share `rate` off all matrices: the decoupled weight decay of AdamW."""
+        for matrices in self.matrices:
+            matrices.mul_(1 - rate)
 
     def release(self) -> None:
         """Give each parameter its own memory, so that what copies or saves one does not drag along the others."""
@@ -323,11 +343,8 @@ def train(
     # Without an end in sight there is no progress towards it.
     set_progress = getattr(objective, "set_progress", None) if options.schedule else None
     flat = _FlatWeights([parameter for parameter in model.parameters() if parameter.requires_grad])
-    groups = [
-        {"params": [vector], "weight_decay": options.weight_decay if matrices else 0.0}
-        for vector, matrices in zip(flat.vectors, flat.decayed, strict=True)
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=options.learning_rate, fused=device.type in ("cpu", "cuda"))
+    # One call for all weights: matrices, the ones that decay, do so by `flat`.
+    optimiser = torch.optim.Adam(flat.vectors, lr=options.learning_rate, fused=device.type in ("cpu", "cuda"))
     average = _MovingAverage(model, flat, options.ema_decay)
     average.model.eval()
     check_every = CHECK_EVERY.get(device.type, 1)
@@ -392,9 +409,9 @@ def train(
         )
 
     def check() -> None:
-        finite = torch.isfinite(torch.stack([loss for loss, _ in pending]))
-        if not bool(finite.all()):
-            first = int((~finite).nonzero()[0, 0])
+        losses = torch.stack([loss for loss, _ in pending]).tolist()
+        first = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if first is not None:
             step = result.n_iter - len(pending) + first
             x = rows.take(pending[first][1])
             raise FloatingPointError(_non_finite_message(step, learning_rate(step), x))
@@ -409,8 +426,6 @@ def train(
             rate = learning_rate(result.n_iter)
             if set_progress is not None:
                 set_progress(result.n_iter / options.max_iter)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
             try:
                 x = rows.take(index)
                 with torch.autocast(device.type, torch.bfloat16, enabled=options.mixed_precision):
@@ -434,7 +449,10 @@ def train(
                 flat.forget()
                 _runtime.release_memory(device)
                 continue
-            nn.utils.clip_grad_norm_(flat.vectors, options.max_grad_norm)
+            flat.clip(options.max_grad_norm)
+            if options.weight_decay:
+                flat.decay(rate * options.weight_decay)
+            optimiser.param_groups[0]["lr"] = rate
             optimiser.step()
             average.update(result.n_iter)
             cursor += len(index)

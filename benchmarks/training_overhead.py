@@ -132,17 +132,11 @@ class BareLoop:
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
             if self.equal:
-                # By the norm of one vector a group, as in the detector: its rounding depends on the order of the sum,
-                # and grows with steps.
-                groups = [group["params"] for group in self.optimiser.param_groups if group["params"]]
-                # (An energy's last bias has no gradient: a constant does not matter.)
-                joined = [
-                    torch.cat(
-                        [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in group]
-                    )
-                    for group in groups
-                ]
-                norm = nn.utils.get_total_norm(joined)
+                # By the norm of one vector, matrices first, as in the detector: its rounding depends on the order of
+                # the sum, and grows with steps. (An energy's last bias has no gradient: a constant does not matter.)
+                ordered = [p for group in self.optimiser.param_groups for p in group["params"]]
+                gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in ordered]
+                norm = torch.linalg.vector_norm(torch.cat([g.reshape(-1) for g in gradients]))
                 nn.utils.clip_grads_with_norm_(self.parameters, options.max_grad_norm, norm)
             self.optimiser.step()
             if self.equal:

@@ -9,6 +9,7 @@ network overflow: t(1e308) is about c + 709.
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 TAIL_START = 5.0
 """c of equation 1, in the standard deviations that rows are given in."""
@@ -22,8 +23,9 @@ def compress_tails(x: torch.Tensor, start: float = TAIL_START) -> tuple[torch.Te
 
 def compress_values(x: torch.Tensor, start: float = TAIL_START) -> tuple[torch.Tensor, torch.Tensor]:
     """Map values of any shape by t; also log t' of each, of the same shape."""
-    log_excess = torch.log1p((x.abs() - start).clamp(min=0))
-    return x.clamp(-start, start) + x.sign() * log_excess, -log_excess
+    excess = F.softshrink(x, start)
+    log_excess = torch.log1p(excess.abs())
+    return x.clamp(-start, start) + torch.copysign(log_excess, excess), -log_excess
 
 
 def expand_tails(y: torch.Tensor, start: float = TAIL_START) -> tuple[torch.Tensor, torch.Tensor]:
