@@ -147,7 +147,9 @@ class _FlatWeights:
         for group in self.groups:
             joined = torch.cat([parameter.detach().reshape(-1) for parameter in group])
             self.vectors.append(nn.Parameter(joined))
-            self.matrices.append(joined[: sum(parameter.numel() for parameter in group if parameter.ndim >= 2)])
+            self.matrices.append(
+                joined[: sum(parameter.numel() for parameter in group if parameter.ndim >= 2)]
+            )
             for parameter, piece in _pieces(joined, group):
                 parameter.data = piece
 
@@ -168,7 +170,9 @@ class _FlatWeights:
         """Scale the vectors' gradients down to `max_norm`, together, if they are longer."""
         gradients = [_gradient(vector) for vector in self.vectors]
         norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
+        norm = (
+            norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
+        )
         factor = (max_norm / norm).clamp(max=1)
         for gradient in gradients:
             gradient.mul_(factor)
