@@ -255,7 +255,7 @@ class ArrayRows:
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Rows of the given positions, ``(B, *E)``."""
         if self._resident is not None:
-            return self._resident[index.to(self.device)]
+            return self._resident.index_select(0, index.to(self.device))
         return self._cut(self._index[index.numpy()])
 
     def blocks(self, rows_per_block: int) -> Iterator[torch.Tensor]:

@@ -120,7 +120,7 @@ class TrainingResult:
 
 
 class _FlatWeights:
-    """Parameters as views of one long vector of each precision, matrices first.
+    """Parameters, and their gradients, as views of one long vector of each precision, matrices first.
 
     Parameters
     ----------
@@ -130,7 +130,7 @@ class _FlatWeights:
     Attributes
     ----------
     vectors : list of Parameter
-        The vectors. Their gradients are set by `gather`.
+        The vectors. Those of trainable parameters have a gradient, whose parts are the parameters' gradients.
     matrices : list of Tensor
         The part of each vector that holds matrices, which weight decay is for; it shares the vector's memory.
     groups : list of list of Parameter
@@ -146,35 +146,38 @@ class _FlatWeights:
         self.matrices: list[torch.Tensor] = []
         for group in self.groups:
             joined = torch.cat([parameter.detach().reshape(-1) for parameter in group])
-            self.vectors.append(nn.Parameter(joined))
+            vector = nn.Parameter(joined)
+            self.vectors.append(vector)
             self.matrices.append(
                 joined[: sum(parameter.numel() for parameter in group if parameter.ndim >= 2)]
             )
             for parameter, piece in _pieces(joined, group):
                 parameter.data = piece
-
-    def gather(self) -> None:
-        """Move the gradients of the parameters to the vectors; one that took no part in the loss has a zero."""
-        for vector, group in zip(self.vectors, self.groups, strict=True):
-            vector.grad = torch.cat([_gradient(parameter).reshape(-1) for parameter in group])
-        self.forget()
+            if any(parameter.requires_grad for parameter in group):
+                vector.grad = torch.zeros_like(joined)
+                for parameter, piece in _pieces(vector.grad, group):
+                    parameter.grad = piece
 
     def forget(self) -> None:
-        """Drop the gradients of the parameters."""
-        for group in self.groups:
-            for parameter in group:
-                parameter.grad = None
+        """Set all gradients to zero."""
+        for gradient in self.gradients:
+            gradient.zero_()
+
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        """The vectors' gradients."""
+        return [vector.grad for vector in self.vectors if vector.grad is not None]
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> None:
         """Scale the vectors' gradients down to `max_norm`, together, if they are longer."""
-        gradients = [_gradient(vector) for vector in self.vectors]
-        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-        norm = (
-            norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
-        )
+        norms = [torch.linalg.vector_norm(gradient) for gradient in self.gradients]
+        norm = norms[0] if len(norms) == 1 else torch.stack([n.float() for n in norms]).norm()
+        # A look is free on the CPU; elsewhere it would wait for the queue to drain.
+        if norm.device.type == "cpu" and float(norm) <= max_norm:
+            return
         factor = (max_norm / norm).clamp(max=1)
-        for gradient in gradients:
+        for gradient in self.gradients:
             gradient.mul_(factor)
 
     @torch.no_grad()
@@ -187,8 +190,7 @@ class _FlatWeights:
         """Give each parameter its own memory, so that what copies or saves one does not drag along the others."""
         for group in self.groups:
             for parameter in group:
-                parameter.data = parameter.data.clone()
-        self.forget()
+                parameter.data, parameter.grad = parameter.data.clone(), None
 
     @torch.no_grad()
     def load(self, vectors: list[torch.Tensor]) -> None:
@@ -202,10 +204,6 @@ def _pieces(vector: torch.Tensor, group: list[nn.Parameter]) -> Iterator[tuple[n
     """Each parameter with its part of a vector, in its own shape."""
     for parameter, piece in zip(group, vector.split([p.numel() for p in group]), strict=True):
         yield parameter, piece.view(parameter.shape)
-
-
-def _gradient(parameter: nn.Parameter) -> torch.Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 class _MovingAverage:
@@ -437,8 +435,8 @@ def train(
                 if weights is not None:
                     losses = losses * weights[index].to(losses)
                 loss = losses.mean()
+                flat.forget()
                 loss.backward()
-                flat.gather()
             except Exception as error:  # devices differ in what they raise when memory runs out
                 if not _runtime.is_out_of_memory(error) or batch_size == 1:
                     raise
@@ -450,7 +448,6 @@ def train(
                 )
                 # Let go of the graph before asking for memory again.
                 losses = loss = x = torch.empty(0)
-                flat.forget()
                 _runtime.release_memory(device)
                 continue
             flat.clip(options.max_grad_norm)

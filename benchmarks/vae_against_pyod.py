@@ -72,6 +72,7 @@ def equal_work(n_rows: int, n_features: int, batch: int, epochs: int, repeats: i
     for seed in range(repeats):
         detector = VAEDetector(
             n_components=2,
+            variance=1.0,
             encoder=stack(HIDDEN),
             decoder=stack(HIDDEN[::-1]),
             batch_size=batch,

@@ -176,13 +176,13 @@ def test_weights_laid_end_to_end_are_the_same_weights():
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name])
     (model.a.square().sum() + (3 * model.d).sum()).backward()
-    flat.gather()
     single, double = flat.vectors
     torch.testing.assert_close(single.grad[:6], 2 * before["a"].flatten())
     assert not single.grad[6:].any()  # of e and b, which took no part
     assert (double.grad[:4] == 3).all()
     assert not double.grad[4:].any()
-    assert all(parameter.grad is None for parameter in model.parameters())
+    flat.forget()
+    assert not any(part.grad.any() for part in (*flat.vectors, *model.parameters()))
     with torch.no_grad():
         for vector in flat.vectors:
             vector.add_(1)
@@ -191,6 +191,7 @@ def test_weights_laid_end_to_end_are_the_same_weights():
     flat.release()
     places = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert len(places) == 5
+    assert all(parameter.grad is None for parameter in model.parameters())
     with torch.no_grad():
         flat.vectors[0].zero_()
     torch.testing.assert_close(model.a.detach(), before["a"] + 1)
@@ -228,7 +229,6 @@ def test_gradients_are_clipped_by_their_length_over_all_precisions(largest):
     sum((weight**2).sum().double() for weight in model.parameters()).backward()
     expected = [2 * weight.detach().double() for weight in model.parameters()]
     length = float(torch.cat([part.flatten() for part in expected]).norm())
-    flat.gather()
     flat.clip(largest)
     found = {}
     for vector, group in zip(flat.vectors, flat.groups, strict=True):
@@ -240,7 +240,6 @@ def test_gradients_are_clipped_by_their_length_over_all_precisions(largest):
 
 def test_gradients_of_zero_survive_clipping():
     flat = _FlatWeights(list(Several().parameters()))
-    flat.gather()
     flat.clip(1.0)
     assert not any(vector.grad.any() for vector in flat.vectors)
 
