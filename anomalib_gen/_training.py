@@ -5,9 +5,7 @@ Rows come as index batches from data that are resident on the device where they 
     loss -> gradient -> clip -> AdamW -> exponential moving average of the weights,
 
 all of which but the first two work on the weights laid end to end (`_FlatWeights`): as many calls as there are weights
-would take a tenth of the time of a small network's step. AdamW's decay is taken off the matrices apart from Adam's
-step, which is what decouples it (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2), so that all weights of one
-precision are one vector to the optimiser. Every `eval_every` steps the averaged weights are judged on
+would take a tenth of the time of a small network's step. Every `eval_every` steps the averaged weights are judged on
 held-out rows; the best ones seen are kept.
 The averaging follows Polyak and Juditsky (1992, doi:10.1137/0330046) in its exponential form, with a decay that
 grows as min(decay, (1 + t) / (10 + t)), so that the first steps are soon forgotten.
@@ -24,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.optim.adam import adam
 
 from anomalib_gen import _runtime
 
@@ -180,12 +179,6 @@ class _FlatWeights:
         for gradient in self.gradients:
             gradient.mul_(factor)
 
-    @torch.no_grad()
-    def decay(self, rate: float) -> None:
-        """Take the share `rate` off all matrices: the decoupled weight decay of AdamW."""
-        for matrices in self.matrices:
-            matrices.mul_(1 - rate)
-
     def release(self) -> None:
         """Give each parameter its own memory, so that what copies or saves one does not drag along the others."""
         for group in self.groups:
@@ -204,6 +197,52 @@ def _pieces(vector: torch.Tensor, group: list[nn.Parameter]) -> Iterator[tuple[n
     """Each parameter with its part of a vector, in its own shape."""
     for parameter, piece in zip(group, vector.split([p.numel() for p in group]), strict=True):
         yield parameter, piece.view(parameter.shape)
+
+
+class _AdamW:
+    """AdamW on long vectors: a call for all weights of one precision.
+
+    Decay is taken off the matrices apart from Adam's step, which is what decouples it (Loshchilov and Hutter 2019,
+    arXiv:1711.05101, algorithm 2). The step is torch's own function; the bookkeeping of `torch.optim.Optimizer` around
+    it would take a twentieth of a small network's step.
+
+    Parameters
+    ----------
+    weights : _FlatWeights
+    weight_decay : float
+    """
+
+    def __init__(self, weights: _FlatWeights, weight_decay: float) -> None:
+        self.weights, self.weight_decay = weights, weight_decay
+        self.means = [torch.zeros_like(vector) for vector in weights.gradients]
+        self.squares = [torch.zeros_like(vector) for vector in weights.gradients]
+        self.fused = all(vector.device.type in ("cpu", "cuda") for vector in weights.vectors)
+        self.counts = [
+            torch.zeros((), device=vector.device if self.fused else "cpu") for vector in weights.gradients
+        ]
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """Move the weights along their gradients by a step of size `rate`."""
+        if self.weight_decay:
+            for matrices in self.weights.matrices:
+                matrices.mul_(1 - rate * self.weight_decay)
+        adam(
+            [*self.weights.vectors],
+            self.weights.gradients,
+            self.means,
+            self.squares,
+            [],
+            self.counts,
+            fused=self.fused,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=rate,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
 
 
 class _MovingAverage:
@@ -345,8 +384,7 @@ def train(
     # Without an end in sight there is no progress towards it.
     set_progress = getattr(objective, "set_progress", None) if options.schedule else None
     flat = _FlatWeights([parameter for parameter in model.parameters() if parameter.requires_grad])
-    # One call for all weights: matrices, the ones that decay, do so by `flat`.
-    optimiser = torch.optim.Adam(flat.vectors, lr=options.learning_rate, fused=device.type in ("cpu", "cuda"))
+    optimiser = _AdamW(flat, options.weight_decay)
     average = _MovingAverage(model, flat, options.ema_decay)
     average.model.eval()
     check_every = CHECK_EVERY.get(device.type, 1)
@@ -451,10 +489,7 @@ def train(
                 _runtime.release_memory(device)
                 continue
             flat.clip(options.max_grad_norm)
-            if options.weight_decay:
-                flat.decay(rate * options.weight_decay)
-            optimiser.param_groups[0]["lr"] = rate
-            optimiser.step()
+            optimiser.step(rate)
             average.update(result.n_iter)
             cursor += len(index)
             result.n_iter += 1
