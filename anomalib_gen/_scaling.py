@@ -113,18 +113,21 @@ class Standardizer:
 
     def transform(self, X: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
         """Standardise rows; values beyond the floating-point range saturate at its end."""
-        with np.errstate(over="ignore"):
-            z = (np.asarray(X, dtype=np.float64) - self.shift) / self.scale
         limit = np.finfo(np.float64).max
-        return np.clip(z, -limit, limit)
+        with np.errstate(over="ignore"):
+            z = np.subtract(X, self.shift, dtype=np.float64)
+            z /= self.scale
+        return np.clip(z, -limit, limit, out=z)
 
     def inverse_transform(self, Z: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
         """Return to the units of X."""
         return np.asarray(Z, dtype=np.float64) * self.scale + self.shift
 
-    def log_dets(self, X: npt.NDArray[np.floating]) -> float | npt.NDArray[np.float64]:
-        """Log |dz/dx| of rows: one number for all, or ``(n,)``."""
-        return self.log_det
+    def transform_with_log_dets(
+        self, X: npt.NDArray[np.floating]
+    ) -> tuple[npt.NDArray[np.float64], float | npt.NDArray[np.float64]]:
+        """Standardise rows; also log |dz/dx| of them: one number for all, or ``(n,)``."""
+        return self.transform(X), self.log_det
 
     def transform_tensor(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Standardise ``(n, *E)`` differentiably; also log |dz/dx| ``(n,)``."""
@@ -144,7 +147,7 @@ class TailedStandardizer(Standardizer):
 
     def transform(self, X: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
         """Standardise and compress rows."""
-        return compress_tails(torch.from_numpy(super().transform(X)))[0].numpy()
+        return self.transform_with_log_dets(X)[0]
 
     def inverse_transform(self, Z: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
         """Return to the units of X; values beyond the floating-point range saturate at its end."""
@@ -153,9 +156,12 @@ class TailedStandardizer(Standardizer):
         with np.errstate(over="ignore"):
             return np.clip(super().inverse_transform(np.clip(z, -limit, limit)), -limit, limit)
 
-    def log_dets(self, X: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-        """Log |dz/dx| of rows, ``(n,)``."""
-        return self.log_det + compress_tails(torch.from_numpy(super().transform(X)))[1].numpy()
+    def transform_with_log_dets(
+        self, X: npt.NDArray[np.floating]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Standardise and compress rows; also log |dz/dx| of them, ``(n,)``."""
+        y, log_det = compress_tails(torch.from_numpy(super().transform(X)))
+        return y.numpy(), self.log_det + log_det.numpy()
 
     def transform_tensor(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Standardise and compress ``(n, *E)`` differentiably; also log |dz/dx| ``(n,)``."""

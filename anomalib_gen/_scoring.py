@@ -51,7 +51,7 @@ def score_in_blocks(
     # An anomaly that takes gradients leaves inference mode by itself (samplers.score_of does).
     with torch.inference_mode():
         for rows in _runtime.row_blocks(len(X), block_rows):
-            z = scaler.transform(X[rows])
+            z, log_dets = scaler.transform_with_log_dets(X[rows])
             n = len(z)
             if dtype == torch.float32:
                 limit = float(np.finfo(np.float32).max)
@@ -65,7 +65,7 @@ def score_in_blocks(
                 parts.append(a[:n].cpu().double().numpy())
             values[rows] = np.mean(parts, axis=0)
             if anomaly.in_nats:
-                values[rows] -= scaler.log_dets(X[rows])
+                values[rows] -= log_dets
     if np.isnan(values).any():
         raise FloatingPointError(
             f"The model gives NaN for row {int(np.flatnonzero(np.isnan(values))[0])}. "
