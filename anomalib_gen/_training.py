@@ -128,8 +128,10 @@ class _FlatWeights:
 
     Attributes
     ----------
-    vectors : list of Parameter
-        The vectors. Those of trainable parameters have a gradient, whose parts are the parameters' gradients.
+    vectors : list of Tensor
+        The vectors.
+    gradients : list of Tensor
+        A vector of the same layout for each, where the parameters are trainable; its parts are their gradients.
     matrices : list of Tensor
         The part of each vector that holds matrices, which weight decay is for; it shares the vector's memory.
     groups : list of list of Parameter
@@ -141,31 +143,33 @@ class _FlatWeights:
         for parameter in sorted(parameters, key=lambda parameter: parameter.ndim < 2):
             by_precision.setdefault(parameter.dtype, []).append(parameter)
         self.groups = list(by_precision.values())
-        self.vectors: list[nn.Parameter] = []
+        self.vectors: list[torch.Tensor] = []
         self.matrices: list[torch.Tensor] = []
+        self.gradients: list[torch.Tensor] = []
         for group in self.groups:
             joined = torch.cat([parameter.detach().reshape(-1) for parameter in group])
-            vector = nn.Parameter(joined)
-            self.vectors.append(vector)
+            self.vectors.append(joined)
             self.matrices.append(
                 joined[: sum(parameter.numel() for parameter in group if parameter.ndim >= 2)]
             )
             for parameter, piece in _pieces(joined, group):
                 parameter.data = piece
             if any(parameter.requires_grad for parameter in group):
-                vector.grad = torch.zeros_like(joined)
-                for parameter, piece in _pieces(vector.grad, group):
-                    parameter.grad = piece
+                self.gradients.append(torch.zeros_like(joined))
+        self._pieces = [
+            pair
+            for gradient, group in zip(self.gradients, self.groups, strict=False)
+            for pair in _pieces(gradient, group)
+        ]
 
     def forget(self) -> None:
-        """Set all gradients to zero."""
+        """Set all gradients to zero, where backward will add to them."""
         for gradient in self.gradients:
             gradient.zero_()
-
-    @property
-    def gradients(self) -> list[torch.Tensor]:
-        """The vectors' gradients."""
-        return [vector.grad for vector in self.vectors if vector.grad is not None]
+        for parameter, piece in self._pieces:
+            # An objective may have set it to None, as `Module.zero_grad` does.
+            if parameter.grad is not piece:
+                parameter.grad = piece
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> None:
@@ -228,7 +232,7 @@ class _AdamW:
             for matrices in self.weights.matrices:
                 matrices.mul_(1 - rate * self.weight_decay)
         adam(
-            [*self.weights.vectors],
+            self.weights.vectors,
             self.weights.gradients,
             self.means,
             self.squares,
@@ -262,8 +266,7 @@ class _MovingAverage:
         names = {parameter: name for name, parameter in model.named_parameters()}
         copies = dict(self.model.named_parameters())
         order = [copies[names[parameter]] for group in weights.groups for parameter in group]
-        self.source: list[torch.Tensor] = list(weights.vectors)
-        self.average: list[torch.Tensor] = [vector.detach() for vector in _FlatWeights(order).vectors]
+        self.source, self.average = weights.vectors, _FlatWeights(order).vectors
         # What a copy of the model shares with it (stored rows) does not change in training.
         pairs = zip(self.model.buffers(), model.buffers(), strict=True)
         moving = [(mine, theirs) for mine, theirs in pairs if mine is not theirs]

@@ -176,6 +176,7 @@ def test_weights_laid_end_to_end_are_the_same_weights():
     model = Several()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     flat = _FlatWeights(list(model.parameters()))
+    flat.forget()
     assert [(vector.numel(), vector.dtype) for vector in flat.vectors] == [
         (13, torch.float32),
         (5, torch.float64),
@@ -184,13 +185,15 @@ def test_weights_laid_end_to_end_are_the_same_weights():
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name])
     (model.a.square().sum() + (3 * model.d).sum()).backward()
-    single, double = flat.vectors
-    torch.testing.assert_close(single.grad[:6], 2 * before["a"].flatten())
-    assert not single.grad[6:].any()  # of e and b, which took no part
-    assert (double.grad[:4] == 3).all()
-    assert not double.grad[4:].any()
+    single, double = flat.gradients
+    torch.testing.assert_close(single[:6], 2 * before["a"].flatten())
+    assert not single[6:].any()  # of e and b, which took no part
+    assert (double[:4] == 3).all()
+    assert not double[4:].any()
     flat.forget()
-    assert not any(part.grad.any() for part in (*flat.vectors, *model.parameters()))
+    assert not single.any()
+    assert not double.any()
+    assert not any(parameter.grad.any() for parameter in model.parameters())
     with torch.no_grad():
         for vector in flat.vectors:
             vector.add_(1)
@@ -234,13 +237,14 @@ def test_frozen_parameters_stay():
 def test_gradients_are_clipped_by_their_length_over_all_precisions(largest):
     model = Several()
     flat = _FlatWeights(list(model.parameters()))
+    flat.forget()
     sum((weight**2).sum().double() for weight in model.parameters()).backward()
     expected = [2 * weight.detach().double() for weight in model.parameters()]
     length = float(torch.cat([part.flatten() for part in expected]).norm())
     flat.clip(largest)
     found = {}
-    for vector, group in zip(flat.vectors, flat.groups, strict=True):
-        found.update(_pieces(vector.grad, group))
+    for vector, group in zip(flat.gradients, flat.groups, strict=True):
+        found.update(_pieces(vector, group))
     for weight, gradient in zip(model.parameters(), expected, strict=True):
         clipped = gradient * min(1.0, largest / length)
         torch.testing.assert_close(found[weight].double(), clipped, rtol=1e-5, atol=1e-7)
@@ -249,7 +253,24 @@ def test_gradients_are_clipped_by_their_length_over_all_precisions(largest):
 def test_gradients_of_zero_survive_clipping():
     flat = _FlatWeights(list(Several().parameters()))
     flat.clip(1.0)
-    assert not any(vector.grad.any() for vector in flat.vectors)
+    assert not any(gradient.any() for gradient in flat.gradients)
+
+
+def test_objectives_that_take_gradients_of_their_own_do_not_spoil_those_of_training():
+    def meddling(model, x, generator):
+        with torch.enable_grad():
+            distance(model, x, generator).sum().backward()
+        if generator.initial_seed() == 1:
+            model.zero_grad()
+        return distance(model, x, generator)
+
+    plain, own, zeroed = Centre(), Centre(), Centre()
+    run(plain, distance, make_rows(), seed=0)
+    run(own, meddling, make_rows(), seed=0)
+    torch.testing.assert_close(own.centre, plain.centre)
+    run(plain := Centre(), distance, make_rows(), seed=1)
+    run(zeroed, meddling, make_rows(), seed=1)
+    torch.testing.assert_close(zeroed.centre, plain.centre)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
