@@ -8,6 +8,7 @@ on the rows beside it nor on how many there are.
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
@@ -563,7 +564,12 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
 
     def _model_on(self, device: torch.device) -> nn.Module:
         """Return the model on `device` in the precision of scores there, whatever machine it was fitted on."""
-        return self.model_.to(device=device, dtype=_runtime.event_dtype(self.event_shape_, device))
+        dtype = _runtime.event_dtype(self.event_shape_, device)
+        tensors = itertools.chain(self.model_.parameters(), self.model_.buffers())
+        # A look takes less time than `to`, which sets every weight anew.
+        if any(t.device != device or (t.is_floating_point() and t.dtype != dtype) for t in tensors):
+            self.model_.to(device=device, dtype=dtype)
+        return self.model_
 
     def _scoring_device(self) -> torch.device:
         """Where to score: where asked, or on the CPU for a detector that comes from a machine with more."""
