@@ -14,7 +14,8 @@ equation 11.7; Vehtari et al. 2021, arXiv:1903.08008, equation 10), so chains th
     V = (N - 1) / N W + B / N,
     rho_t = 1 - (W - mean over chains of their autocovariance at t) / V.             (2)
 
-Split R-hat is sqrt(V / W) after each chain was cut into halves (BDA3, equation 11.4): 1 when chains have converged.
+Split R-hat is sqrt(V / W) after each chain was cut into halves (BDA3, equation 11.4): 1 when chains have converged, and
+infinite for chains that stay for ever where they began, in different places.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ def effective_sample_size(samples: torch.Tensor) -> torch.Tensor:
     Returns
     -------
     Tensor
-        ``(*E)``. At most N B log10(N B), since antithetic chains beat independent draws without limit; NaN where
-        samples are constant or not finite.
+        ``(*E)``, in the precision of `samples`. At most N B log10(N B), since antithetic chains beat independent draws
+        without limit; NaN where all samples are alike or one is not finite.
     """
-    n, m = _check(samples)
+    samples = _check(samples)
+    n, m = samples.shape[:2]
     chains = samples.double() if samples.device.type != "mps" else samples
     centred = chains - chains.mean(0)
     # The correlation theorem; zeros as many as draws keep the circle from closing.
@@ -51,7 +53,7 @@ def effective_sample_size(samples: torch.Tensor) -> torch.Tensor:
     positive = (pairs > 0).cumprod(0)
     monotone = torch.cummin(pairs, dim=0).values * positive
     tau = (2 * monotone.sum(0) - 1).clamp(min=1 / torch.log10(torch.tensor(float(max(10, n * m)))))
-    valid = (total > 0) & total.isfinite()
+    valid = _differ(samples) & total.isfinite()
     return torch.where(valid, n * m / tau, torch.nan).to(samples.dtype)
 
 
@@ -67,12 +69,14 @@ def split_rhat(samples: torch.Tensor) -> torch.Tensor:
     Returns
     -------
     Tensor
-        ``(*E)``; NaN where samples are constant or not finite.
+        ``(*E)``; infinity where chains stand still in different places, NaN where all samples are alike or one is not
+        finite.
     """
-    n, _ = _check(samples)
+    samples = _check(samples)
+    n = len(samples)
     halves = torch.cat([samples[: n // 2], samples[n - n // 2 :]], dim=1)
     within, total = _variances(halves)
-    return torch.where((within > 0) & total.isfinite(), (total / within).sqrt(), torch.nan)
+    return torch.where(_differ(samples) & total.isfinite(), (total / within).sqrt(), torch.nan)
 
 
 def _variances(chains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,7 +87,13 @@ def _variances(chains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return within, (n - 1) / n * within + between
 
 
-def _check(samples: torch.Tensor) -> tuple[int, int]:
+def _differ(samples: torch.Tensor) -> torch.Tensor:
+    """Whether not all samples are alike, ``(*E)``; the variance of equal numbers may be a rounding error above zero."""
+    return samples.amax((0, 1)) > samples.amin((0, 1))
+
+
+def _check(samples: torch.Tensor) -> torch.Tensor:
+    """Return draws as floating-point numbers; refuse too few of them."""
     if samples.ndim < 2 or samples.shape[0] < 4 or samples.shape[1] < 1:
         raise ValueError(f"samples must be (N, B, *E) with N >= 4 and B >= 1, got {tuple(samples.shape)}.")
-    return samples.shape[0], samples.shape[1]
+    return samples if samples.is_floating_point() else samples.to(torch.get_default_dtype())
