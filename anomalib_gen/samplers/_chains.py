@@ -200,6 +200,11 @@ def metropolis(
     return Move(moved, probability, broken if divergent is None else broken | divergent)
 
 
+def mean_acceptance(probability: torch.Tensor, state: ChainState) -> torch.Tensor:
+    """Mean of acceptance probabilities ``(B,)`` over chains that were at a finite energy; NaN where none was."""
+    return probability[state.energy.isfinite()].mean()
+
+
 def where_rows(condition: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
     """Choose whole rows ``(B, *E)`` by a condition ``(B,)``."""
     return torch.where(expand_as_rows(condition, yes), yes, no)
@@ -261,10 +266,11 @@ def run_chains(
     acceptance, energies, samples = torch.zeros_like(state.energy), [], []
     for step in progress(range(n_warmup + n_steps), verbose, label):
         if step < n_warmup:
-            inside = state.energy.isfinite()
+            before = state
             state, probability, _ = kernel(energy, state, adaptation.step_size)
-            if inside.any():
-                adaptation.update(float(probability[inside].mean()))
+            rate = float(mean_acceptance(probability, before))
+            if math.isfinite(rate):
+                adaptation.update(rate)
             continue
         if step == n_warmup and n_warmup:
             step_size = adaptation.final

@@ -1,4 +1,4 @@
-r"""How much chains are worth: effective sample size and convergence.
+r"""How much draws are worth: effective sample size and convergence of chains, and the tail of importance weights.
 
 N correlated draws with autocorrelations rho_t estimate a mean as well as N / tau independent ones, where
 
@@ -16,9 +16,20 @@ equation 11.7; Vehtari et al. 2021, arXiv:1903.08008, equation 10), so chains th
 
 Split R-hat is sqrt(V / W) after each chain was cut into halves (BDA3, equation 11.4): 1 when chains have converged, and
 infinite for chains that stay for ever where they began, in different places.
+
+Importance weights above a high threshold have nearly a generalised Pareto distribution,
+
+    P(w > u + y) / P(w > u) = (1 + k y / s)^(-1/k),                                  (3)
+
+whatever they are (Pickands 1975, doi:10.1214/aos/1176343003). For k < 1/2 they have a variance, and their mean an error
+bar; for k < 1 they have a mean. Above k = 0.7 the draws that it takes are too many to be had (Vehtari et al. 2024,
+arXiv:1507.02646, section 3). k is estimated from the largest M = min(n / 5, 3 sqrt(n)) of n weights by the posterior
+mean of Zhang & Stephens (2009, doi:10.1198/tech.2009.08017), drawn towards 1/2 as if by ten more weights.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -77,6 +88,41 @@ def split_rhat(samples: torch.Tensor) -> torch.Tensor:
     halves = torch.cat([samples[: n // 2], samples[n - n // 2 :]], dim=1)
     within, total = _variances(halves)
     return torch.where(_differ(samples) & total.isfinite(), (total / within).sqrt(), torch.nan)
+
+
+@torch.no_grad()
+def pareto_k(log_weights: torch.Tensor) -> float:
+    """Shape k of the tail of importance weights (equation 3): above 0.7 their mean is not to be relied on.
+
+    Parameters
+    ----------
+    log_weights : Tensor
+        ``(n,)``, logs of the weights up to a constant; -inf for a weight of zero.
+
+    Returns
+    -------
+    float
+        NaN where fewer than five weights lie above the threshold: there are fewer than 25, or most are alike or zero.
+    """
+    n = len(log_weights)
+    n_tail = min(n // 5, math.ceil(3 * math.sqrt(n)))
+    log_w = log_weights.cpu().double()
+    w = (log_w - log_w.max()).exp().sort().values
+    if n_tail < 5 or not bool(w.isfinite().all()):
+        return math.nan
+    y = w[-n_tail:] - w[-n_tail - 1]
+    y = y[y > 0]
+    m = len(y)
+    if m < 5:
+        return math.nan
+    # Their theta = -k / s: a grid of quantiles of its prior, and the profile likelihood there.
+    n_grid = 30 + int(math.sqrt(m))
+    j = torch.arange(1, n_grid + 1, dtype=y.dtype, device=y.device)
+    theta = 1 / y[-1] + (1 - (n_grid / (j - 0.5)).sqrt()) / (3 * y[int(m / 4 + 0.5) - 1])
+    k = torch.log1p(-theta.unsqueeze(1) * y).mean(1)
+    posterior = (m * ((-theta / k).log() - k - 1)).softmax(0)
+    estimate = float(torch.log1p(-(posterior * theta).sum() * y).mean())
+    return (m * estimate + 10 * 0.5) / (m + 10)
 
 
 def _variances(chains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
