@@ -16,6 +16,7 @@ from a product by Metropolis-adjusted Langevin chains on E (samplers.langevin).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -94,7 +95,14 @@ class ComposedDetector(OutlierScores, _BaseComposition):
     Energies are in nats in the units of X, those of a flow exact, those of a variational autoencoder bounds, and those
     of an energy model known up to a constant, which shifts a product's scores alike. In a mixture it would tilt the
     weights: there the energies of a member with a `log_normalizer_` have it added, so that it enters as a density.
-    Call `EnergyDetector.normalize` of energy models in a mixture first; one without counts as if its log Z were 0.
+    Call `EnergyDetector.normalize` of energy models in a mixture first; one without counts as if its log Z were 0, and
+    `fit` warns of it. Minus the scores of a mixture are then log-densities where all members have densities, as those
+    of a product are where its members have densities, look at different columns and have weights of 1. Another product
+    has a constant of its own, which nothing here knows, not as a member of a mixture either.
+
+    Members are not copied. One that is fitted again changes the scores from then on, but not `offset_`: call `fit`
+    again.
+
     With negative weights a product need not be a density: energies may fall without end where the member that is
     turned around rises fastest. Scores are still finite; samples may leave the data.
 
@@ -224,6 +232,8 @@ class ComposedDetector(OutlierScores, _BaseComposition):
                 for member, frozen, chosen in zip(members, self._frozen(), columns, strict=True)
             ]
         self.detectors_, self.weights_, self._columns = members, weights, columns
+        if self.rule == "mixture":
+            self._check_constants()
         self.offset_ = outlier_threshold(-self._energy(rows), self.contamination)
         return self
 
@@ -298,11 +308,25 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         chosen = []
         for k, ((name, _), member) in enumerate(zip(self.detectors, members, strict=True)):
             wanted: Any = None if self.columns is None else self.columns[k]
-            if wanted is None and hasattr(self, "feature_names_in_"):
-                wanted = getattr(member, "feature_names_in_", None)
+            fitted = self.prefit or self._frozen()[k]
+            names = list(getattr(member, "feature_names_in_", []))
+            if wanted is None and names and hasattr(self, "feature_names_in_"):
+                wanted = names
+            elif wanted is None and names and fitted:
+                warnings.warn(
+                    f"Member {name!r} was fitted on columns with names, and X has none: its columns are taken in the "
+                    f"order {names}. Give X with names, or columns.",
+                    UserWarning,
+                    stacklevel=4,
+                )
             positions = self._positions(name, wanted)
+            given = [column for column in ([] if wanted is None else wanted) if isinstance(column, str)]
+            if fitted and given != names and sorted(given) == sorted(names):
+                raise ValueError(
+                    f"columns of member {name!r} are those it was fitted on in another order. Give them as {names}."
+                )
             width = getattr(member, "n_features_in_", len(positions))
-            if len(positions) != width and (self.prefit or self._frozen()[k]):
+            if len(positions) != width and fitted:
                 raise ValueError(
                     f"Member {name!r} was fitted on {width} columns and is given {len(positions)}. "
                     "Say which ones through columns."
@@ -314,6 +338,21 @@ class ComposedDetector(OutlierScores, _BaseComposition):
                 "cannot be compared."
             )
         return chosen
+
+    def _check_constants(self) -> None:
+        """Warn of members of a mixture whose energy is known up to a constant only, which tilts the weights."""
+        without = [
+            name
+            for (name, _), member in zip(self.detectors, self.detectors_, strict=True)
+            if hasattr(member, "normalize") and not hasattr(member, "log_normalizer_")
+        ]
+        if without:
+            warnings.warn(
+                f"The energies of members {without} have no constant, so that their weights in the mixture are not "
+                "those asked for. Call their normalize() before fit.",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _positions(self, name: str, wanted: Any) -> npt.NDArray[np.int64]:
         if wanted is None:
@@ -396,12 +435,23 @@ class ComposedDetector(OutlierScores, _BaseComposition):
 
     def _member_energies(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         # Rows are checked already; members that know names would only warn that these have none.
+        self._check_widths()
         return np.column_stack(
             [
                 member._energy(_take(rows, chosen))
                 for member, chosen in zip(self.detectors_, self._columns, strict=True)
             ]
         )
+
+    def _check_widths(self) -> None:
+        """Refuse members that were fitted again on rows of another width: their energies would be of nothing."""
+        for (name, _), member, chosen in zip(self.detectors, self.detectors_, self._columns, strict=True):
+            width = getattr(member, "n_features_in_", len(chosen))
+            if width != len(chosen):
+                raise ValueError(
+                    f"Member {name!r} was fitted again, on {width} columns, and it looks at {len(chosen)} here. Fit "
+                    "the composed detector again too."
+                )
 
     def _energy(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         combined = self._combine(torch.from_numpy(self._member_energies(rows)))
@@ -454,6 +504,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         """
         check_is_fitted(self)
         check_count(n_samples, "n_samples")
+        self._check_widths()
         unseen = np.setdiff1d(np.arange(self.n_features_in_), np.concatenate(self._columns))
         if len(unseen):
             raise ValueError(

@@ -274,7 +274,7 @@ class EnergyDetector(GenerativeDetector):
         Where the objective learned a log Z by itself, that stays in ``model_.log_z``, to be compared.
 
         The units of the columns do not change log Z: what they add to every energy cancels in the integral over X.
-        A warning says when too few chains carry the weight; the estimate is then likely too low.
+        A warning says when too few chains carry the weight; the estimate is then likely too low. More levels help most.
         """
         check_is_fitted(self)
         device = self._scoring_device()

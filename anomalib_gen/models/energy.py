@@ -26,6 +26,7 @@ section 5, for an energy).
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ from torch import nn
 
 from anomalib_gen._runtime import check_levels, check_rows, check_shape
 from anomalib_gen.networks import TAIL_START, compress_tails, expand_tails
-from anomalib_gen.samplers import annealed_importance_sampling, annealed_langevin, mala, score_of
+from anomalib_gen.samplers import annealed_langevin, mala, score_of
+from anomalib_gen.samplers.ais import anneal
 
 NETWORK_BOUND = 12.0
 """Networks see their inputs clipped to this box in compressed units: 1,100 standard deviations."""
@@ -244,15 +246,28 @@ class EnergyModel(nn.Module):
         A model that is conditional on noise anneals from its largest level to its smallest by Langevin dynamics. Any
         other is reached from `reference` by annealed importance sampling, whose chains are then drawn by their
         weights. Metropolis-adjusted steps at the end mend what either has left.
+
+        Warns
+        -----
+        UserWarning
+            If the weights of the chains are worth few draws: then many rows are of a few chains.
         """
         if self.noise_levels is None:
-            result = annealed_importance_sampling(
+            result = anneal(
                 self.energy,
                 base=self.reference(),
                 n_chains=max(n, MIN_CHAINS),
                 n_levels=SAMPLE_LEVELS,
                 generator=generator,
             )
+            if not result.reliable:
+                warnings.warn(
+                    f"Rows are drawn from {len(result.log_weights)} chains by weights that are worth "
+                    f"{result.effective_sample_size:.1f} independent draws: many rows come from the same few chains, "
+                    "and modes may be missed. Draw more rows than are needed, and take some of them.",
+                    UserWarning,
+                    stacklevel=2,
+                )
             weights = (result.log_weights - result.log_weights.max()).exp()
             chosen = torch.multinomial(weights, n, replacement=True, generator=generator)
             x, step_size = result.x[chosen], 0.01

@@ -2,7 +2,7 @@
 
 from anomalib_gen.samplers._chains import SamplerInfo, score_of
 from anomalib_gen.samplers.ais import AISResult, GaussianBase, annealed_importance_sampling
-from anomalib_gen.samplers.diagnostics import effective_sample_size, split_rhat
+from anomalib_gen.samplers.diagnostics import effective_sample_size, pareto_k, split_rhat
 from anomalib_gen.samplers.hmc import hmc
 from anomalib_gen.samplers.langevin import annealed_langevin, mala, ula
 from anomalib_gen.samplers.ode import solve_ode, solve_ode_adaptively
@@ -30,6 +30,7 @@ __all__ = [
     "euler_maruyama",
     "hmc",
     "mala",
+    "pareto_k",
     "predictor_corrector",
     "probability_flow",
     "score_of",

@@ -15,20 +15,21 @@ with a_t the mean acceptance over the chains at step t and a* its target,
     log h_{t+1} = mu - sqrt(t) / gamma * 1 / (t + t0) * sum_{i <= t} (a* - a_i)      (2)
     log hbar_{t+1} = t^-kappa log h_{t+1} + (1 - t^-kappa) log hbar_t                (3)
 
-and hbar is used afterwards. While h adapts the chains have no invariant density: these steps are discarded.
+and hbar is used afterwards. While h adapts the chains have no invariant density: these steps are discarded. Chains
+whose energy is not finite yet do not count in a_t: no step is short enough for them, and it would shrink to nothing.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 
-from anomalib_gen._runtime import check_shape, expand_as_rows
+from anomalib_gen._runtime import check_count, check_shape, expand_as_rows
 from anomalib_gen.samplers.diagnostics import effective_sample_size
 
 Energy = Callable[[torch.Tensor], torch.Tensor]
@@ -104,13 +105,15 @@ def energy_and_score(
         # What was made in inference mode cannot be saved for a backward pass.
         args = tuple(a.clone() if isinstance(a, torch.Tensor) and a.is_inference() else a for a in args)
         energies = check_shape(energy(x, *args), x.shape[:1], "energy")
-        if not energies.requires_grad:
+        gradient = None
+        if energies.requires_grad:
+            # Differentiating with respect to x alone leaves the parameters' .grad untouched.
+            (gradient,) = torch.autograd.grad(energies.sum(), x, create_graph=create_graph, allow_unused=True)
+        if gradient is None:
             raise ValueError(
-                "energy must be differentiable with respect to x, and what it returned is attached to nothing: "
+                "energy must be differentiable with respect to x, and what it returned is not attached to x: "
                 "is x detached in it, or are gradients off?"
             )
-        # Differentiating with respect to x alone leaves the parameters' .grad untouched.
-        (gradient,) = torch.autograd.grad(energies.sum(), x, create_graph=create_graph)
         return (energies, -gradient) if create_graph else (energies.detach(), -gradient)
 
 
@@ -197,6 +200,11 @@ def metropolis(
     return Move(moved, probability, broken if divergent is None else broken | divergent)
 
 
+def mean_acceptance(probability: torch.Tensor, state: ChainState) -> torch.Tensor:
+    """Mean of acceptance probabilities ``(B,)`` over chains that were at a finite energy; NaN where none was."""
+    return probability[state.energy.isfinite()].mean()
+
+
 def where_rows(condition: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
     """Choose whole rows ``(B, *E)`` by a condition ``(B,)``."""
     return torch.where(expand_as_rows(condition, yes), yes, no)
@@ -247,21 +255,22 @@ def run_chains(
     label: str,
 ) -> tuple[torch.Tensor, SamplerInfo]:
     """Warm up, freeze the step size and run: the loop of every sampler with a Metropolis step."""
-    check_steps(n_steps, thin, step_size=step_size)
-    if n_warmup < 0 or not 0 < target_acceptance < 1:
-        raise ValueError(
-            "n_warmup must not be negative and target_acceptance must lie in (0, 1), "
-            f"got {n_warmup} and {target_acceptance}."
-        )
-    x = as_rows(x)
+    check_steps(n_steps, thin)
+    check_positive(step_size, "step_size")
+    check_count(n_warmup, "n_warmup", least=0)
+    if not 0 < target_acceptance < 1:
+        raise ValueError(f"target_acceptance must lie in (0, 1), got {target_acceptance!r}.")
     state = state_at(energy, x)
     adaptation = DualAveraging(step_size, target_acceptance)
     divergences = torch.zeros(len(x), dtype=torch.long, device=x.device)
     acceptance, energies, samples = torch.zeros_like(state.energy), [], []
     for step in progress(range(n_warmup + n_steps), verbose, label):
         if step < n_warmup:
+            before = state
             state, probability, _ = kernel(energy, state, adaptation.step_size)
-            adaptation.update(float(probability.mean()))
+            rate = float(mean_acceptance(probability, before))
+            if math.isfinite(rate):
+                adaptation.update(rate)
             continue
         if step == n_warmup and n_warmup:
             step_size = adaptation.final
@@ -271,6 +280,14 @@ def run_chains(
         energies.append(state.energy)
         if thin is not None and (step - n_warmup + 1) % thin == 0:
             samples.append(state.x)
+    outside = int((~state.energy.isfinite()).sum())
+    if outside:
+        warnings.warn(
+            f"{outside} of {len(x)} chains never reached a finite energy, and no draw of theirs is one of the density. "
+            "Start them where the energy is finite.",
+            UserWarning,
+            stacklevel=3,
+        )
     return state.x, SamplerInfo(
         n_evaluations=1 + (n_warmup + n_steps) * evaluations_per_step,
         step_size=(step_size,),
@@ -299,13 +316,37 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x.detach()
 
 
-def check_steps(n_steps: int, thin: int | None, **positive: float | None) -> None:
-    """Refuse what can only be a mistake."""
-    if not all(isinstance(n, Integral) and n >= 1 for n in (n_steps, 1 if thin is None else thin)):
-        raise ValueError(f"n_steps and thin must be integers of at least 1, got {n_steps} and {thin}.")
-    for name, value in positive.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}.")
+def as_scale(scale: torch.Tensor | float | None, x: torch.Tensor) -> torch.Tensor | None:
+    """Return length scales in the precision of rows `x` ``(B, *E)``; refuse those that would freeze or break chains."""
+    if scale is None:
+        return None
+    values = torch.as_tensor(scale).detach()
+    if not bool(((values > 0) & values.isfinite()).all()):
+        raise ValueError(f"scale must be positive and finite, got {scale}.")
+    try:
+        fits = torch.broadcast_shapes(values.shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"scale must broadcast with rows {tuple(x.shape)}, got shape {tuple(values.shape)}.")
+    return values.to(x)
+
+
+def check_steps(n_steps: int, thin: int | None) -> None:
+    """Refuse numbers of steps that can only be a mistake."""
+    check_count(n_steps, "n_steps")
+    if thin is not None:
+        check_count(thin, "thin")
+
+
+def check_positive(value: float, name: str) -> None:
+    """Refuse a number that is not positive and finite; the message names it."""
+    try:
+        valid = 0 < value < math.inf
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}.")
 
 
 def progress(steps: Iterable[int], verbose: int, label: str) -> Iterable[int]:

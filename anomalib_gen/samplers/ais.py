@@ -23,9 +23,12 @@ then forgotten where it came from, while after half a turn it would be at the mi
 
 The interval is log Z +- t se, with se = std(w) / (mean(w) sqrt(n)) the standard error of the log of a mean (delta
 method) and t a quantile of Student's distribution with ESS - 1 degrees of freedom, ESS = (sum w)^2 / sum w^2: a few
-large weights determine a variance no better than a few draws would. Against simulated weights this covers as stated
-where ESS exceeds about half of n, and no method can where the weights that matter were never drawn: a warning says so
-when ESS is small. By Jensen's inequality the estimate then tends to be too low.
+large weights determine a variance no better than a few draws would. No interval covers where the weights that matter
+were never drawn, and by Jensen's inequality the estimate is then too low. Of 256 log-normal weights of known mean,
+intervals of 95 % cover it in 94 % of the runs whose ESS is above 0.3 n, in 84 % of those between 0.1 n and 0.2 n, and
+in 69 % of those between 0.05 n and 0.1 n. So below 0.1 n there is a warning, and also where the weights have a tail too
+heavy for any mean (`pareto_k` above 0.7). The cause is mostly a base far too narrow or far too wide, which shows in how
+much the chains had to widen.
 """
 
 from __future__ import annotations
@@ -41,12 +44,17 @@ import torch
 from scipy.special import stdtrit
 
 from anomalib_gen import _runtime
-from anomalib_gen.samplers._chains import Energy, Kernel, progress, state_at
+from anomalib_gen.samplers._chains import Energy, Kernel, mean_acceptance, progress, state_at
+from anomalib_gen.samplers.diagnostics import pareto_k
 from anomalib_gen.samplers.hmc import hmc_kernel
 from anomalib_gen.samplers.langevin import mala_kernel
 
-FEW_CHAINS = 10
-"""Below this effective sample size the result comes with a warning."""
+FEW_DRAWS, SMALL_SHARE = 10, 0.1
+"""Below this effective sample size, or below this share of the chains, the result comes with a warning."""
+HEAVY_TAIL = 0.7
+"""So it does with weights of a larger shape k."""
+UNLIKE = 3.0
+"""A base that is narrower or wider than the density by more than this factor is named as the likely cause."""
 
 
 class Base(Protocol):
@@ -77,8 +85,15 @@ class GaussianBase:
     scale: torch.Tensor | float = 1.0
 
     def __post_init__(self) -> None:
-        if not bool((torch.as_tensor(self.scale) > 0).all()):
-            raise ValueError(f"scale must be positive, got {self.scale}.")
+        mean, scale = self.mean, torch.as_tensor(self.scale)
+        if (
+            not isinstance(mean, torch.Tensor)
+            or not mean.is_floating_point()
+            or not bool(mean.isfinite().all())
+        ):
+            raise ValueError(f"mean must be a tensor of finite floating-point numbers, got {mean!r}.")
+        if not bool(((scale > 0) & scale.isfinite()).all()):
+            raise ValueError(f"scale must be positive and finite, got {self.scale}.")
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
         """Log-density of rows ``(B, *E)``, ``(B,)``."""
@@ -107,9 +122,15 @@ class AISResult:
     log_weights : Tensor
         ``(n_chains,)``, log w of each chain; -inf where the energy stayed infinite.
     effective_sample_size : float
-        (sum w)^2 / sum w^2, at most n_chains.
+        (sum w)^2 / sum w^2, at most n_chains: the independent draws that the weights are worth. Not to be relied on
+        below a tenth of n_chains.
+    pareto_k : float
+        Shape of the tail of the weights, see `samplers.pareto_k`; not to be relied on above 0.7.
+    widening : Tensor
+        ``(*E)``, deviation of the chains in the end over that in the beginning: far above 1 for a base that is too
+        narrow, far below 1 for one that is too wide.
     acceptance : Tensor
-        ``(n_levels,)``, mean acceptance probability at each b_k, k >= 1.
+        ``(n_levels,)``, mean acceptance probability at each b_k, k >= 1, over chains of finite energy.
     betas : Tensor
         ``(n_levels + 1,)``, the b_k.
     x : Tensor
@@ -122,10 +143,18 @@ class AISResult:
     interval: tuple[float, float]
     log_weights: torch.Tensor
     effective_sample_size: float
+    pareto_k: float
+    widening: torch.Tensor
     acceptance: torch.Tensor
     betas: torch.Tensor
     x: torch.Tensor
     n_evaluations: int
+
+    @property
+    def reliable(self) -> bool:
+        """Whether the weights are many and even enough for `log_z` and `interval` to be believed."""
+        few = self.effective_sample_size < max(FEW_DRAWS, SMALL_SHARE * len(self.log_weights))
+        return not (few or self.pareto_k > HEAVY_TAIL)
 
 
 @dataclass
@@ -198,8 +227,65 @@ def annealed_importance_sampling(
     Warns
     -----
     UserWarning
-        If the effective sample size is below ten: the estimate then rests on a few chains and is likely too low.
+        If the effective sample size is below ten or a tenth of the chains, or the weights have a heavy tail: the
+        estimate then rests on a few chains and is likely too low. The message says so if the base is much narrower or
+        wider than the density.
     """
+    result = anneal(
+        energy,
+        event_shape=event_shape,
+        base=base,
+        n_chains=n_chains,
+        n_levels=n_levels,
+        betas=betas,
+        transition=transition,
+        n_transitions=n_transitions,
+        max_leapfrog=max_leapfrog,
+        n_pilot=n_pilot,
+        confidence=confidence,
+        generator=generator,
+        verbose=verbose,
+    )
+    if not result.reliable:
+        warnings.warn(_diagnosis(result), UserWarning, stacklevel=2)
+    return result
+
+
+def _diagnosis(result: AISResult) -> str:
+    """What is wrong with the weights, why, and what helps."""
+    n, ess = len(result.log_weights), result.effective_sample_size
+    text = (
+        f"The weights of {n} chains are worth {ess:.1f} independent draws (Pareto k {result.pareto_k:.2f}): log Z is "
+        "likely too low and its interval too narrow. Raise n_levels, take more n_transitions, or start from a base "
+        "more like the density"
+    )
+    factor = math.exp(float(result.widening.log().mean()))
+    if math.isfinite(factor) and not 1 / UNLIKE <= factor <= UNLIKE:
+        change = f"{factor:.3g} times as wide" if factor > 1 else f"{1 / factor:.3g} times as narrow"
+        text += (
+            f": the chains ended {change} as it is. With the result r of this run, "
+            "base=GaussianBase(r.x.mean(0), r.x.std(0)) is closer"
+        )
+    return text + "."
+
+
+def anneal(
+    energy: Energy,
+    *,
+    event_shape: Sequence[int] | None = None,
+    base: Base | None = None,
+    n_chains: int = 256,
+    n_levels: int = 200,
+    betas: Sequence[float] | None = None,
+    transition: str = "hmc",
+    n_transitions: int = 1,
+    max_leapfrog: int = 10,
+    n_pilot: int = 64,
+    confidence: float = 0.95,
+    generator: torch.Generator,
+    verbose: int = 0,
+) -> AISResult:
+    """`annealed_importance_sampling` without its warning, for those who want the chains."""
     _runtime.check_generator(generator)
     if transition not in ("hmc", "mala"):
         raise ValueError(f"transition must be 'hmc' or 'mala', got {transition!r}.")
@@ -245,22 +331,17 @@ def annealed_importance_sampling(
         schedule, _ = _pilot(
             energy, base, levels, make_kernel, transition, n_transitions, n_pilot, generator, verbose
         )
-        x, log_weights, acceptance = _weighted_run(
+        x, log_weights, acceptance, widening = _weighted_run(
             energy, base, schedule, make_kernel, n_chains, n_transitions, generator, verbose
         )
     log_z, interval, ess = log_mean_interval(log_weights, confidence)
-    if ess < FEW_CHAINS:
-        warnings.warn(
-            f"The {n_chains} weights are worth {ess:.1f} draws: log Z is likely too low and its interval too narrow. "
-            "Raise n_levels or n_transitions, or take a base more like the density.",
-            UserWarning,
-            stacklevel=2,
-        )
     return AISResult(
         log_z=log_z,
         interval=interval,
         log_weights=log_weights,
         effective_sample_size=ess,
+        pareto_k=pareto_k(log_weights),
+        widening=widening,
         acceptance=acceptance,
         betas=torch.tensor(levels, dtype=log_weights.dtype, device=log_weights.device),
         x=x,
@@ -275,7 +356,10 @@ def log_mean_interval(
     n = len(log_weights)
     top = float(log_weights.max())
     if not math.isfinite(top):
-        raise FloatingPointError(f"No weight is positive and finite: the largest log-weight is {top}.")
+        raise FloatingPointError(
+            f"No weight is positive and finite: the largest log-weight is {top}. The base must reach where the energy "
+            "is finite."
+        )
     w = (log_weights - top).exp()
     mean = float(w.mean())
     ess = float(w.sum()) ** 2 / float(w.square().sum())
@@ -316,9 +400,14 @@ def _weighted_run(
     n_transitions: int,
     generator: torch.Generator,
     verbose: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run the chains whose weights count: final states ``(n, *E)``, log-weights ``(n,)`` and acceptance ``(K,)``."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the chains whose weights count.
+
+    Returns their final states ``(n, *E)``, log-weights ``(n,)``, acceptance ``(K,)``, and how much they widened
+    ``(*E)``.
+    """
     state = state_at(_bridge(energy, base, 0.0), base.sample(n_chains, generator))
+    width = state.x.std(0)
     log_weights = torch.zeros(n_chains, dtype=_runtime.scoring_dtype(state.x.device), device=state.x.device)
     acceptance = []
     for k in progress(range(1, len(schedule.betas)), verbose, "AIS"):
@@ -328,10 +417,11 @@ def _weighted_run(
         scale, step_size = schedule.scales[k - 1], schedule.step_sizes[k - 1]
         kernel, rate = make_kernel(scale, step_size), torch.zeros_like(log_weights[0])
         for _ in range(n_transitions):
+            before_move = state
             state, probability, _ = kernel(target, state, step_size)
-            rate += probability.mean() / n_transitions
+            rate += mean_acceptance(probability, before_move) / n_transitions
         acceptance.append(rate)
-    return state.x, log_weights, torch.stack(acceptance)
+    return state.x, log_weights, torch.stack(acceptance), state.x.std(0) / width
 
 
 def _pilot(
@@ -363,8 +453,11 @@ def _pilot(
         schedule.scales.append(scale)
         for _ in range(n_transitions + (20 if k == 1 else 0)):
             step_size = math.exp(log_step)
+            before_move = state
             state, probability, _ = make_kernel(scale, step_size)(target, state, step_size)
-            log_step += 0.5 * (float(probability.mean()) - target_acceptance)
+            rate = float(mean_acceptance(probability, before_move))
+            if math.isfinite(rate):
+                log_step += 0.5 * (rate - target_acceptance)
         schedule.step_sizes.append(math.exp(log_step))
     return schedule, lengths
 

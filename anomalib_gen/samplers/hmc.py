@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import torch
 
-from anomalib_gen._runtime import expand_as_rows, normal_like
+from anomalib_gen._runtime import check_count, expand_as_rows, normal_like
 from anomalib_gen.samplers._chains import (
     ChainState,
     Energy,
     Kernel,
     Move,
     SamplerInfo,
+    as_rows,
+    as_scale,
     metropolis,
     run_chains,
     square_norm,
@@ -87,9 +89,10 @@ def hmc(
         ``(B, *E)``, where the chains end. States of non-finite energy are never accepted.
     info : SamplerInfo
     """
+    x = as_rows(x)
     with torch.no_grad():
         return run_chains(
-            hmc_kernel(n_leapfrog=n_leapfrog, scale=scale, jitter=jitter, generator=generator),
+            hmc_kernel(n_leapfrog=n_leapfrog, scale=as_scale(scale, x), jitter=jitter, generator=generator),
             energy,
             x,
             n_steps,
@@ -107,10 +110,9 @@ def hmc_kernel(
     *, n_leapfrog: int, scale: torch.Tensor | None, jitter: float, generator: torch.Generator
 ) -> Kernel:
     """One trajectory of `hmc` as a function of the energy, the state and the step size."""
-    if n_leapfrog < 1 or not 0 <= jitter < 1:
-        raise ValueError(
-            f"n_leapfrog must be at least 1 and jitter lie in [0, 1), got {n_leapfrog} and {jitter}."
-        )
+    check_count(n_leapfrog, "n_leapfrog")
+    if not 0 <= jitter < 1:
+        raise ValueError(f"jitter must lie in [0, 1), got {jitter!r}.")
 
     def kernel(energy: Energy, state: ChainState, step_size: float) -> Move:
         v = normal_like(state.x, generator)

@@ -47,6 +47,8 @@ from anomalib_gen.samplers._chains import (
     SamplerInfo,
     Score,
     as_rows,
+    as_scale,
+    check_positive,
     check_steps,
     metropolis,
     progress,
@@ -105,7 +107,10 @@ def ula(
         ``(B, *E)``, where the chains end. A move that would not be finite is not made.
     info : SamplerInfo
     """
-    check_steps(n_steps, thin, step_size=step_size, max_score_norm=max_score_norm)
+    check_steps(n_steps, thin)
+    check_positive(step_size, "step_size")
+    if max_score_norm is not None:
+        check_positive(max_score_norm, "max_score_norm")
     if not 0 <= temperature < math.inf or not (noise_scale is None or 0 <= noise_scale < math.inf):
         raise ValueError(
             "temperature and noise_scale must be finite and not negative, "
@@ -171,6 +176,8 @@ def mala(
     scale : Tensor, optional
         Length scale of each coordinate, broadcast with ``(*E)``, such as its standard deviation. The chains then run as
         if on x / scale.
+    max_score_norm : float, optional
+        b of equation 3, for scores of the density of x / scale. No bias comes with it; the default leaves scores alone.
     n_warmup : int, default=0
         Discarded steps before, during which the step size is adapted; it is one for all chains.
     target_acceptance : float, default=0.574
@@ -188,10 +195,12 @@ def mala(
         ``(B, *E)``, where the chains end. States of non-finite energy are never accepted.
     info : SamplerInfo
     """
-    check_steps(n_steps, thin, max_score_norm=max_score_norm)
+    if max_score_norm is not None:
+        check_positive(max_score_norm, "max_score_norm")
+    x = as_rows(x)
     with torch.no_grad():
         return run_chains(
-            mala_kernel(scale=scale, max_score_norm=max_score_norm, generator=generator),
+            mala_kernel(scale=as_scale(scale, x), max_score_norm=max_score_norm, generator=generator),
             energy,
             x,
             n_steps,

@@ -1,12 +1,13 @@
 """Annealed importance sampling finds normalising constants that are known, and its interval covers them."""
 
 import math
+import warnings
 
 import pytest
 import torch
 
 from anomalib_gen._runtime import make_generator
-from anomalib_gen.samplers import GaussianBase, annealed_importance_sampling
+from anomalib_gen.samplers import GaussianBase, annealed_importance_sampling, pareto_k
 from anomalib_gen.samplers.ais import log_mean_interval
 
 CPU = torch.device("cpu")
@@ -136,6 +137,90 @@ def test_few_effective_chains_come_with_a_warning():
         run(lambda x: 50 * (x - 5).square().sum(1), 10, n_chains=30, n_levels=5)
 
 
+@pytest.mark.parametrize(
+    ("scale", "said"), [(0.02, "times as wide as it is"), (20.0, "times as narrow as it is")]
+)
+def test_a_base_of_another_width_is_named_and_its_successor_mends_it(scale, said):
+    # The effective sample sizes of 10 to 30 chains, of 256, used to pass without a word.
+    d, log_z = 10, 5 * math.log(2 * math.pi)
+    base = GaussianBase(torch.zeros(d).double(), scale)
+
+    def estimate():
+        return annealed_importance_sampling(
+            lambda x: 0.5 * x.square().sum(1), base=base, n_levels=50, generator=generator()
+        )
+
+    with pytest.warns(UserWarning, match=rf"independent draws .*Raise n_levels.* {said}.*GaussianBase"):
+        first = estimate()
+    assert not first.reliable
+    factor = float(first.widening.log().mean().exp())
+    assert (factor > 10) if scale < 1 else (factor < 0.1)
+    base = GaussianBase(first.x.mean(0), first.x.std(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = estimate()
+    assert second.reliable
+    assert abs(second.log_z - log_z) < 0.1
+    assert second.effective_sample_size > 200
+
+
+def test_what_is_said_of_the_intervals_is_true():
+    # Log-normal weights of mean one: the spread runs through, and the intervals are grouped by what a user sees.
+    spread = torch.linspace(0.5, 3, 4000, dtype=torch.float64)[:, None]
+    draws = torch.randn(4000, 256, dtype=torch.float64, generator=generator()) * spread - spread**2 / 2
+    found = [log_mean_interval(group, 0.95)[1:] for group in draws]
+    covered = torch.tensor([low <= 0 <= high for (low, high), _ in found]).double()
+    share = torch.tensor([ess for _, ess in found]) / 256
+    for low, high, stated in ((0.3, 1.0, 0.94), (0.1, 0.2, 0.84), (0.05, 0.1, 0.69)):
+        group = covered[(share >= low) & (share < high)]
+        assert len(group) > 400
+        assert float(group.mean()) == pytest.approx(stated, abs=0.05)
+
+
+@pytest.mark.parametrize("k", [-0.3, 0.2, 0.5, 0.8, 1.2])
+def test_pareto_k_is_that_of_generalised_pareto_weights(k):
+    u = torch.rand(20_000, dtype=torch.float64, generator=generator())
+    w = (u.pow(-k) - 1) / k
+    # 425 weights in the tail, whose deviation of k is (1 + k) / sqrt(425).
+    assert pareto_k(w.log() - 700) == pytest.approx(k, abs=0.25)
+
+
+def test_pareto_k_of_few_and_of_equal_weights():
+    assert math.isnan(pareto_k(torch.zeros(1000)))
+    assert math.isnan(pareto_k(torch.randn(24, generator=generator())))
+    assert math.isnan(pareto_k(torch.full((100,), -math.inf)))
+    dead = torch.full((100,), -math.inf)
+    dead[:30] = torch.randn(30, generator=generator())
+    assert math.isfinite(pareto_k(dead))
+    assert pareto_k(dead.float()) == pytest.approx(pareto_k(dead.double()), abs=1e-4)
+
+
+def test_a_heavy_tail_is_reason_enough_for_a_warning():
+    # Plain importance sampling of N(0, 1) by N(0, s^2): the weights have a tail of k = 1 - s^2.
+    base = GaussianBase(torch.zeros(1).double(), 0.5)
+    with pytest.warns(UserWarning, match="Pareto k"):
+        result = annealed_importance_sampling(
+            lambda x: 0.5 * x.square().sum(1),
+            base=base,
+            betas=[0.0, 1.0],
+            n_chains=1000,
+            generator=generator(1),
+        )
+    assert result.effective_sample_size > 200
+    assert result.pareto_k == pytest.approx(0.75, abs=0.15)
+
+
+def test_chains_outside_the_support_do_not_adapt_the_step():
+    # A fifth of the draws of the base is in the box; the others must not shrink the steps of these.
+    def box(x):
+        return torch.where(x.abs().amax(1) < 1, 0.0 * x.sum(1), math.inf)
+
+    base = GaussianBase(torch.zeros(1).double(), 5.0)
+    result = annealed_importance_sampling(box, base=base, n_levels=40, generator=generator())
+    assert abs(result.log_z - math.log(2)) < 0.4
+    assert 0.6 < result.acceptance.mean() < 0.95
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_events_of_any_shape_and_precision(dtype):
     shape = (2, 3, 3)
@@ -209,8 +294,12 @@ def test_mistakes_are_shown():
             annealed_importance_sampling(
                 lambda x: x.square().sum(1), event_shape=(2,), **wrong, generator=generator()
             )
-    with pytest.raises(ValueError, match="scale must be positive, got -1"):
-        GaussianBase(torch.zeros(2), -1.0)
+    for scale in (-1.0, 0.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"scale must be positive and finite, got {scale}"):
+            GaussianBase(torch.zeros(2), scale)
+    for mean in ([0.0], torch.zeros(2, dtype=torch.long), torch.tensor([0.0, math.nan])):
+        with pytest.raises(ValueError, match="mean must be a tensor of finite floating-point numbers"):
+            GaussianBase(mean)
 
 
 @pytest.mark.parametrize("give", [torch.sum, lambda e: e.unsqueeze(1)])

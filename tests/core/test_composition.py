@@ -1,6 +1,7 @@
 """Composed detectors: energies that add up, columns that belong together, samples from what was composed."""
 
 import pickle
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -91,6 +92,26 @@ def test_members_look_at_their_columns(tiny, X):
     np.testing.assert_allclose(said.score_samples(frame), expected)
     with pytest.raises(ValueError, match="feature names"):
         said.score_samples(frame[["weight", "age", "height"]])
+    with pytest.raises(
+        ValueError, match=r"'a' are those it was fitted on in another order.*\['weight', 'age'\]"
+    ):
+        ComposedDetector([("a", a), ("b", b)], columns=[["age", "weight"], ["height"]]).fit(frame)
+    # Other columns than those of the fit are what was asked for.
+    other = ComposedDetector([("a", a)], columns=[["age", "height"]]).fit(frame)
+    np.testing.assert_allclose(other.score_samples(frame), a._score(X[:, [0, 1]]))
+    with pytest.warns(UserWarning, match=r"'a' was fitted on columns with names.*\['weight', 'age'\]"):
+        ComposedDetector([("a", a)]).fit(X[:, :2])
+
+
+def test_members_that_are_fitted_again_are_followed_but_not_to_another_width(tiny, X):
+    member = tiny().fit(X)
+    composed = ComposedDetector([("a", member)]).fit(X)
+    member.fit(X[:, ::-1] + 1)
+    np.testing.assert_allclose(composed.score_samples(X), member.score_samples(X))
+    member.fit(X[:, :1])  # one column would broadcast
+    for use in (composed.score_samples, composed.member_energies, lambda X: composed.sample(2)):
+        with pytest.raises(ValueError, match="'a' was fitted again, on 1 columns, and it looks at 3 here"):
+            use(X)
 
 
 def test_members_of_a_mixture_may_know_the_columns_in_another_order(tiny, X):
@@ -140,7 +161,9 @@ def test_energy_models_enter_a_mixture_as_densities():
         )
         for m in (-2.0, 2.0)
     )
-    composed = ComposedDetector([("a", left), ("b", right)], rule="mixture", weights=[0.3, 0.7]).fit(grid)
+    composed = ComposedDetector([("a", left), ("b", right)], rule="mixture", weights=[0.3, 0.7])
+    with pytest.warns(UserWarning, match=r"energies of members \['a', 'b'\] have no constant"):
+        composed.fit(grid)
     raw = np.log(0.3 * np.exp(-left.energy(grid)) + 0.7 * np.exp(-right.energy(grid)))
     np.testing.assert_allclose(composed.score_samples(grid), raw)
     for member in (left, right):
@@ -149,8 +172,11 @@ def test_energy_models_enter_a_mixture_as_densities():
     np.testing.assert_allclose(composed.score_samples(grid), expected)
     differentiable = composed._torch_energy(torch.device("cpu"))
     np.testing.assert_allclose(-differentiable(torch.tensor(grid)).detach(), expected)
-    # Constants mean nothing to a product.
-    product = ComposedDetector([("a", left), ("b", right)]).fit(grid)
+    # Constants mean nothing to a product, and with them there is nothing to warn of.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        composed.fit(grid)
+        product = ComposedDetector([("a", left), ("b", right)]).fit(grid)
     np.testing.assert_allclose(product.energy(grid), left.energy(grid) + right.energy(grid))
 
 

@@ -147,6 +147,19 @@ def test_energies_are_finite_to_the_end_of_the_range():
 # The base -------------------------------------------------------------------------------------------------
 
 
+def test_samples_of_a_few_chains_are_told():
+    class Narrow(nn.Module):
+        """Far from where the chains start, so that few of them carry the weight."""
+
+        def energy(self, x):
+            return 0.5 * ((x - 4) / 1e-4).square().sum(1)
+
+    model = make()
+    model.set_base(Narrow())
+    with pytest.warns(UserWarning, match=r"Rows are drawn from 64 chains .* independent draws"):
+        model.sample(10, make_generator(0, CPU))
+
+
 def test_the_base_is_normalised_and_samples_itself():
     base = TailedNormal(torch.tensor([1.7], dtype=torch.float64))
     # Out to 1e6 deviations, on a grid that is geometric in the tails.

@@ -262,6 +262,24 @@ def test_a_chain_that_starts_outside_finds_its_way_in(sampler):
     assert info.energies[-1].isfinite().all()
 
 
+@pytest.mark.parametrize("sampler", METROPOLIS)
+def test_chains_outside_the_support_do_not_adapt_the_step(sampler):
+    # Where most chains start at no density, their refusals must not shrink the step of the others to nothing.
+    def box(x):
+        return torch.where(x.abs().amax(1) < 1, standard(x), math.inf)
+
+    start = torch.cat([zeros(10, 2), zeros(40, 2) + 100])
+    with pytest.warns(UserWarning, match="40 of 50 chains never reached a finite energy"):
+        _, info = sampler(box, start, 50, n_warmup=200, generator=generator())
+    assert abs(float(info.acceptance[:10].mean()) - (0.574 if sampler is MALA else 0.8)) < 0.15
+    assert (info.acceptance[10:] == 0).all()
+    assert (info.divergences[10:] == 50).all()
+    # Without a single chain inside there is nothing to adapt to.
+    with pytest.warns(UserWarning, match="50 of 50"):
+        _, info = sampler(box, zeros(50, 2) + 100, 5, step_size=0.1, n_warmup=5, generator=generator())
+    assert info.step_size == pytest.approx((0.1,))
+
+
 def test_huge_steps_diverge_and_leave_the_chains_where_they_were():
     start = zeros(10, 2) + 1
     x, info = hmc(lambda x: (x**8).sum(1), start, 5, step_size=100.0, generator=generator())
@@ -446,11 +464,34 @@ def test_score_works_in_inference_mode():
         lambda x, g: annealed_langevin(lambda x, s: -x, x, [math.inf, 1.0], generator=g),
         lambda x, g: annealed_langevin(lambda x, s: -x, x, [1.0], step_ratio=2.0, generator=g),
         lambda x, g: effective_sample_size(zeros(3, 2)),
+        lambda x, g: hmc(standard, x, 5, step_size=0.1, n_leapfrog=2.5, generator=g),
+        lambda x, g: mala(standard, x, 5, step_size=None, generator=g),
+        lambda x, g: ula(torch.neg, x, 5, step_size="0.1", generator=g),
     ],
 )
 def test_mistakes_are_refused(call):
     with pytest.raises(ValueError, match="must"):
         call(zeros(2, 2), generator())
+
+
+@pytest.mark.parametrize("sampler", METROPOLIS)
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, torch.tensor([1.0, 0.0])])
+def test_scales_that_would_freeze_or_break_chains_are_refused(sampler, bad):
+    with pytest.raises(ValueError, match="scale must be positive and finite, got"):
+        sampler(standard, zeros(3, 2), 5, scale=bad, generator=generator())
+
+
+@pytest.mark.parametrize("sampler", METROPOLIS)
+def test_scales_must_broadcast_and_keep_the_precision_of_the_rows(sampler):
+    for shape in ((3,), (4, 2), (1, 3, 2)):
+        with pytest.raises(
+            ValueError, match=rf"scale must broadcast with rows \(3, 2\), got shape {re.escape(str(shape))}"
+        ):
+            sampler(standard, zeros(3, 2), 5, scale=torch.ones(shape), generator=generator())
+    x, _ = sampler(standard, zeros(3, 2, dtype=torch.float32), 5, scale=zeros(2) + 0.7, generator=generator())
+    assert x.dtype == torch.float32
+    y, _ = sampler(standard, zeros(3, 2, dtype=torch.float32), 5, scale=0.7, generator=generator())
+    assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("wrong", [None, 0, np.random.default_rng(0), np.random.RandomState(0)])
@@ -498,7 +539,14 @@ def test_scores_must_have_the_shape_of_the_rows():
         annealed_langevin(lambda x, s: -x[:, :1], x, [1.0], generator=generator())
 
 
-@pytest.mark.parametrize("energy", [lambda x: standard(x.detach()), torch.no_grad()(standard)])
+PARAMETER = torch.nn.Parameter(torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    "energy",
+    [lambda x: standard(x.detach()), torch.no_grad()(standard), lambda x: PARAMETER.expand(len(x))],
+    ids=["detached", "no_grad", "constant"],
+)
 def test_energies_without_a_gradient_are_named(energy):
     with pytest.raises(ValueError, match="energy must be differentiable"):
         mala(energy, zeros(2, 2), 1, step_size=0.1, generator=generator())
@@ -599,3 +647,16 @@ def test_diagnostics_of_events_and_of_constants():
         value = diagnostic(x)
         assert value[0, 0, 0].isnan()
         assert value.isnan().sum() == 1
+
+
+def test_diagnostics_of_frozen_chains_and_of_counts():
+    # 0.1 has a mean that is off by its last bit, and so a variance that is not zero.
+    frozen = torch.full((1000, 4, 2), 0.1, dtype=torch.float64)
+    frozen[:, :, 1] += torch.arange(4)
+    assert split_rhat(frozen)[0].isnan()
+    assert split_rhat(frozen)[1] == math.inf
+    assert effective_sample_size(frozen)[0].isnan()
+    assert float(effective_sample_size(frozen)[1]) < 4
+    counts = torch.randint(0, 9, (100, 4, 1), generator=generator())
+    for diagnostic in (effective_sample_size, split_rhat):
+        torch.testing.assert_close(diagnostic(counts), diagnostic(counts.float()))
