@@ -8,11 +8,13 @@ network overflow: t(1e308) is about c + 709.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional as F
 
 TAIL_START = 5.0
-"""c of equation 1, in the standard deviations that rows are given in."""
+"""c of equation 1, in the standard deviations that rows are given in; infinity leaves all values alone."""
 
 
 def compress_tails(x: torch.Tensor, start: float = TAIL_START) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,6 +25,8 @@ def compress_tails(x: torch.Tensor, start: float = TAIL_START) -> tuple[torch.Te
 
 def compress_values(x: torch.Tensor, start: float = TAIL_START) -> tuple[torch.Tensor, torch.Tensor]:
     """Map values of any shape by t; also log t' of each, of the same shape."""
+    if math.isinf(start):  # softshrink takes finite numbers only
+        return x, torch.zeros_like(x)
     excess = F.softshrink(x, start)
     log_excess = torch.log1p(excess.abs())
     return x.clamp(-start, start) + torch.copysign(log_excess, excess), -log_excess

@@ -25,7 +25,7 @@ from anomalib_gen.models.flow import (
     make_flow_transform,
     rational_quadratic_spline,
 )
-from anomalib_gen.networks import TAIL_START
+from anomalib_gen.networks import TAIL_START, compress_tails, expand_tails
 from anomalib_gen.objectives import MaximumLikelihood
 
 FEATURES = (1, 2, 5)
@@ -236,6 +236,11 @@ def test_compressed_tails_are_the_stated_function():
     y, log_det = tails(x)
     assert_close(y[:, 0], torch.tensor([c + math.log(2), -c - 1], dtype=torch.float64), 1e-14)
     assert_close(log_det, torch.tensor([-math.log(2), -1], dtype=torch.float64), 1e-14)
+    for values in (x, x.float()):  # rows that are compressed already
+        y, log_det = compress_tails(values, math.inf)
+        assert torch.equal(y, values)
+        assert torch.equal(log_det, torch.zeros(2, dtype=values.dtype))
+        assert torch.equal(expand_tails(y, math.inf)[0], values)
 
 
 @each_width
