@@ -9,9 +9,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from anomalib_gen._inputs import as_kind_of, validate_rows
 from anomalib_gen._runtime import check_count
-from anomalib_gen.calibration._wrapped import innermost, score_rows
+from anomalib_gen.calibration._wrapped import check_labels, innermost, score_rows
 from anomalib_gen.explain._columns import names_of
-from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_labels, ink, start
+from anomalib_gen.inspection._style import ANOMALY, NORMAL, ink, start
 
 MAX_POINTS = 2000
 """Points of a scatter: more hide each other."""
