@@ -48,7 +48,7 @@ MIN_HELD_OUT, MAX_HELD_OUT = 5, 2048
 """Fewer held-out rows say nothing about when to stop; more cost time and say nothing new."""
 
 
-def _rows_in_use(
+def rows_in_use(
     X: npt.NDArray[Any], sample_weight: Any
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64] | None]:
     """Positions of the rows with a positive weight, and their weights, of mean 1; None where there are none."""
@@ -298,7 +298,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         random = check_random_state(self.random_state)
         seeds = [int(seed) for seed in random.randint(np.iinfo(np.int32).max, size=4)]
 
-        index, weights = _rows_in_use(X, sample_weight)
+        index, weights = rows_in_use(X, sample_weight)
         train_index, held_out_index = self._split(len(index), np.random.RandomState(seeds[0]))
 
         if continued:
@@ -378,7 +378,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         other = copy.copy(self).set_params(anomaly=anomaly)
         other._validate_params()
         part, device = other._resolve_anomaly(self.model_), self._scoring_device()
-        index, _ = _rows_in_use(X, sample_weight)
+        index, _ = rows_in_use(X, sample_weight)
         train_index, held_out_index = self._split(len(index), np.random.RandomState(self._seeds[0]))
         reference = held_out_index if len(held_out_index) else train_index
         rows = ArrayRows(X, index[reference], self._scaler, device)
