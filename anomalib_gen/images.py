@@ -403,7 +403,7 @@ class ImageReader(_ImageTransformer):
             warnings.warn(
                 f"{len(errors)} of {len(paths)} files cannot be read and are left out: {_named(errors)}. "
                 "See skipped_ for all of them.",
-                stacklevel=2,
+                stacklevel=3,  # whoever called `transform`, past scikit-learn's wrapper
             )
         return images[:n]
 

@@ -286,7 +286,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         for name, member, frozen in zip(names, members, self._frozen(), strict=True):
             if not HasMethods(["energy", "score_samples", "_torch_energy"]).is_satisfied_by(member):
                 raise ValueError(
-                    f"Member {name!r} is a {type(member).__name__}, which has no energy. "
+                    f"Member {name!r} is of class {type(member).__name__}, which has no energy. "
                     "Use detectors of anomalib_gen."
                 )
             if self.prefit or frozen:

@@ -476,7 +476,13 @@ class SamplesDisplay:
         """
         check_is_fitted(estimator)
         if not hasattr(estimator, "sample"):
-            raise TypeError(f"{type(estimator).__name__} draws no rows: it has no sample.")
+            hint = ""
+            if hasattr(estimator, "steps") and hasattr(innermost(estimator), "sample"):
+                hint = (
+                    " Its last step does, in the units of what it is given: "
+                    "SamplesDisplay.from_estimator(pipeline[-1], pipeline[:-1].transform(X))."
+                )
+            raise TypeError(f"{type(estimator).__name__} draws no rows: it has no sample.{hint}")
         if len(getattr(estimator, "event_shape_", ())) > 1:
             raise ValueError(
                 f"SamplesDisplay shows columns of tables; this {type(estimator).__name__} draws images of shape "

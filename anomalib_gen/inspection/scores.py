@@ -437,7 +437,7 @@ class PValueDisplay:
         """
         if not hasattr(estimator, "p_values"):
             raise TypeError(
-                f"{type(estimator).__name__} has no p_values. Wrap it in a "
+                f"{type(estimator).__name__} has no p_values. Wrap it in an "
                 "anomalib_gen.calibration.SplitConformalDetector."
             )
         name, inner = type(estimator).__name__, getattr(estimator, "estimator", None)

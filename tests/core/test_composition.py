@@ -301,7 +301,7 @@ def test_bad_compositions_are_refused(tiny, fitted, X):
         fit()
     with pytest.raises(NotFittedError, match=r"Member 'm1' .* set prefit=False"):
         fit(fitted, tiny())
-    with pytest.raises(ValueError, match="Member 'm0' is a IsolationForest, which has no energy"):
+    with pytest.raises(ValueError, match="Member 'm0' is of class IsolationForest, which has no energy"):
         fit(IsolationForest().fit(X))
     timed = DiffusionDetector(objective="diffusion-time", hidden_features=8, max_iter=2, device="cpu").fit(X)
     with pytest.raises(ValueError, match=r"Member 'm1' has no energy\. .* another objective"):

@@ -250,8 +250,15 @@ def test_blocks_change_nothing(monkeypatch):
 
 
 def test_too_few_rows_flag_nothing_and_say_so():
-    with pytest.warns(UserWarning, match=r"alpha=0.01 is below 1 / \(n \+ 1\).*n = 20"):
-        fitted = SplitConformalDetector(Distance(), alpha=0.01, random_state=0).fit(normals(40, 0))
+    for kind, n in (
+        (CrossConformalDetector, 20),
+        (BootstrapConformalDetector, 20),
+        (SplitConformalDetector, 40),
+    ):
+        fitted = kind(Distance(), alpha=0.01, random_state=0)
+        with pytest.warns(UserWarning, match=r"alpha=0.01 is below 1 / \(n \+ 1\).*n = 20") as caught:
+            fitted.fit(normals(n, 0))
+        assert [warning.filename for warning in caught] == [__file__]
     assert (fitted.predict(100 * normals(50, 1)) == 1).all()
     assert np.isfinite(fitted.score_samples(normals(5, 1))).all()
 

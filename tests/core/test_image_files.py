@@ -87,8 +87,11 @@ def test_files_that_cannot_be_read_are_named(folder):
     ):
         reader.transform(folder)
     reader.set_params(on_error="skip")
-    with pytest.warns(UserWarning, match=r"3 of 15 files cannot be read and are left out: .*broken\.png"):
+    with pytest.warns(
+        UserWarning, match=r"3 of 15 files cannot be read and are left out: .*broken\.png"
+    ) as caught:
         images = reader.transform(folder)
+    assert [warning.filename for warning in caught] == [__file__]
     assert len(images) == 12
     assert [path.rsplit("/")[-1] for path in reader.skipped_] == ["broken.png", "cut.png", "small.png"]
     with pytest.raises(ValueError, match="1 of 1 files cannot be read"):

@@ -199,6 +199,8 @@ def test_samples_are_shown_by_column_and_pair(fitted, X):
     assert two.axes_.shape == (1, 1)
     with pytest.raises(ValueError, match="must have the same columns"):
         SamplesDisplay.from_predictions(X, X[:, :2])
+    with pytest.raises(TypeError, match=r"Pipeline draws no rows: it has no sample\. Its last step does"):
+        SamplesDisplay.from_estimator(make_pipeline(StandardScaler(), fitted), X)
     with pytest.raises(TypeError, match="IsolationForest draws no rows"):
         SamplesDisplay.from_estimator(IsolationForest().fit(X), X)
 
