@@ -49,7 +49,7 @@ MIN_HELD_OUT, MAX_HELD_OUT = 5, 2048
 """Fewer held-out rows say nothing about when to stop; more cost time and say nothing new."""
 
 
-def _rows_in_use(
+def rows_in_use(
     X: npt.NDArray[Any], sample_weight: Any
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64] | None]:
     """Positions of the rows with a positive weight, and their weights, of mean 1; None where there are none."""
@@ -173,8 +173,8 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         """Return the objective that ``objective=None`` stands for."""
 
     @abstractmethod
-    def _default_anomaly(self) -> Component:
-        """Return the anomaly that ``anomaly=None`` stands for."""
+    def _default_anomaly(self, model: nn.Module) -> Component:
+        """Return the anomaly that ``anomaly=None`` stands for; a model may be older than the parameters."""
 
     @abstractmethod
     def _auto_max_iter(self, steps_per_pass: int) -> int:
@@ -295,11 +295,11 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         X = self._validate(X, reset=not continued, min_rows=2)
         self.event_shape_, self._eight_bit = X.shape[1:], X.dtype == np.uint8
         device = _runtime.resolve_device(self.device)
-        objective, anomaly = self._resolve_objective(), self._resolve_anomaly()
+        objective = self._resolve_objective()
         random = check_random_state(self.random_state)
         seeds = [int(seed) for seed in random.randint(np.iinfo(np.int32).max, size=4)]
 
-        index, weights = _rows_in_use(X, sample_weight)
+        index, weights = rows_in_use(X, sample_weight)
         train_index, held_out_index = self._split(len(index), np.random.RandomState(seeds[0]))
 
         if continued:
@@ -311,14 +311,17 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
                 model = self._make_model(X.shape[1:], grain).float()
             for part in (model, getattr(model, "model", model)):
                 part.cell = self._cell(scaler)
+        anomaly = self._resolve_anomaly(model)
         model = model.to(device)
         rows = ArrayRows(X, index[train_index], scaler, device)
         held_out = ArrayRows(X, index[held_out_index], scaler, device) if len(held_out_index) else None
         self._meet_rows(model, rows, _runtime.make_generator(seeds[1], device), more=continued and one_pass)
         if hasattr(objective, "prepare"):
-            with _runtime.forked_rng(seeds[2], device), naming_what_lacks("objective", objective, model):
+            naming = naming_what_lacks("objective", objective, model, continued=continued)
+            with _runtime.forked_rng(seeds[2], device), naming:
                 objective.prepare(model, rows, _runtime.make_generator(seeds[2], device))
-        dry_run(model, rows.take(torch.arange(2)), device, objective=objective, anomaly=anomaly)
+        two = rows.take(torch.arange(2))
+        dry_run(model, two, device, continued=continued, objective=objective, anomaly=anomaly)
 
         def pick(positions: npt.NDArray[np.integer]) -> torch.Tensor | None:
             return None if weights is None else torch.from_numpy(weights[positions])
@@ -375,8 +378,8 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         X = self._validate(X, reset=False, min_rows=2)
         other = copy.copy(self).set_params(anomaly=anomaly)
         other._validate_params()
-        part, device = other._resolve_anomaly(), self._scoring_device()
-        index, _ = _rows_in_use(X, sample_weight)
+        part, device = other._resolve_anomaly(self.model_), self._scoring_device()
+        index, _ = rows_in_use(X, sample_weight)
         train_index, held_out_index = self._split(len(index), np.random.RandomState(self._seeds[0]))
         reference = held_out_index if len(held_out_index) else train_index
         rows = ArrayRows(X, index[reference], self._scaler, device)
@@ -385,11 +388,11 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         other._set_anomaly(part, X, index, held_out_index, rows)
         return other
 
-    def _resolve_anomaly(self) -> Component:
+    def _resolve_anomaly(self, model: nn.Module) -> Component:
         images = len(getattr(self, "event_shape_", ())) > 1
         known = {**self._anomalies, **IMAGE_ANOMALIES} if images else self._anomalies
         component: Component = resolve_component(
-            self.anomaly, known=known, argument="anomaly", default=self._default_anomaly
+            self.anomaly, known=known, argument="anomaly", default=lambda: self._default_anomaly(model)
         )
         return component
 

@@ -283,7 +283,10 @@ def describe_non_numeric(X: Any) -> str | None:
             try:
                 float("nan" if value is None else value)
             except (TypeError, ValueError):
-                if type(value).__name__ == "NAType":
+                if type(value).__name__.lower().startswith(TIMES):  # with a time zone they are objects
+                    times = True
+                    bad.append(f"{name} (dates or times)")
+                elif type(value).__name__ == "NAType":
                     missing = True
                     bad.append(f"{name} (pandas.NA among objects)")
                 else:

@@ -109,18 +109,26 @@ def map_in_blocks(
 
 
 @contextmanager
-def naming_what_lacks(argument: str, part: Any, model: nn.Module) -> Iterator[None]:
-    """Turn the error about a method that a model lacks into one about the part that asked for it, a TypeError."""
+def naming_what_lacks(
+    argument: str, part: Any, model: nn.Module, *, continued: bool = False
+) -> Iterator[None]:
+    """Turn the error about a method that a model lacks into one about the part that asked for it, a TypeError.
+
+    A model that is trained on (`continued`) may be one of other parameters than those that the detector has by now.
+    """
     try:
         yield
     except AttributeError as error:
         raise TypeError(
             f"{argument}={part!r} does not work with {type(model).__name__}: {error}. "
-            "Choose one that uses what this model provides."
+            "Choose one that uses what this model provides"
+            + (", or fit anew with warm_start=False, which makes another model." if continued else ".")
         ) from error
 
 
-def dry_run(model: nn.Module, x: torch.Tensor, device: torch.device, **parts: Any) -> None:
+def dry_run(
+    model: nn.Module, x: torch.Tensor, device: torch.device, *, continued: bool = False, **parts: Any
+) -> None:
     """Try an `objective` or an `anomaly` on the two rows `x`, so that one that cannot work fails before training.
 
     Raises
@@ -133,7 +141,8 @@ def dry_run(model: nn.Module, x: torch.Tensor, device: torch.device, **parts: An
         on_device = argument == "objective"
         generator = _runtime.make_generator(0, device) if on_device else _runtime.scoring_generator(0)
         grads = torch.no_grad() if argument == "objective" else torch.inference_mode()
-        with naming_what_lacks(argument, part, model), grads, _runtime.forked_rng(0, device):
+        naming = naming_what_lacks(argument, part, model, continued=continued)
+        with naming, grads, _runtime.forked_rng(0, device):
             # On a copy: what a part learns or keeps from these two rows is not for later.
             trial = copy.deepcopy(part)
             if argument == "anomaly" and hasattr(trial, "prepare"):

@@ -163,7 +163,25 @@ def likelihood_ratio(
     return ComposedDetector([("normal", detector), ("background", background)], weights=[1, -1]).fit(X)
 
 
-class ChannelsFirst(TransformerMixin, BaseEstimator):
+class _ImageTransformer(TransformerMixin, BaseEstimator):
+    """A transformer whose result are images, which no container of columns holds."""
+
+    def set_output(self, *, transform: str | None = None) -> Self:
+        """Change nothing: images stay arrays, also in a pipeline that is to return data frames.
+
+        Parameters
+        ----------
+        transform : {"default", "pandas", "polars"} or None, default=None
+            What the steps of a pipeline return.
+
+        Returns
+        -------
+        self
+        """
+        return self
+
+
+class ChannelsFirst(_ImageTransformer):
     """Bring images with channels at the end, or grey ones without, into the layout of detectors.
 
     Examples
@@ -238,7 +256,7 @@ class ChannelsFirst(TransformerMixin, BaseEstimator):
         return X
 
 
-class ImageReader(TransformerMixin, BaseEstimator):
+class ImageReader(_ImageTransformer):
     """Read image files into the arrays that detectors take.
 
     Files are decoded one after the other, so that no more than one is held beside the result. A result beyond
@@ -385,7 +403,7 @@ class ImageReader(TransformerMixin, BaseEstimator):
             warnings.warn(
                 f"{len(errors)} of {len(paths)} files cannot be read and are left out: {_named(errors)}. "
                 "See skipped_ for all of them.",
-                stacklevel=2,
+                stacklevel=3,  # whoever called `transform`, past scikit-learn's wrapper
             )
         return images[:n]
 

@@ -108,6 +108,35 @@ def score_rows(estimator: Any, X: Any, direction: str) -> npt.NDArray[np.float64
     return scores
 
 
+def threshold_of(estimator: Any) -> float | None:
+    """Score below which a fitted detector, or a pipeline that ends in one, flags rows; None if it has no threshold."""
+    inner = innermost(estimator)
+    if not hasattr(inner, "offset_") and is_pyod(inner) and hasattr(inner, "threshold_"):
+        return -float(inner.threshold_)
+    offset = getattr(inner, "offset_", None)
+    return None if offset is None else float(offset)
+
+
+def check_labels(y: Any, n: int) -> npt.NDArray[np.int64]:
+    """Labels ``(n,)`` as they are used everywhere: +1 normal, -1 anomaly.
+
+    Raises
+    ------
+    ValueError
+        If there are other values, or another number of them.
+    """
+    labels = np.asarray(y)
+    unknown = set(labels.ravel().tolist()) - {1, -1}
+    if labels.shape != (n,) or unknown:
+        message = f"y must hold {n} labels, +1 for normal rows and -1 for anomalies, got shape {labels.shape}"
+        if unknown:
+            message += f" and values {sorted(unknown, key=str)[:5]}"
+        if unknown == {0}:
+            raise ValueError(f"{message}. If 1 marks the anomalies, give numpy.where(y, -1, 1).")
+        raise ValueError(f"{message}.")
+    return labels.astype(np.int64)
+
+
 def splittable(X: Any) -> Any:
     """Rows of which some can be taken.
 

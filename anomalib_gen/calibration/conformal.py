@@ -74,7 +74,7 @@ class ConformalDetector(WrappedDetector):
             warnings.warn(
                 f"alpha={self.alpha:g} is below 1 / (n + 1) = {1 / (n + 1):.3g}, the smallest p-value from n = {n} "
                 "calibration rows, so no row will be flagged. Raise alpha or give more rows.",
-                stacklevel=4,
+                stacklevel=5,  # whoever called `fit`
             )
         self.calibration_scores_, self.n_calibration_, self._k = calibration_scores, n, max(k, 1)
         self.offset_ = float(np.partition(calibration_scores, k - 1)[k - 1]) if k else -np.inf

@@ -20,7 +20,7 @@ The detectors that make such p-values are in calibration.conformal.
 
 from __future__ import annotations
 
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -142,16 +142,18 @@ def conditional_p_values(
     array([0.0046, 0.0723, 1.    ])
     """
     if not isinstance(n_calibration, Integral) or n_calibration < 2:
-        raise ValueError(f"n_calibration must be an integer of at least 2, got {n_calibration!r}.")
-    if not 0 < delta < 1:
+        found = f"an array of shape {np.shape(n_calibration)}" if np.ndim(n_calibration) else n_calibration
+        raise ValueError(f"n_calibration must be an integer of at least 2, got {found}.")
+    if not isinstance(delta, Real) or not 0 < delta < 1:
         raise ValueError(f"delta must lie between 0 and 1, got {delta!r}.")
     n = int(n_calibration)
     p = np.asarray(p_values, dtype=np.float64)
-    ranks = np.rint(p * (n + 1)).astype(np.int64)
-    off = (ranks < 1) | (ranks > n + 1) | (np.abs(p * (n + 1) - ranks) > 1e-3)
-    if off.any():
+    scaled = p * (n + 1)
+    ranks = np.rint(np.clip(scaled, 0, n + 2))
+    good = (ranks >= 1) & (ranks <= n + 1) & (np.abs(scaled - ranks) <= 1e-3)
+    if not good.all():
         raise ValueError(
-            f"p_values hold {p[off].flat[0]!r}, which is no multiple of 1 / (n_calibration + 1) = {1 / (n + 1):.3g}. "
+            f"p_values hold {p[~good].flat[0]:g}, which is no multiple of 1 / (n_calibration + 1) = {1 / (n + 1):.3g}. "
             "Give split-conformal p-values without weights and smoothing, and their number of calibration rows."
         )
     if method == "simes":
@@ -162,7 +164,7 @@ def conditional_p_values(
         bounds = np.minimum(1, np.arange(n) / n + slack)
     else:
         raise ValueError(f"method must be 'simes' or 'dkw', got {method!r}.")
-    adjusted: npt.NDArray[np.float64] = np.append(bounds, 1.0)[ranks - 1]
+    adjusted: npt.NDArray[np.float64] = np.append(bounds, 1.0)[ranks.astype(np.int64) - 1]
     return adjusted
 
 

@@ -26,12 +26,18 @@ import numpy.typing as npt
 from scipy import stats
 from sklearn.base import _fit_context
 from sklearn.frozen import FrozenEstimator
-from sklearn.utils import _safe_indexing, check_consistent_length, check_random_state
+from sklearn.utils import _safe_indexing, check_random_state
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
 from anomalib_gen._component import Component, resolve_component
-from anomalib_gen.calibration._wrapped import WrappedDetector, fit_and_hold_out, seeded_clone, splittable
+from anomalib_gen.calibration._wrapped import (
+    WrappedDetector,
+    check_labels,
+    fit_and_hold_out,
+    seeded_clone,
+    splittable,
+)
 from anomalib_gen.calibration.extremes import TailFit, fit_tail
 from anomalib_gen.calibration.p_values import flagged_ranks
 
@@ -355,13 +361,7 @@ class ThresholdDetector(WrappedDetector):
                 "This threshold rule needs labels: give y, +1 for normal rows and -1 for anomalies."
             )
         X = splittable(X)
-        labels = np.asarray(y)
-        check_consistent_length(X, labels)
-        unknown = set(np.unique(labels).tolist()) - {1, -1}
-        if unknown:
-            raise ValueError(
-                f"y must hold +1 (normal) and -1 (abnormal) only, got also {sorted(unknown)[:5]}."
-            )
+        labels = check_labels(y, _num_samples(X))
         from sklearn.model_selection import train_test_split
 
         inner = self._inner()

@@ -24,15 +24,17 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 import torch
+from sklearn import get_config
 from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 from sklearn.utils.metaestimators import _BaseComposition
 from sklearn.utils.validation import check_is_fitted
 
 from anomalib_gen import _runtime
-from anomalib_gen._base import outlier_threshold
+from anomalib_gen._base import outlier_threshold, rows_in_use
 from anomalib_gen._inputs import check_images, validate_rows
 from anomalib_gen._outlier import OutlierScores
 from anomalib_gen._runtime import check_count
@@ -193,7 +195,21 @@ class ComposedDetector(OutlierScores, _BaseComposition):
 
     # Fitting ----------------------------------------------------------------------------------------------
 
-    def fit(self, X: Any, y: Any = None) -> Self:
+    def get_metadata_routing(self) -> MetadataRouter:
+        """Say who takes sample weights: this detector, and the members that it fits.
+
+        Returns
+        -------
+        MetadataRouter
+        """
+        router = MetadataRouter(owner=self).add_self_request(self)
+        fitting = MethodMapping().add(caller="fit", callee="fit")
+        for (name, member), frozen in zip(self.detectors, self._frozen(), strict=True):
+            if not (self.prefit or frozen):
+                router.add(**{name: member}, method_mapping=fitting)
+        return router
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Set the threshold on rows that are mostly normal; fit the members first if they are not.
 
         Parameters
@@ -201,6 +217,9 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         X : array-like or data frame of shape (n_samples, n_features)
         y : ignored
             For scikit-learn's conventions.
+        sample_weight : array-like of shape (n_samples,), optional
+            Non-negative weight of each row for the members that are fitted; with scikit-learn's metadata routing, for
+            those that request it. A weight of zero leaves a row out of the threshold, too.
 
         Returns
         -------
@@ -213,13 +232,14 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         """
         self._validate_params()
         with self._restored_on_failure():
-            return self._fit(X)
+            return self._fit(X, sample_weight)
 
-    def _fit(self, X: Any) -> Self:
+    def _fit(self, X: Any, sample_weight: Any) -> Self:
         members = self._check_members()
         weights = self._check_weights(len(members))
         rows = validate_rows(self, X, reset=True, min_rows=1 if self.prefit else 2)
         self.event_shape_ = rows.shape[1:]
+        index, _ = rows_in_use(rows, sample_weight)
         columns = self._check_columns(members)
         if rows.ndim > 2:
             for member, frozen, chosen in zip(members, self._frozen(), columns, strict=True):
@@ -227,15 +247,28 @@ class ComposedDetector(OutlierScores, _BaseComposition):
                     check_images(member, _take(rows, chosen), reset=False)
         if not self.prefit:
             seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+            given = self._given_to_members(sample_weight)
             members = [
-                member if frozen else _seeded(clone(member), seed).fit(_take(rows, chosen))
-                for member, frozen, chosen in zip(members, self._frozen(), columns, strict=True)
+                member if frozen else _seeded(clone(member), seed).fit(_take(rows, chosen), **params)
+                for member, frozen, chosen, params in zip(
+                    members, self._frozen(), columns, given, strict=True
+                )
             ]
         self.detectors_, self.weights_, self._columns = members, weights, columns
         if self.rule == "mixture":
             self._check_constants()
-        self.offset_ = outlier_threshold(-self._energy(rows), self.contamination)
+        judged = rows if len(index) == len(rows) else rows[index]
+        self.offset_ = outlier_threshold(-self._energy(judged), self.contamination)
         return self
+
+    def _given_to_members(self, sample_weight: Any) -> list[dict[str, Any]]:
+        """What the `fit` of each member is given beside rows."""
+        if sample_weight is None:
+            return [{}] * len(self.detectors)
+        if get_config()["enable_metadata_routing"]:
+            routed = process_routing(self, "fit", sample_weight=sample_weight)
+            return [routed[name].fit if name in routed else {} for name, _ in self.detectors]
+        return [{"sample_weight": sample_weight}] * len(self.detectors)
 
     @property
     def _eight_bit(self) -> bool:
@@ -263,7 +296,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         for name, member, frozen in zip(names, members, self._frozen(), strict=True):
             if not HasMethods(["energy", "score_samples", "_torch_energy"]).is_satisfied_by(member):
                 raise ValueError(
-                    f"Member {name!r} is a {type(member).__name__}, which has no energy. "
+                    f"Member {name!r} is of class {type(member).__name__}, which has no energy. "
                     "Use detectors of anomalib_gen."
                 )
             if self.prefit or frozen:

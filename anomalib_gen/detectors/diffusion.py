@@ -164,7 +164,9 @@ class DiffusionDetector(GenerativeDetector):
         normal row in twenty is flagged, or one in n + 1 where n < 19 were held out.
     warm_start : bool, default=False
         Whether `fit` continues from the weights, and in the scaling, of the previous call. Parameters that shape the
-        model (`path`, `denoiser`, `network`, its sizes, `parametrization`) then keep the values of the first call.
+        model (`path`, `denoiser`, `network`, its sizes, `parametrization`) then keep the values of the first call, and
+        ``anomaly=None`` takes what suits the model that there is. A model that tells the time cannot go on as a
+        denoiser, nor the other way round: such an `objective` is refused.
     random_state : int, RandomState instance or None, default=None
         Seeds weights, row order and noise. An int gives the same detector at every call on the same machine.
     device : str or torch.device, default="auto"
@@ -602,11 +604,12 @@ class DiffusionDetector(GenerativeDetector):
     def _default_objective(self) -> Component:
         return Denoising()
 
-    def _default_anomaly(self) -> Component:
-        if isinstance(self._resolve_objective(), DiffusionTimeEstimation):
+    def _default_anomaly(self, model: nn.Module) -> Component:
+        if not isinstance(model, Denoiser):
             return DiffusionTime(estimator="learned")
-        anomalies = {"closed-form": ClosedFormResidual(), "hybrid": CombinedAnomaly()}
-        return anomalies.get(self._resolve_denoiser(), ScoreNorm(weighting="noise"))
+        if isinstance(model, HybridDenoiser):
+            return CombinedAnomaly()
+        return ClosedFormResidual() if isinstance(model, ClosedFormDenoiser) else ScoreNorm(weighting="noise")
 
     def _energy_anomaly(self) -> Any:
         self._check_denoiser()

@@ -9,8 +9,6 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
-from anomalib_gen.calibration._wrapped import innermost
-
 NORMAL, ANOMALY, THIRD = "#2B8CC4", "#E0641A", "#009E73"
 """Blue, vermilion and green after Okabe and Ito (2008), the first two between their shades for light and for dark."""
 
@@ -38,37 +36,11 @@ def literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def threshold_of(estimator: Any) -> float | None:
-    """Score below which a fitted detector flags rows, None if it has no threshold."""
-    inner = innermost(estimator)
-    if not hasattr(inner, "offset_") and hasattr(inner, "threshold_"):  # pyod
-        return -float(inner.threshold_)
-    return getattr(inner, "offset_", None)
-
-
 def check_confidence(value: Any) -> float:
     """A share between 0 and 1."""
     if not isinstance(value, Real) or not 0 < float(value) < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {value!r}.")
     return float(value)
-
-
-def check_labels(y: Any, n: int) -> npt.NDArray[np.int64]:
-    """Labels ``(n,)`` as they are used everywhere: +1 normal, -1 anomaly.
-
-    Raises
-    ------
-    ValueError
-        If there are other values, or another number of them.
-    """
-    labels = np.asarray(y)
-    unknown = set(np.unique(labels).tolist()) - {1, -1}
-    if labels.shape != (n,) or unknown:
-        raise ValueError(
-            f"y must hold {n} labels, +1 for normal rows and -1 for anomalies, got shape {labels.shape}"
-            + (f" and values {sorted(unknown)[:5]}." if unknown else ".")
-        )
-    return labels.astype(np.int64)
 
 
 def check_scores(scores: Any, name: str = "scores") -> npt.NDArray[np.float64]:

@@ -9,9 +9,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from anomalib_gen._inputs import as_kind_of, validate_rows
 from anomalib_gen._runtime import check_count
-from anomalib_gen.calibration._wrapped import innermost, score_rows
+from anomalib_gen.calibration._wrapped import check_labels, innermost, score_rows
 from anomalib_gen.explain._columns import names_of
-from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_labels, ink, start
+from anomalib_gen.inspection._style import ANOMALY, NORMAL, ink, start
 
 MAX_POINTS = 2000
 """Points of a scatter: more hide each other."""
@@ -476,7 +476,13 @@ class SamplesDisplay:
         """
         check_is_fitted(estimator)
         if not hasattr(estimator, "sample"):
-            raise TypeError(f"{type(estimator).__name__} draws no rows: it has no sample.")
+            hint = ""
+            if hasattr(estimator, "steps") and hasattr(innermost(estimator), "sample"):
+                hint = (
+                    " Its last step does, in the units of what it is given: "
+                    "SamplesDisplay.from_estimator(pipeline[-1], pipeline[:-1].transform(X))."
+                )
+            raise TypeError(f"{type(estimator).__name__} draws no rows: it has no sample.{hint}")
         if len(getattr(estimator, "event_shape_", ())) > 1:
             raise ValueError(
                 f"SamplesDisplay shows columns of tables; this {type(estimator).__name__} draws images of shape "

@@ -11,16 +11,14 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from sklearn.utils import check_random_state
 
 from anomalib_gen._runtime import check_count
-from anomalib_gen.calibration._wrapped import innermost, score_rows
+from anomalib_gen.calibration._wrapped import check_labels, innermost, score_rows, threshold_of
 from anomalib_gen.inspection._style import (
     ANOMALY,
     NORMAL,
     check_confidence,
-    check_labels,
     check_scores,
     ink,
     start,
-    threshold_of,
 )
 
 GRID = np.linspace(0, 1, 201)
@@ -439,7 +437,7 @@ class PValueDisplay:
         """
         if not hasattr(estimator, "p_values"):
             raise TypeError(
-                f"{type(estimator).__name__} has no p_values. Wrap it in a "
+                f"{type(estimator).__name__} has no p_values. Wrap it in an "
                 "anomalib_gen.calibration.SplitConformalDetector."
             )
         name, inner = type(estimator).__name__, getattr(estimator, "estimator", None)

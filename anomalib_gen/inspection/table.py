@@ -9,17 +9,15 @@ import numpy as np
 from sklearn.utils import _safe_indexing
 
 from anomalib_gen._runtime import check_count
-from anomalib_gen.calibration._wrapped import score_rows
+from anomalib_gen.calibration._wrapped import check_labels, score_rows, threshold_of
 from anomalib_gen.explain import FeatureContributions, feature_contributions
 from anomalib_gen.explain._columns import split_pipeline
 from anomalib_gen.inspection._style import (
     ANOMALY,
-    check_labels,
     check_scores,
     ink,
     literal,
     start,
-    threshold_of,
 )
 from anomalib_gen.inspection.contributions import UNITS, _show
 

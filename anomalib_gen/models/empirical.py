@@ -247,9 +247,6 @@ class LocalLinearDenoiser(_EmpiricalDenoiser):
     shrinkage : float, default=0.3
         lambda, the variance that each direction is given beyond that of the neighbours, as a share of their mean
         variance. With 0 the denoiser knows the span of the neighbours alone.
-    weighted : bool, default=False
-        Whether mean and covariance of the neighbours are weighted by the kernel of equation 1. Small levels then see
-        the nearest row alone.
     dtype : torch.dtype, default=torch.float32
         What rows are stored in, also when the module is moved to another precision. Computation is in float64, where
         the device has it.
@@ -279,14 +276,12 @@ class LocalLinearDenoiser(_EmpiricalDenoiser):
         *,
         n_neighbors: int = 20,
         shrinkage: float = 0.3,
-        weighted: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(rows, path, n_neighbors, dtype)
         if shrinkage < 0:
             raise ValueError(f"shrinkage must not be negative, got {shrinkage}.")
         self.shrinkage = shrinkage
-        self.weighted = weighted
 
     def denoise(
         self, x: torch.Tensor, level: torch.Tensor, *, exclude: torch.Tensor | None = None
@@ -351,10 +346,8 @@ class LocalLinearDenoiser(_EmpiricalDenoiser):
         clean, squares = [q[:0]], [variance[:0]]
         found = nearest_rows(q, rows, k, exclude=exclude)
         for block in self._blocks(q, k * size + min(k, size) ** 2):
-            y, squared = rows[found.positions[block]].to(q.dtype), found.squared[block]
-            share = torch.full_like(squared, 1 / k)
-            if self.weighted:
-                share = (-0.5 * squared / variance[block].unsqueeze(1)).softmax(1)
+            y = rows[found.positions[block]].to(q.dtype)
+            share = torch.full_like(y[..., 0], 1 / k)
             left, square, ridge = local_residual(q[block], y, share, self.shrinkage, variance[block])
             clean.append(q[block] - (variance[block] / ridge).unsqueeze(1) * left)
             squares.append(square)

@@ -41,7 +41,6 @@ SPARE = 16
 """Rows proposed beyond those asked for."""
 SCALE_ROWS = 5000
 """Rows whose neighbours `neighbor_scale` looks up, at most."""
-SCALE_STATISTICS = ("mean", "median")
 
 
 class Neighbors(NamedTuple):
@@ -235,8 +234,8 @@ def _leave_out(found: Neighbors, exclude: torch.Tensor) -> Neighbors:
     return Neighbors(found.squared[keep].reshape(shape), found.positions[keep].reshape(shape))
 
 
-def neighbor_scale(rows: torch.Tensor, *, statistic: str = "mean") -> float:
-    """Bandwidth that the spacing of rows suggests (equation 2).
+def neighbor_scale(rows: torch.Tensor) -> float:
+    """Bandwidth that the spacing of rows suggests (equation 2): the sparse parts, and a few far rows, count most.
 
     Parameters
     ----------
@@ -244,23 +243,12 @@ def neighbor_scale(rows: torch.Tensor, *, statistic: str = "mean") -> float:
         Rows. Copies of a row count once: they say nothing about the spacing, and would pull it to zero. The neighbours
         of at most `SCALE_ROWS` rows, evenly spread over the distinct rows in lexicographic order, are looked up among
         all.
-    statistic : {"mean", "median"}, default="mean"
-        What is taken of the squared distances. The mean follows the sparse parts of the data and a few far rows; the
-        median follows the bulk.
 
     Returns
     -------
     float
         h, in the units of the rows; 1 if all rows are equal, where any bandwidth does.
-
-    Raises
-    ------
-    ValueError
-        If the statistic is unknown.
     """
-    if statistic not in SCALE_STATISTICS:
-        known = ", ".join(map(repr, SCALE_STATISTICS))
-        raise ValueError(f"statistic={statistic!r} is unknown. Known: {known}.")
     distinct = torch.unique(rows.flatten(1), dim=0)
     n, n_columns = distinct.shape
     variance = 0.0
@@ -268,5 +256,5 @@ def neighbor_scale(rows: torch.Tensor, *, statistic: str = "mean") -> float:
         some = min(n, SCALE_ROWS)
         positions = torch.arange(some, device=rows.device) * n // some
         squared = nearest_rows(distinct[positions], distinct, 1, exclude=positions).squared
-        variance = float(squared.mean() if statistic == "mean" else squared.median()) / n_columns
+        variance = float(squared.mean()) / n_columns
     return variance**0.5 if variance > 0 else 1.0

@@ -68,13 +68,6 @@ def finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def threshold_of(model: Any) -> float:
-    """Score below which a model labels rows as outliers."""
-    while not hasattr(model, "offset_"):
-        model = model.steps[-1][1] if hasattr(model, "steps") else model.estimator
-    return float(model.offset_)
-
-
 def score_rows(
     model: Any, frame: pd.DataFrame, *, named: bool, limit: int
 ) -> tuple[npt.NDArray[np.float64], dict[int, str]]:

@@ -97,15 +97,19 @@ def varies(values: npt.NDArray[Any]) -> bool:
 def draw_uniform(values: npt.NDArray[Any], n: int, random: np.random.RandomState) -> npt.NDArray[Any]:
     """Draws from the uniform distribution over a column's range, or over its categories.
 
-    A column of whole numbers may hold counts or codes: draws are rounded to the nearest of its values.
+    A column of whole numbers may hold counts or codes: draws are rounded to the nearest of its values. One of nothing
+    but missing values keeps those.
     """
+    known = _distinct(values)
+    if not len(known):
+        return np.resize(values, n)
     if values.dtype.kind not in "iuf":
-        return random.choice(_distinct(values), size=n)
-    low, high = np.nanmin(values).astype(np.float64), np.nanmax(values).astype(np.float64)
+        return random.choice(known, size=n)
+    low, high = known.min().astype(np.float64), known.max().astype(np.float64)
     drawn = low + (high - low) * random.uniform(size=n)
     if values.dtype.kind == "f":
         return drawn
-    known = np.unique(values)
+    known = np.sort(known)
     middles = (known[:-1].astype(np.float64) + known[1:]) / 2
     return known[np.searchsorted(middles, drawn)]
 

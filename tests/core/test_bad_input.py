@@ -316,6 +316,11 @@ DATES = pd.DataFrame({"from": pd.date_range("2020-01-01", periods=3), "to": pd.d
             pl.from_pandas(DATES).select(pl.col("to").cast(pl.Date), one=1.0), "column 'to'", id="days"
         ),
         pytest.param(pa.Table.from_pandas(DATES), "columns 'from'", id="pyarrow"),
+        pytest.param(
+            DATES.assign(to=DATES["to"].dt.tz_localize("UTC"))[["to"]], "column 'to'", id="time zone"
+        ),
+        pytest.param(DATES.assign(to=DATES["to"].dt.to_period("D"))[["to"]], "column 'to'", id="periods"),
+        pytest.param(DATES.assign(to=DATES["to"].dt.date)[["to"]], "column 'to'", id="objects"),
     ],
 )
 def test_dates_are_refused_also_where_all_columns_are_dates(tiny, rows, named):

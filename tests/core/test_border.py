@@ -639,7 +639,7 @@ class Toy(GenerativeDetector):
     def _default_objective(self):
         return Energy()
 
-    def _default_anomaly(self):
+    def _default_anomaly(self, model):
         return Energy()
 
     def _auto_max_iter(self, steps_per_pass):

@@ -8,11 +8,13 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.ensemble import IsolationForest
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import NotFittedError, UnsetMetadataPassedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import cross_val_predict
+from sklearn.pipeline import make_pipeline
 
 from anomalib_gen import ComposedDetector, DiffusionDetector, EnergyDetector, VAEDetector
 
@@ -261,6 +263,43 @@ def test_clones_are_fitted_if_asked(tiny, X):
     assert set(np.unique(cross_val_predict(composed, X, cv=2))) <= {-1, 1}
 
 
+def test_weights_reach_the_members_that_are_fitted(tiny, fitted, X):
+    weights = (np.arange(len(X)) % 3).astype(float)
+    members = [("kept", FrozenEstimator(fitted)), ("new", tiny())]
+    composed = ComposedDetector(members, prefit=False, contamination=0.1).fit(X, sample_weight=weights)
+    alone = tiny().fit(X, sample_weight=weights)
+    np.testing.assert_array_equal(composed.detectors_[1].energy(X), alone.energy(X))
+    # Rows without weight have no say in the threshold.
+    scores = composed.score_samples(X)
+    assert composed.offset_ == pytest.approx(np.quantile(scores[weights > 0], 0.1))
+    prefit = ComposedDetector([("a", fitted)], contamination=0.1).fit(X, sample_weight=weights)
+    assert prefit.offset_ == pytest.approx(np.quantile(prefit.score_samples(X)[weights > 0], 0.1))
+    nested = ComposedDetector([("all", ComposedDetector(members, prefit=False))], prefit=False)
+    np.testing.assert_array_equal(nested.fit(X, sample_weight=weights).energy(X), composed.energy(X))
+    for wrong, message in ((np.ones(3), r"sample_weight\.shape"), (-weights, "Negative values")):
+        with pytest.raises(ValueError, match=message):
+            composed.fit(X, sample_weight=wrong)
+    np.testing.assert_array_equal(composed.score_samples(X), scores)
+
+
+def test_weights_are_routed_to_the_members_that_ask(tiny, fitted, X):
+    weights = (np.arange(len(X)) % 3).astype(float)
+    with config_context(enable_metadata_routing=True):
+        asks = tiny().set_fit_request(sample_weight=True)
+        declines = tiny().set_fit_request(sample_weight=False)
+        members = [("asks", asks), ("declines", declines), ("kept", FrozenEstimator(fitted))]
+        composed = ComposedDetector(members, prefit=False).set_fit_request(sample_weight=True)
+        pipeline = make_pipeline(composed).fit(X, sample_weight=weights)
+        found = pipeline[-1].detectors_
+        weighted = tiny().fit(X, sample_weight=weights)
+        np.testing.assert_array_equal(found[0].energy(X), weighted.energy(X))
+        np.testing.assert_array_equal(found[1].energy(X), tiny().fit(X).energy(X))
+        with pytest.raises(UnsetMetadataPassedError, match=r"sample_weight.*FlowDetector"):
+            ComposedDetector([("a", tiny())], prefit=False).fit(X, sample_weight=weights)
+        # Members that are fitted already are asked nothing.
+        ComposedDetector([("a", fitted)]).fit(X, sample_weight=weights)
+
+
 def test_frozen_members_stay_fitted_through_clone(tiny, fitted, X):
     composed = ComposedDetector([("kept", FrozenEstimator(fitted)), ("new", tiny())], prefit=False).fit(X)
     assert composed.detectors_[0] is fitted
@@ -288,7 +327,7 @@ def test_bad_compositions_are_refused(tiny, fitted, X):
         fit()
     with pytest.raises(NotFittedError, match=r"Member 'm1' .* set prefit=False"):
         fit(fitted, tiny())
-    with pytest.raises(ValueError, match="Member 'm0' is a IsolationForest, which has no energy"):
+    with pytest.raises(ValueError, match="Member 'm0' is of class IsolationForest, which has no energy"):
         fit(IsolationForest().fit(X))
     timed = DiffusionDetector(objective="diffusion-time", hidden_features=8, max_iter=2, device="cpu").fit(X)
     with pytest.raises(ValueError, match=r"Member 'm1' has no energy\. .* another objective"):

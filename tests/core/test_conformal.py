@@ -1,6 +1,7 @@
 """Conformal p-values are valid: exactly where that is proved, within their bounds elsewhere, around any detector."""
 
 import pickle
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -142,6 +143,13 @@ def test_functions_refuse_what_they_cannot_use():
         conformal_p_values([1.0], [1.0], weights=[1.0], calibration_weights=[-1.0])
     with pytest.raises(ValueError, match=r"p_values hold .*0\.3.*no multiple of 1 / \(n_calibration \+ 1\)"):
         conditional_p_values([0.3], 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for value in (np.nan, np.inf, 0.0, 1.1):
+            with pytest.raises(ValueError, match=f"p_values hold {value:g}, which"):
+                conditional_p_values(np.append(np.full(3000, 0.5), value), 9)
+    with pytest.raises(ValueError, match=r"n_calibration must be .*, got an array of shape \(3000,\)"):
+        conditional_p_values([0.5], [0.1] * 3000)
     with pytest.raises(ValueError, match="n_calibration must be an integer of at least 2, got 1"):
         conditional_p_values([0.5], 1)
     with pytest.raises(ValueError, match="delta must lie between 0 and 1, got 1"):
@@ -242,8 +250,15 @@ def test_blocks_change_nothing(monkeypatch):
 
 
 def test_too_few_rows_flag_nothing_and_say_so():
-    with pytest.warns(UserWarning, match=r"alpha=0.01 is below 1 / \(n \+ 1\).*n = 20"):
-        fitted = SplitConformalDetector(Distance(), alpha=0.01, random_state=0).fit(normals(40, 0))
+    for kind, n in (
+        (CrossConformalDetector, 20),
+        (BootstrapConformalDetector, 20),
+        (SplitConformalDetector, 40),
+    ):
+        fitted = kind(Distance(), alpha=0.01, random_state=0)
+        with pytest.warns(UserWarning, match=r"alpha=0.01 is below 1 / \(n \+ 1\).*n = 20") as caught:
+            fitted.fit(normals(n, 0))
+        assert [warning.filename for warning in caught] == [__file__]
     assert (fitted.predict(100 * normals(50, 1)) == 1).all()
     assert np.isfinite(fitted.score_samples(normals(5, 1))).all()
 

@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 
 from anomalib_gen import DiffusionDetector
+from anomalib_gen.anomaly import ClosedFormResidual, CombinedAnomaly, DiffusionTime, ScoreNorm
 from anomalib_gen.models import EnergyModel, ScoreDenoiser
 from anomalib_gen.objectives import DiffusionTimeEstimation, NoiseContrastive
 from anomalib_gen.paths import EDM, PATHS, CosineBetas, Linear
@@ -149,6 +150,32 @@ def test_learned_variances_are_drawn_with(rows, monkeypatch):
     )
     assert detector.sample(5, sampler="ancestral", n_steps=10).shape == (5, 2)
     assert asked[0] is not None
+
+
+def test_a_model_that_is_kept_gets_the_anomaly_that_suits_it(rows):
+    kinds = {"network": ScoreNorm, "closed-form": ClosedFormResidual, "hybrid": CombinedAnomaly}
+    for denoiser, kind in kinds.items():
+        detector = make(denoiser=denoiser, warm_start=True, max_iter=2).fit(rows)
+        for other in kinds:
+            detector.set_params(denoiser=other).fit(rows)
+            assert isinstance(detector.anomaly_, kind)
+            assert isinstance(detector.partial_fit(rows).anomaly_, kind)
+            assert isinstance(detector.with_anomaly(None, rows).anomaly_, kind)
+    clock = make(objective="diffusion-time", max_iter=2).fit(rows).set_params(objective="denoising")
+    assert isinstance(clock.with_anomaly(None, rows).anomaly_, DiffusionTime)
+
+
+@pytest.mark.parametrize("objectives", [("diffusion-time", "denoising"), ("denoising", "diffusion-time")])
+def test_a_model_that_is_kept_refuses_an_objective_of_another_kind(rows, objectives):
+    first, second = objectives
+    detector = make(objective=first, denoiser="network", warm_start=True, max_iter=2).fit(rows)
+    scores = detector.score_samples(rows[:9])
+    detector.set_params(objective=second)
+    for method in ("fit", "partial_fit"):
+        with pytest.raises(TypeError, match=r"objective=.* does not work with .*warm_start=False"):
+            getattr(detector, method)(rows)
+    np.testing.assert_array_equal(detector.score_samples(rows[:9]), scores)
+    detector.set_params(warm_start=False).fit(rows)
 
 
 def test_wrong_arguments_are_named(rows, fitted):

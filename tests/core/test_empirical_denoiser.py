@@ -60,7 +60,6 @@ MODELS = {
     "kernel of 7": lambda rows: kernel(rows, n_neighbors=7),
     "local": lambda rows: local(rows, n_neighbors=7),
     "local, many neighbours": lambda rows: local(rows, n_neighbors=30, shrinkage=0.0),
-    "local, weighted": lambda rows: local(rows, n_neighbors=7, weighted=True),
 }
 
 
@@ -161,7 +160,7 @@ def test_scale_of_a_grid_is_its_spacing():
     assert neighbor_scale(grid) == pytest.approx(0.3 / math.sqrt(3), rel=1e-12)
     copies = torch.cat([grid, grid, grid[:40]])
     assert neighbor_scale(copies) == pytest.approx(0.3 / math.sqrt(3), rel=1e-12)
-    assert neighbor_scale(grid.reshape(-1, 1, 3, 1), statistic="median") == pytest.approx(0.3 / math.sqrt(3))
+    assert neighbor_scale(grid.reshape(-1, 1, 3, 1)) == pytest.approx(0.3 / math.sqrt(3))
 
 
 def test_scale_of_uniform_rows_is_known():
@@ -169,20 +168,15 @@ def test_scale_of_uniform_rows_is_known():
     n = 20_000
     rows = torch.rand((n, 1), generator=torch.Generator().manual_seed(0), dtype=EXACT)
     assert neighbor_scale(rows) == pytest.approx(math.sqrt(0.5) / n, rel=0.08)
-    assert neighbor_scale(rows, statistic="median") == pytest.approx(math.log(2) / (2 * n), rel=0.08)
 
 
 def test_scale_of_a_few_rows_by_hand():
     rows = torch.tensor([[0.0], [1.0], [3.0], [100.0]])  # nearest at 1, 1, 2, 97
     assert neighbor_scale(rows) == pytest.approx(math.sqrt((1 + 1 + 4 + 97**2) / 4), rel=1e-6)
-    assert neighbor_scale(rows, statistic="median") == pytest.approx(1.0)
 
 
 def test_scale_is_never_zero():
-    same = torch.ones(10, 2)
-    assert neighbor_scale(same) == 1.0
-    with pytest.raises(ValueError, match=r"statistic='mode' is unknown\. Known: 'mean', 'median'"):
-        neighbor_scale(same, statistic="mode")
+    assert neighbor_scale(torch.ones(10, 2)) == 1.0
 
 
 # The kernel form ------------------------------------------------------------------------------------------
@@ -306,30 +300,24 @@ def test_truncation_is_within_its_bound():
 # The local-linear form ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_local_linear_over_all_rows_is_the_denoiser_of_their_normal(weighted):
+def test_local_linear_over_all_rows_is_the_denoiser_of_their_normal():
     rows, x = normal(300, 3) @ normal(3, 3, seed=2) + 1, 2 * normal(20, 3, seed=1)
-    # At a level much wider than the data the kernel weighs all rows alike.
-    level = levels(x, 1e7) if weighted else levels(x, 0.01, 0.5, 3.0)
-    model = local(rows, n_neighbors=300, shrinkage=0.0, weighted=weighted)
+    level = levels(x, 0.01, 0.5, 3.0)
+    model = local(rows, n_neighbors=300, shrinkage=0.0)
     expected = gaussian(rows.mean(0), torch.cov(rows.T, correction=0)).denoise(x, level).detach()
     torch.testing.assert_close(model.denoise(x, level), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("k", "d"), [(5, 12), (12, 5), (8, 8), (1, 3)])
-def test_local_linear_is_the_denoiser_of_the_neighbours_normal(k, d, weighted):
+def test_local_linear_is_the_denoiser_of_the_neighbours_normal(k, d):
     rows, x, shrinkage = normal(200, d), normal(9, d, seed=1), 0.3
     level = levels(x, 0.2, 1.0, 4.0)
-    model = local(rows, n_neighbors=k, shrinkage=shrinkage, weighted=weighted)
-    squared, index = brute_force(x, rows)
+    model = local(rows, n_neighbors=k, shrinkage=shrinkage)
+    index = brute_force(x, rows).indices
     for i in range(len(x)):
         near = rows[index[i, :k]]
-        weights = torch.full((k,), 1 / k, dtype=EXACT)
-        if weighted:
-            weights = (-0.5 * squared[i, :k] / level[i] ** 2).softmax(0)
-        mean = weights @ near
-        covariance = (weights.unsqueeze(1) * (near - mean)).T @ (near - mean)
+        mean = near.mean(0)
+        covariance = (near - mean).T @ (near - mean) / k
         covariance += shrinkage * covariance.trace() / d * torch.eye(d, dtype=EXACT)
         noisy = covariance + level[i] ** 2 * torch.eye(d, dtype=EXACT)
         v = x[i] - mean
@@ -380,8 +368,6 @@ def test_limits_of_the_local_linear_denoiser():
         2
     )
     torch.testing.assert_close(foot, expected, rtol=1e-6, atol=1e-6)
-    weighted = local(rows, n_neighbors=k, shrinkage=0.0, weighted=True)
-    torch.testing.assert_close(weighted.denoise(x, levels(x, 1e-3)), near[:, 0])
 
 
 def test_equal_neighbours_are_a_point():

@@ -13,7 +13,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import make_pipeline
 
-from anomalib_gen import FlowDetector
+from anomalib_gen import FlowDetector, VAEDetector
 from anomalib_gen.calibration import (
     BootstrapConformalDetector,
     CrossConformalDetector,
@@ -87,8 +87,11 @@ def test_files_that_cannot_be_read_are_named(folder):
     ):
         reader.transform(folder)
     reader.set_params(on_error="skip")
-    with pytest.warns(UserWarning, match=r"3 of 15 files cannot be read and are left out: .*broken\.png"):
+    with pytest.warns(
+        UserWarning, match=r"3 of 15 files cannot be read and are left out: .*broken\.png"
+    ) as caught:
         images = reader.transform(folder)
+    assert [warning.filename for warning in caught] == [__file__]
     assert len(images) == 12
     assert [path.rsplit("/")[-1] for path in reader.skipped_] == ["broken.png", "cut.png", "small.png"]
     with pytest.raises(ValueError, match="1 of 1 files cannot be read"):
@@ -149,6 +152,22 @@ def test_layouts():
         layout.fit(images[0, 0])
     pipeline = make_pipeline(layout, FlowDetector(max_iter=2, hidden_features=8, device="cpu")).fit(images)
     assert pipeline.score_samples(images).shape == (6,)
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_a_pipeline_with_images_may_return_data_frames(folder, library):
+    pytest.importorskip(library)
+    vae = VAEDetector(n_components=2, max_iter=2, hidden_features=8, random_state=0, device="cpu")
+    images = ImageReader(size=8).fit_transform(folder)
+    for steps, X in [
+        ([ImageReader(size=8), vae], folder),
+        ([ChannelsFirst(), vae], ChannelsFirst().inverse_transform(images)),
+    ]:
+        pipeline = clone(make_pipeline(*steps).set_output(transform=library)).fit(X)
+        latent = pipeline.transform(X)
+        assert type(latent).__module__.split(".")[0] == library
+        assert list(latent.columns) == ["vaedetector0", "vaedetector1"]
+        np.testing.assert_array_equal(pipeline[:-1].transform(X), images)
 
 
 def test_bits_per_dimension():

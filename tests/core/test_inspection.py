@@ -199,6 +199,8 @@ def test_samples_are_shown_by_column_and_pair(fitted, X):
     assert two.axes_.shape == (1, 1)
     with pytest.raises(ValueError, match="must have the same columns"):
         SamplesDisplay.from_predictions(X, X[:, :2])
+    with pytest.raises(TypeError, match=r"Pipeline draws no rows: it has no sample\. Its last step does"):
+        SamplesDisplay.from_estimator(make_pipeline(StandardScaler(), fitted), X)
     with pytest.raises(TypeError, match="IsolationForest draws no rows"):
         SamplesDisplay.from_estimator(IsolationForest().fit(X), X)
 
@@ -440,6 +442,12 @@ def test_only_images_of_eight_bits_have_a_fixed_scale():
 def test_wrong_labels_and_scores_are_refused(fitted, X):
     with pytest.raises(ValueError, match=r"y must hold 200 labels.*values \[0\]"):
         ScoreHistogramDisplay.from_estimator(fitted, X, np.zeros(200, dtype=int))
+    flags = np.arange(200) % 9 == 0
+    with pytest.raises(ValueError, match=r"If 1 marks the anomalies, give numpy\.where\(y, -1, 1\)"):
+        DetectionCurveDisplay.from_estimator(fitted, X, flags)
+    DetectionCurveDisplay.from_estimator(fitted, X, np.where(flags, -1, 1))
+    with pytest.raises(ValueError, match=r"values \[None, 'good'\]\.$"):
+        ScoreHistogramDisplay.from_estimator(fitted, X, np.array(["good", None] * 100, dtype=object))
     with pytest.raises(ValueError, match=r"y must hold 200 labels.*got shape \(3,\)"):
         DetectionCurveDisplay.from_estimator(fitted, X, [1, 1, -1])
     with pytest.raises(ValueError, match="one of them is missing"):

@@ -1,5 +1,7 @@
 """Criteria without labels: their curves have closed forms, and each tells a broken model from a sound one."""
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -464,6 +466,25 @@ def test_frames_with_text_flags_and_categories():
     pd.testing.assert_frame_equal(frame, before)
     # Text that contradicts the size is noticed where the model looks at it.
     assert ColumnReplacement(reference="marginal")(pipeline, frame) > 0.55
+
+
+@pytest.mark.parametrize("values", [np.nan, None], ids=str)
+def test_columns_of_missing_values_stay_as_they_are(values):
+    frame = mixed().assign(gone=pd.Series([values] * 300, dtype=type(values) if values else object))
+    seen = []
+
+    class Watched(Known):
+        def score_samples(self, X):
+            seen.append(X)
+            return np.asarray(X["size"], dtype=float)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for scorer in (MassVolume(n_points=900), ExcessMass(n_points=900), ColumnReplacement()):
+            assert np.isfinite(scorer(Watched(), frame))
+    for rows in seen:
+        assert rows["gone"].isna().all()
+        assert rows["gone"].dtype == frame["gone"].dtype
 
 
 def test_polars_frames_are_read_by_their_names():

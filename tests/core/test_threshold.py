@@ -153,10 +153,10 @@ def test_cost_with_labels():
     ).all()
     with pytest.raises(ValueError, match="needs labels: give y"):
         fitted.fit(X)
-    with pytest.raises(
-        ValueError, match=r"y must hold \+1 \(normal\) and -1 \(abnormal\) only, got also \[0\]"
-    ):
-        fitted.fit(X, (y == 1).astype(int))
+    with pytest.raises(ValueError, match=r"y must hold 440 labels.*values \[0\]\. If 1 marks the anomalies"):
+        fitted.fit(X, (y == -1).astype(int))
+    with pytest.raises(ValueError, match=r"y must hold 440 labels.*got shape \(3,\)\.$"):
+        fitted.fit(X, [1, 1, -1])
     with pytest.raises(ValueError, match=r"Both labels are needed among the held-out rows, got 440 normal"):
         ThresholdDetector(FrozenEstimator(Value().fit(X)), threshold="cost").fit(X, np.ones(440, dtype=int))
 
