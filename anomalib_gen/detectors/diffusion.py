@@ -72,7 +72,7 @@ from anomalib_gen.samplers import SAMPLERS, solve_ode
 DENOISERS = ("closed-form", "hybrid", "network")
 NETWORKS = ("auto", "convolutional", "energy", "mlp", "residual")
 ENERGY_STEPS = 32
-"""Steps of the bound that `energy` is; with more it is tighter by about the same for all rows."""
+"""Steps of the bound that `energy` is; with more it is tighter, by about the same for rows of one cluster."""
 TABLE_LEVELS = {"sigma_min": 0.01, "sigma_max": 20.0}
 """Noise levels of the default path: those of images (0.002 to 80) reach far beyond what tables need at both ends."""
 
@@ -214,6 +214,11 @@ class DiffusionDetector(GenerativeDetector):
 
     Densities, exact or bounded, are those of rows with noise of the path's smallest level, in nats and in the units of
     X: a model cannot tell finer.
+
+    `energy` is minus `elbo` in 32 steps with one pair of noise, 64 evaluations of the denoiser, because what composes
+    with other detectors is evaluated and differentiated hundreds of times. That is rough: on three clusters of unlike
+    width in the plane it was two to three nats above minus `log_prob`, with a deviation of 1.9 nats from row to row. To
+    compare normal rows with one another take `log_prob`, or `elbo` with more steps.
 
     References
     ----------
