@@ -131,7 +131,20 @@ def explain_images(
 
 
 def resolve_kind(model: Any, kind: str) -> str:
-    """The kind that "auto" stands for with a model; any other is returned as it is."""
+    """Kind of map that "auto" stands for with a model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model of a detector.
+    kind : str
+        As in `explain_images`.
+
+    Returns
+    -------
+    str
+        Any other kind as it is.
+    """
     if kind != "auto":
         return kind
     return "residual" if hasattr(model, "denoise") or hasattr(model, "reconstruct") else "score"

@@ -366,8 +366,8 @@ class ImageReader(_ImageTransformer):
 
         Returns
         -------
-        ndarray of shape (n_images, channels, height, width)
-            uint8; a `numpy.memmap` beyond `max_bytes`.
+        ndarray of uint8 of shape (n_images, channels, height, width)
+            A `numpy.memmap` beyond `max_bytes`.
 
         Raises
         ------

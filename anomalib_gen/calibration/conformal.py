@@ -513,6 +513,11 @@ class BootstrapConformalDetector(_LeftOutConformalDetector):
         Returns
         -------
         self
+
+        Raises
+        ------
+        ValueError
+            If there are fewer than two rows, the estimator is frozen, or no row was left out of any model.
         """
         X = splittable(X)
         n = _num_samples(X)

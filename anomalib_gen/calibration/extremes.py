@@ -130,6 +130,11 @@ class TailFit:
             For the uncertainty of shape and scale. Left out are that of `tail_fraction`, which is small beside it, and
             the bias of a tail that is only nearly generalised Pareto, which grows with `tail_fraction`: of 150
             intervals of 95 % for the 1/10,000 quantile from 1,000 normal values 93 % held it for 0.1, 88 % for 0.2.
+
+        Raises
+        ------
+        ValueError
+            If `rate` lies beyond the tail, or `confidence` is no number between 0 and 1.
         """
         if not 0 < confidence < 1:
             raise ValueError(f"confidence must lie between 0 and 1, got {confidence!r}.")

@@ -80,7 +80,13 @@ def load_builtin(
 
 
 def list_builtin() -> list[str]:
-    """Return the names that `load_builtin` knows, sorted."""
+    """List the names that `load_builtin` knows.
+
+    Returns
+    -------
+    list of str
+        Sorted.
+    """
     return sorted(_TASKS)
 
 

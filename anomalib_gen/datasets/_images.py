@@ -138,8 +138,7 @@ def load_other_images(
 
     Returns
     -------
-    ndarray of shape (n_samples, 3, 32, 32)
-        uint8.
+    ndarray of uint8 of shape (n_samples, 3, 32, 32)
 
     Raises
     ------

@@ -163,6 +163,11 @@ class ImageHeatmapDisplay:
         Returns
         -------
         ImageHeatmapDisplay
+
+        Raises
+        ------
+        ValueError
+            If images, maps, masks and scores do not fit together, or a map is not finite.
         """
         X, heat = np.asarray(images), np.asarray(maps, dtype=np.float64)
         if X.ndim != 4 or X.shape[1] not in (1, 3) or not len(X):

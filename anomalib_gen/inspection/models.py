@@ -103,6 +103,11 @@ class LandscapeDisplay:
         Returns
         -------
         LandscapeDisplay
+
+        Raises
+        ------
+        ValueError
+            If X has another number of columns than two.
         """
         check_is_fitted(estimator)
         rows = np.asarray(X, dtype=np.float64)
@@ -363,6 +368,13 @@ class LatentSpaceDisplay:
         Returns
         -------
         LatentSpaceDisplay
+
+        Raises
+        ------
+        TypeError
+            If the estimator has no `transform`.
+        ValueError
+            If there is one row, and more than two dimensions.
         """
         check_is_fitted(estimator)
         if not hasattr(estimator, "transform"):
@@ -473,6 +485,13 @@ class SamplesDisplay:
         Returns
         -------
         SamplesDisplay
+
+        Raises
+        ------
+        TypeError
+            If the estimator has no `sample`.
+        ValueError
+            If it is one of images, or `columns` are none of X.
         """
         check_is_fitted(estimator)
         if not hasattr(estimator, "sample"):
@@ -535,6 +554,11 @@ class SamplesDisplay:
         Returns
         -------
         SamplesDisplay
+
+        Raises
+        ------
+        ValueError
+            If the two do not have the same number of columns.
         """
         a, b = np.asarray(data, dtype=np.float64), np.asarray(samples, dtype=np.float64)
         if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:

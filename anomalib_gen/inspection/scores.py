@@ -298,6 +298,11 @@ class DetectionCurveDisplay:
         Returns
         -------
         DetectionCurveDisplay
+
+        Raises
+        ------
+        ValueError
+            If the kind is unknown, scores are not finite, or labels are not +1 and -1, with both among them.
         """
         if kind not in ("roc", "precision-recall"):
             raise ValueError(f"kind must be 'roc' or 'precision-recall', got {kind!r}.")
@@ -434,6 +439,11 @@ class PValueDisplay:
         Returns
         -------
         PValueDisplay
+
+        Raises
+        ------
+        TypeError
+            If the estimator has no `p_values`.
         """
         if not hasattr(estimator, "p_values"):
             raise TypeError(
@@ -470,6 +480,11 @@ class PValueDisplay:
         Returns
         -------
         PValueDisplay
+
+        Raises
+        ------
+        ValueError
+            If a value does not lie in [0, 1].
         """
         p = check_scores(p_values, "p_values")
         if p.min() < 0 or p.max() > 1:

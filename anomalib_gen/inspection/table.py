@@ -178,6 +178,11 @@ class TopAnomaliesDisplay:
         Returns
         -------
         TopAnomaliesDisplay
+
+        Raises
+        ------
+        ValueError
+            If scores, contributions, keys, p-values and labels are not of the same rows, or `n_columns` is negative.
         """
         values = check_scores(scores)
         if contributions is not None:

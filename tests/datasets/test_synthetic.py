@@ -1,6 +1,5 @@
 """The synthetic densities are what they claim: normalised, equal to scipy's, and sampled from."""
 
-import doctest
 import pickle
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from anomalib_gen.datasets import _builtin, _synthetic, make_anomalies
+from anomalib_gen.datasets import make_anomalies
 
 KINDS = ["local", "global", "dependency", "clustered"]
 
@@ -201,8 +200,3 @@ def test_log_prob_checks_the_number_of_features(kind):
     for log_prob in (bunch.log_prob_inlier, bunch.log_prob_outlier):
         with pytest.raises(ValueError, match="X has 3 features, but this density has 2"):
             log_prob(np.zeros((4, 3)))
-
-
-@pytest.mark.parametrize("module", [_builtin, _synthetic])
-def test_examples_in_the_docstrings(module):
-    assert doctest.testmod(module).failed == 0
