@@ -26,9 +26,9 @@ method) and t a quantile of Student's distribution with ESS - 1 degrees of freed
 large weights determine a variance no better than a few draws would. No interval covers where the weights that matter
 were never drawn, and by Jensen's inequality the estimate is then too low. Of 256 log-normal weights of known mean,
 intervals of 95 % cover it in 94 % of the runs whose ESS is above 0.3 n, in 84 % of those between 0.1 n and 0.2 n, and
-in 69 % of those between 0.05 n and 0.1 n. So below 0.1 n there is a warning, and also where the weights have a tail too
-heavy for any mean (`pareto_k` above 0.7). The cause is mostly a base far too narrow or far too wide, which shows in how
-much the chains had to widen.
+in 69 % of those between 0.05 n and 0.1 n. So below 0.1 n there is a warning, and also below 0.5 n where the weights
+have a tail too heavy for any mean (`pareto_k` above 0.7). The cause is mostly a base far too narrow or far too wide,
+which shows in how much the chains had to widen.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ from anomalib_gen.samplers.langevin import mala_kernel
 
 FEW_DRAWS, SMALL_SHARE = 10, 0.1
 """Below this effective sample size, or below this share of the chains, the result comes with a warning."""
-HEAVY_TAIL = 0.7
-"""So it does with weights of a larger shape k."""
+HEAVY_TAIL, EVEN_SHARE = 0.7, 0.5
+"""So it does with a tail of a larger shape k, unless weights are worth this share of the chains: k knows no scale, and
+the tail of weights that hardly differ does no harm."""
 UNLIKE = 3.0
 """A base that is narrower or wider than the density by more than this factor is named as the likely cause."""
 
@@ -125,7 +126,8 @@ class AISResult:
         (sum w)^2 / sum w^2, at most n_chains: the independent draws that the weights are worth. Not to be relied on
         below a tenth of n_chains.
     pareto_k : float
-        Shape of the tail of the weights, see `samplers.pareto_k`; not to be relied on above 0.7.
+        Shape of the tail of the weights, see `samplers.pareto_k`. Not to be relied on above 0.7, unless the weights
+        hardly differ.
     widening : Tensor
         ``(*E)``, deviation of the chains in the end over that in the beginning: far above 1 for a base that is too
         narrow, far below 1 for one that is too wide.
@@ -153,8 +155,9 @@ class AISResult:
     @property
     def reliable(self) -> bool:
         """Whether the weights are many and even enough for `log_z` and `interval` to be believed."""
-        few = self.effective_sample_size < max(FEW_DRAWS, SMALL_SHARE * len(self.log_weights))
-        return not (few or self.pareto_k > HEAVY_TAIL)
+        n, ess = len(self.log_weights), self.effective_sample_size
+        few = ess < max(FEW_DRAWS, SMALL_SHARE * n)
+        return not (few or (self.pareto_k > HEAVY_TAIL and ess < EVEN_SHARE * n))
 
 
 @dataclass

@@ -210,6 +210,21 @@ def test_a_heavy_tail_is_reason_enough_for_a_warning():
     assert result.pareto_k == pytest.approx(0.75, abs=0.15)
 
 
+def test_a_heavy_tail_of_weights_that_hardly_differ_is_no_reason():
+    # The base times 1 + a little that is heavy-tailed: k does not see how little it is.
+    base = GaussianBase(torch.zeros(1).double())
+
+    def energy(x):
+        return -base.log_prob(x) - torch.log1p(1e-6 * (0.5 * x.square().sum(1)).exp().clamp(max=1e4))
+
+    result = annealed_importance_sampling(
+        energy, base=base, betas=[0.0, 1.0], n_chains=500, generator=generator()
+    )
+    assert result.pareto_k > 0.7
+    assert result.effective_sample_size > 499
+    assert result.reliable
+
+
 def test_chains_outside_the_support_do_not_adapt_the_step():
     # A fifth of the draws of the base is in the box; the others must not shrink the steps of these.
     def box(x):
