@@ -173,8 +173,8 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         """Return the objective that ``objective=None`` stands for."""
 
     @abstractmethod
-    def _default_anomaly(self, model: nn.Module) -> Component:
-        """Return the anomaly that ``anomaly=None`` stands for; a model may be older than the parameters."""
+    def _default_anomaly(self, model: nn.Module | None) -> Component:
+        """Return the anomaly that ``anomaly=None`` stands for: with a model, which may be older than the parameters."""
 
     @abstractmethod
     def _auto_max_iter(self, steps_per_pass: int) -> int:
@@ -388,7 +388,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         other._set_anomaly(part, X, index, held_out_index, rows)
         return other
 
-    def _resolve_anomaly(self, model: nn.Module) -> Component:
+    def _resolve_anomaly(self, model: nn.Module | None = None) -> Component:
         images = len(getattr(self, "event_shape_", ())) > 1
         known = {**self._anomalies, **IMAGE_ANOMALIES} if images else self._anomalies
         component: Component = resolve_component(

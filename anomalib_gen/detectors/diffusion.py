@@ -609,12 +609,18 @@ class DiffusionDetector(GenerativeDetector):
     def _default_objective(self) -> Component:
         return Denoising()
 
-    def _default_anomaly(self, model: nn.Module) -> Component:
-        if not isinstance(model, Denoiser):
+    def _default_anomaly(self, model: nn.Module | None) -> Component:
+        if model is None:
+            tells_time = isinstance(self._resolve_objective(), DiffusionTimeEstimation)
+            denoiser = self._resolve_denoiser()
+        else:
+            tells_time = not isinstance(model, Denoiser)
+            kinds = {HybridDenoiser: "hybrid", ClosedFormDenoiser: "closed-form"}
+            denoiser = next((name for kind, name in kinds.items() if isinstance(model, kind)), "network")
+        if tells_time:
             return DiffusionTime(estimator="learned")
-        if isinstance(model, HybridDenoiser):
-            return CombinedAnomaly()
-        return ClosedFormResidual() if isinstance(model, ClosedFormDenoiser) else ScoreNorm(weighting="noise")
+        anomalies = {"closed-form": ClosedFormResidual(), "hybrid": CombinedAnomaly()}
+        return anomalies.get(denoiser, ScoreNorm(weighting="noise"))
 
     def _energy_anomaly(self) -> Any:
         self._check_denoiser()

@@ -334,7 +334,7 @@ class EnergyDetector(GenerativeDetector):
         component: Component = self._objectives[DEFAULT_OBJECTIVE](data_noise=self.noise)
         return component
 
-    def _default_anomaly(self, model: nn.Module) -> Component:
+    def _default_anomaly(self, model: nn.Module | None) -> Component:
         conditional = getattr(self._resolve_objective(), "uses_noise_levels", False)
         return ScoreNorm() if conditional and self.max_noise is not None else Energy()
 

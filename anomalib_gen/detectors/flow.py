@@ -295,7 +295,7 @@ class FlowDetector(GenerativeDetector):
     def _default_objective(self) -> Component:
         return MaximumLikelihood(noise=self.noise)
 
-    def _default_anomaly(self, model: nn.Module) -> Component:
+    def _default_anomaly(self, model: nn.Module | None) -> Component:
         return Likelihood()
 
     def _make_model(self, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]) -> nn.Module:

@@ -457,7 +457,7 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
     def _default_objective(self) -> Component:
         return EvidenceLowerBound()
 
-    def _default_anomaly(self, model: nn.Module) -> Component:
+    def _default_anomaly(self, model: nn.Module | None) -> Component:
         return NegativeELBO()
 
     def _make_model(self, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]) -> nn.Module:

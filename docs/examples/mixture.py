@@ -137,7 +137,7 @@ ema_decay, contamination, warm_start, random_state, device, verbose
     def _default_objective(self) -> Component:
         return MaximumLikelihood(noise=self.noise)
 
-    def _default_anomaly(self, model: nn.Module) -> Component:
+    def _default_anomaly(self, model: nn.Module | None) -> Component:
         return Likelihood()
 
     def _auto_max_iter(self, steps_per_pass: int) -> int:
