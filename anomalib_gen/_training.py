@@ -146,6 +146,7 @@ class _FlatWeights:
         self.vectors: list[torch.Tensor] = []
         self.matrices: list[torch.Tensor] = []
         self.gradients: list[torch.Tensor] = []
+        self._places: list[tuple[nn.Parameter, torch.Tensor]] = []
         for group in self.groups:
             joined = torch.cat([parameter.detach().reshape(-1) for parameter in group])
             self.vectors.append(joined)
@@ -155,18 +156,15 @@ class _FlatWeights:
             for parameter, piece in _pieces(joined, group):
                 parameter.data = piece
             if any(parameter.requires_grad for parameter in group):
-                self.gradients.append(torch.zeros_like(joined))
-        self._pieces = [
-            pair
-            for gradient, group in zip(self.gradients, self.groups, strict=False)
-            for pair in _pieces(gradient, group)
-        ]
+                gradient = torch.zeros_like(joined)
+                self.gradients.append(gradient)
+                self._places += _pieces(gradient, group)
 
     def forget(self) -> None:
         """Set all gradients to zero, where backward will add to them."""
         for gradient in self.gradients:
             gradient.zero_()
-        for parameter, piece in self._pieces:
+        for parameter, piece in self._places:
             # An objective may have set it to None, as `Module.zero_grad` does.
             if parameter.grad is not piece:
                 parameter.grad = piece

@@ -55,7 +55,7 @@ class _Group(TyperGroup):
             if isinstance(error.__context__, _UsageError):
                 raise SystemExit(int(ExitCode.USAGE)) from None
             raise
-        except Exception:
+        except Exception:  # whatever it is, a scheduler is to see the code of an internal error
             traceback.print_exc()
             print(  # noqa: T201
                 "anomalib-gen: internal error. This is a bug; please report it with the lines above.",
