@@ -117,7 +117,9 @@ class Standardizer:
         with np.errstate(over="ignore"):
             z = np.subtract(X, self.shift, dtype=np.float64)
             z /= self.scale
-        return np.clip(z, -limit, limit, out=z)
+        # On blocks of rows numpy.clip takes longer than the arithmetic.
+        np.minimum(z, limit, out=z)
+        return np.maximum(z, -limit, out=z)
 
     def inverse_transform(self, Z: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
         """Return to the units of X."""

@@ -63,9 +63,8 @@ def score_in_blocks(
             for offset in cell_points(x, cell, seed):
                 a = anomaly(model, x if offset is None else x + offset, _runtime.scoring_generator(seed))
                 parts.append(a[:n].cpu().double().numpy())
-            values[rows] = np.mean(parts, axis=0)
-            if anomaly.in_nats:
-                values[rows] -= log_dets
+            value = parts[0] if len(parts) == 1 else np.mean(parts, axis=0)
+            values[rows] = value - log_dets if anomaly.in_nats else value
     if np.isnan(values).any():
         raise FloatingPointError(
             f"The model gives NaN for row {int(np.flatnonzero(np.isnan(values))[0])}. "
