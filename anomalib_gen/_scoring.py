@@ -133,10 +133,18 @@ def dry_run(
     Raises
     ------
     TypeError
-        If one of them needs what the model lacks, or does not return one number per row.
+        If one of them is of the other kind, needs what the model lacks, or does not return one number per row.
     """
     model.eval()
     for argument, part in parts.items():
+        # They are called alike: an energy would be lowered everywhere, and a loss with fresh noise be a score.
+        if hasattr(part, "in_nats") == (argument == "objective"):
+            raise TypeError(
+                f"{argument}={part!r} is an anomaly, not a loss to train by. Pass it as anomaly=."
+                if argument == "objective"
+                else f"{argument}={part!r} has no attribute in_nats, so it is no anomaly. A training loss goes to "
+                "objective=; an anomaly of your own says with in_nats whether it is a log-density."
+            )
         on_device = argument == "objective"
         generator = _runtime.make_generator(0, device) if on_device else _runtime.scoring_generator(0)
         grads = torch.no_grad() if argument == "objective" else torch.inference_mode()
@@ -147,8 +155,6 @@ def dry_run(
             if argument == "anomaly" and hasattr(trial, "prepare"):
                 trial.prepare(model, [x], generator)
             values = trial(model, x, generator)
-            if argument == "anomaly":
-                _ = part.in_nats
         if values.shape != (2,):
             raise TypeError(
                 f"{argument}={part!r} returned a tensor of shape {tuple(values.shape)} for 2 rows; "

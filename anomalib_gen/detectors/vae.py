@@ -12,6 +12,7 @@ mean is also a summary of the row in fewer columns, so the detector is a scikit-
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -40,7 +41,7 @@ from anomalib_gen.anomaly import (
 )
 from anomalib_gen.models.observation import OBSERVATIONS, BernoulliObservation
 from anomalib_gen.models.vae import VAEModel
-from anomalib_gen.networks import Shape, make_network
+from anomalib_gen.networks import Shape, build_network, make_network
 from anomalib_gen.objectives import EvidenceLowerBound
 
 ACTIVE_VARIANCE = 0.01
@@ -477,12 +478,19 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         else:
             n_components = int(self.n_components)
         return VAEModel(
-            self.encoder if callable(self.encoder) else partial(self._make_network, self.encoder),
-            self.decoder if callable(self.decoder) else partial(self._make_network, self.decoder),
+            self._factory("encoder"),
+            self._factory("decoder"),
             OBSERVATIONS[self.observation](shape, **settings),
             features=shape,
             n_components=n_components,
         )
+
+    def _factory(self, argument: str) -> Callable[[Shape, Shape], nn.Module]:
+        """Return what makes the network of that name from its sizes."""
+        given = getattr(self, argument)
+        if callable(given):
+            return partial(build_network, given, argument=argument)
+        return partial(self._make_network, given)
 
     def _make_network(self, kind: str | None, inputs: Shape, outputs: Shape) -> nn.Module:
         # Not zero at the start: a decoder that ignores z gives the encoder no gradient.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -38,13 +39,22 @@ def build_network(factory: Callable[..., Any], *sizes: Any, argument: str = "net
     Raises
     ------
     TypeError
-        If it is a network itself, which every fit would train further, or makes none.
+        If it is a network itself, which every fit would train further, does not take the sizes, or makes none.
     """
     if isinstance(factory, nn.Module):
         raise TypeError(
             f"{argument} must be a function that makes a network, got the network {type(factory).__name__}(...). "
             "Write it as a function of the sizes: each fit starts from a new one."
         )
+    try:
+        inspect.signature(factory).bind(*sizes)
+    except TypeError as error:
+        given = ", ".join(map(str, sizes))
+        raise TypeError(
+            f"{argument} is called with the sizes ({given}) and does not take them: {error}."
+        ) from error
+    except ValueError:  # callables written in C have no signature to look at
+        pass
     network = factory(*sizes)
     if not isinstance(network, nn.Module):
         raise TypeError(f"{argument} must make a torch.nn.Module, and made a {type(network).__name__}.")

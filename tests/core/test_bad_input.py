@@ -10,7 +10,9 @@ import pytest
 import torch
 from scipy import sparse
 
-from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector
+from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
+from anomalib_gen.anomaly import Energy
+from anomalib_gen.objectives import DenoisingScoreMatching
 
 NAMES = ["age", "height", "weight"]
 
@@ -436,7 +438,13 @@ def test_transforms_give_one_log_determinant_a_row(tiny, X, give):
 
 @pytest.mark.parametrize(
     ("family", "argument"),
-    [(EnergyDetector, "network"), (DiffusionDetector, "network"), (FlowDetector, "transform")],
+    [
+        (EnergyDetector, "network"),
+        (DiffusionDetector, "network"),
+        (FlowDetector, "transform"),
+        (VAEDetector, "encoder"),
+        (VAEDetector, "decoder"),
+    ],
 )
 def test_networks_come_as_functions_that_make_them(X, family, argument):
     own = Own(torch.clone, 3, 1)
@@ -445,3 +453,16 @@ def test_networks_come_as_functions_that_make_them(X, family, argument):
     for made, kind in ((None, "NoneType"), (torch.nn.functional.silu, "function")):
         with pytest.raises(TypeError, match=rf"{argument} must make a torch.nn.Module, and made a {kind}"):
             family(**{argument: lambda *sizes, made=made: made}, device="cpu").fit(X)
+    with pytest.raises(
+        TypeError, match=rf"{argument} is called with the sizes \(\d+, .* too many positional"
+    ):
+        family(**{argument: lambda: own}, device="cpu").fit(X)
+
+
+def test_losses_and_anomalies_are_not_mistaken_for_each_other(X):
+    with pytest.raises(TypeError, match=r"objective=Energy\(\) is an anomaly, not a loss.*anomaly="):
+        EnergyDetector(objective=Energy(), device="cpu").fit(X)
+    with pytest.raises(
+        TypeError, match=r"anomaly=DenoisingScoreMatching\(\) has no attribute in_nats.*objective="
+    ):
+        EnergyDetector(anomaly=DenoisingScoreMatching(), device="cpu").fit(X)
