@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -31,6 +30,7 @@ from anomalib_gen._outlier import OutlierScores
 from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain, rows_per_block
 from anomalib_gen._scoring import dry_run, map_in_blocks, naming_what_lacks, score_in_blocks
 from anomalib_gen._training import TrainingOptions, TrainingResult, train
+from anomalib_gen._warnings import warn_user
 from anomalib_gen.anomaly import IMAGE_ANOMALIES, Energy
 
 MAX_THRESHOLD_ROWS = 200_000
@@ -579,10 +579,9 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         try:
             return _runtime.resolve_device(self.device)
         except ValueError:
-            warnings.warn(
+            warn_user(
                 f"device={self.device!r} is not available here; scoring on the CPU. "
                 "Silence this with set_params(device='auto').",
-                stacklevel=4,
             )
             return torch.device("cpu")
 

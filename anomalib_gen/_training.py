@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,6 +24,7 @@ from torch import nn
 from torch.optim.adam import adam
 
 from anomalib_gen import _runtime
+from anomalib_gen._warnings import warn_user
 
 CHECK_EVERY = {"cpu": 1, "cuda": 20, "mps": 20}
 """Steps between looks at the loss. On a GPU each look waits for the queue to drain."""
@@ -443,10 +443,9 @@ def train(
                 raise FloatingPointError(f"Training diverged within {result.n_iter} steps: {reason}.")
         if not result.loss_curve:
             result.loss_curve.append(float(torch.stack(recent).mean()))
-        warnings.warn(
+        warn_user(
             f"Training diverged and was stopped at step {result.n_iter}: {reason}. The detector keeps the weights of "
             f"step {result.best_iter}, the best so far.",
-            stacklevel=6,  # whoever called `fit`
         )
 
     def check() -> None:
@@ -480,10 +479,9 @@ def train(
                 if not _runtime.is_out_of_memory(error) or batch_size == 1:
                     raise
                 batch_size = max(1, batch_size // 2)
-                warnings.warn(
+                warn_user(
                     f"Out of memory at step {result.n_iter}: the batch is halved to {batch_size} rows. "
                     f"Set batch_size={batch_size} to start there.",
-                    stacklevel=5,  # whoever called `fit`
                 )
                 # Let go of the graph before asking for memory again.
                 losses = loss = x = torch.empty(0)
@@ -517,10 +515,9 @@ def train(
         result.interrupted = True
         if best_weights is None:
             result.best_iter = result.n_iter
-        warnings.warn(
+        warn_user(
             f"Training was interrupted after {result.n_iter} steps. The detector keeps the weights of step "
             f"{result.best_iter}, the best so far, and is usable.",
-            stacklevel=5,  # whoever called `fit`
         )
     finally:
         flat.release()

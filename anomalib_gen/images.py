@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-import warnings
 import weakref
 from collections.abc import Sequence
 from numbers import Integral
@@ -28,6 +27,7 @@ from sklearn.utils.validation import check_is_fitted
 from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._runtime import row_blocks
 from anomalib_gen._scaling import rows_per_block
+from anomalib_gen._warnings import warn_user
 from anomalib_gen.detectors import ComposedDetector
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -400,10 +400,9 @@ class ImageReader(_ImageTransformer):
                 "on_error='skip'."
             )
         if errors:
-            warnings.warn(
+            warn_user(
                 f"{len(errors)} of {len(paths)} files cannot be read and are left out: {_named(errors)}. "
                 "See skipped_ for all of them.",
-                stacklevel=3,  # whoever called `transform`, past scikit-learn's wrapper
             )
         return images[:n]
 

@@ -15,7 +15,6 @@ are unstable.
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from numbers import Integral, Real
@@ -29,6 +28,7 @@ from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
 from anomalib_gen._runtime import row_blocks
+from anomalib_gen._warnings import warn_user
 from anomalib_gen.calibration._wrapped import (
     WrappedDetector,
     fit_and_hold_out,
@@ -71,10 +71,9 @@ class ConformalDetector(WrappedDetector):
         n = len(calibration_scores)
         k = flagged_ranks(self.alpha, n)
         if k == 0:
-            warnings.warn(
+            warn_user(
                 f"alpha={self.alpha:g} is below 1 / (n + 1) = {1 / (n + 1):.3g}, the smallest p-value from n = {n} "
                 "calibration rows, so no row will be flagged. Raise alpha or give more rows.",
-                stacklevel=5,  # whoever called `fit`
             )
         self.calibration_scores_, self.n_calibration_, self._k = calibration_scores, n, max(k, 1)
         self.offset_ = float(np.partition(calibration_scores, k - 1)[k - 1]) if k else -np.inf

@@ -16,7 +16,6 @@ from a product by Metropolis-adjusted Langevin chains on E (samplers.langevin).
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -38,6 +37,7 @@ from anomalib_gen._base import outlier_threshold, rows_in_use
 from anomalib_gen._inputs import check_images, validate_rows
 from anomalib_gen._outlier import OutlierScores
 from anomalib_gen._runtime import check_count
+from anomalib_gen._warnings import warn_user
 from anomalib_gen.samplers import mala
 
 
@@ -346,11 +346,9 @@ class ComposedDetector(OutlierScores, _BaseComposition):
             if wanted is None and names and hasattr(self, "feature_names_in_"):
                 wanted = names
             elif wanted is None and names and fitted:
-                warnings.warn(
+                warn_user(
                     f"Member {name!r} was fitted on columns with names, and X has none: its columns are taken in the "
                     f"order {names}. Give X with names, or columns.",
-                    UserWarning,
-                    stacklevel=4,
                 )
             positions = self._positions(name, wanted)
             given = [column for column in ([] if wanted is None else wanted) if isinstance(column, str)]
@@ -380,11 +378,9 @@ class ComposedDetector(OutlierScores, _BaseComposition):
             if hasattr(member, "normalize") and not hasattr(member, "log_normalizer_")
         ]
         if without:
-            warnings.warn(
+            warn_user(
                 f"The energies of members {without} have no constant, so that their weights in the mixture are not "
                 "those asked for. Call their normalize() before fit.",
-                UserWarning,
-                stacklevel=4,
             )
 
     def _positions(self, name: str, wanted: Any) -> npt.NDArray[np.int64]:

@@ -32,7 +32,6 @@ exact and needs no baseline, but surprise falls on whichever of two contradictin
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,6 +42,7 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 
 from anomalib_gen import _runtime
+from anomalib_gen._warnings import warn_user
 from anomalib_gen.anomaly import (
     ClosedFormResidual,
     CombinedAnomaly,
@@ -296,11 +296,10 @@ def _integrated_gradients(
             break
         panels *= 4
     if len(todo):
-        warnings.warn(
+        warn_user(
             f"The path integrals of {len(torch.unique(todo // k))} rows miss the difference of energies by up to "
             f"{float(missed.max()):.2g} nats, which are shared out over the columns: the energy is rough "
             "along the path. Rows of `background` nearer to them may help.",
-            stacklevel=3,
         )
     size = values.abs()
     even = torch.full_like(size, 1 / size.shape[1])

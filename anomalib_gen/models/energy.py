@@ -26,13 +26,13 @@ section 5, for an energy).
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
 from anomalib_gen._runtime import check_levels, check_rows, check_shape
+from anomalib_gen._warnings import warn_user
 from anomalib_gen.networks import TAIL_START, compress_tails, expand_tails
 from anomalib_gen.samplers import annealed_langevin, mala, score_of
 from anomalib_gen.samplers.ais import anneal
@@ -261,12 +261,10 @@ class EnergyModel(nn.Module):
                 generator=generator,
             )
             if not result.reliable:
-                warnings.warn(
+                warn_user(
                     f"Rows are drawn from {len(result.log_weights)} chains by weights that are worth "
                     f"{result.effective_sample_size:.1f} independent draws: many rows come from the same few chains, "
                     "and modes may be missed. Draw more rows than are needed, and take some of them.",
-                    UserWarning,
-                    stacklevel=2,
                 )
             weights = (result.log_weights - result.log_weights.max()).exp()
             chosen = torch.multinomial(weights, n, replacement=True, generator=generator)

@@ -18,7 +18,6 @@ approved elsewhere, and compare.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from anomalib_gen._warnings import warn_user
 from anomalib_gen.persistence._allowed import normalise_trusted
 from anomalib_gen.persistence._card import model_card
 from anomalib_gen.persistence._document import (
@@ -428,8 +428,7 @@ def _read_checked(folder: Path, name: str, entry: Any, max_bytes: int) -> bytes:
 def _warn_of_versions(document: dict[str, Any]) -> None:
     saved, here = document["versions"].get("scikit-learn"), installed_versions().get("scikit-learn")
     if any(name not in (TENSORS, REFERENCE) for name in document["files"]) and saved != here:
-        warnings.warn(
+        warn_user(
             f"The folder's transformers were written by scikit-learn {str(saved)[:40]}, and {here} is installed here. "
             "Scikit-learn does not promise that they work the same; fit the pipeline again, or install that version.",
-            stacklevel=4,  # whoever called `load`
         )

@@ -22,7 +22,6 @@ whose energy is not finite yet do not count in a_t: no step is short enough for 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from anomalib_gen._runtime import check_count, check_shape, expand_as_rows
+from anomalib_gen._warnings import warn_user
 from anomalib_gen.samplers.diagnostics import effective_sample_size
 
 Energy = Callable[[torch.Tensor], torch.Tensor]
@@ -282,11 +282,9 @@ def run_chains(
             samples.append(state.x)
     outside = int((~state.energy.isfinite()).sum())
     if outside:
-        warnings.warn(
+        warn_user(
             f"{outside} of {len(x)} chains never reached a finite energy, and no draw of theirs is one of the density. "
             "Start them where the energy is finite.",
-            UserWarning,
-            stacklevel=3,
         )
     return state.x, SamplerInfo(
         n_evaluations=1 + (n_warmup + n_steps) * evaluations_per_step,

@@ -34,7 +34,6 @@ which shows in how much the chains had to widen.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -44,6 +43,7 @@ import torch
 from scipy.special import stdtrit
 
 from anomalib_gen import _runtime
+from anomalib_gen._warnings import warn_user
 from anomalib_gen.samplers._chains import Energy, Kernel, mean_acceptance, progress, state_at
 from anomalib_gen.samplers.diagnostics import pareto_k
 from anomalib_gen.samplers.hmc import hmc_kernel
@@ -250,7 +250,7 @@ def annealed_importance_sampling(
         verbose=verbose,
     )
     if not result.reliable:
-        warnings.warn(_diagnosis(result), UserWarning, stacklevel=2)
+        warn_user(_diagnosis(result))
     return result
 
 

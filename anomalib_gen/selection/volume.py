@@ -25,7 +25,6 @@ not the fitted model, and sees anomalies of few columns alone.
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from typing import Any
 
@@ -35,6 +34,7 @@ from scipy.integrate import trapezoid
 from sklearn.utils import _safe_indexing, check_random_state
 
 from anomalib_gen._runtime import check_count
+from anomalib_gen._warnings import warn_user
 from anomalib_gen.selection._scorer import Scorer, as_table, column_of, draw_uniform, refit, with_columns
 
 
@@ -221,11 +221,10 @@ class _VolumeScorer(Scorer):
         scores = self._scores(estimator, X)
         reference = self._scores(estimator, with_columns(X, columns))
         if reference.max() < np.quantile(scores, 0.1, method="lower"):
-            warnings.warn(
+            warn_user(
                 f"None of {self.n_points} uniform points in {X.shape[1]} columns is as normal as nine rows in ten, so "
                 "the volume cannot be told from zero, nor candidates from one another. Give a small n_columns, or take "
                 "ColumnReplacement.",
-                stacklevel=3,
             )
         return self._judge(scores, reference)
 

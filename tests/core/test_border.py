@@ -494,8 +494,11 @@ def test_pickling_leaves_the_detector_alone(tiny, X):
 def test_a_detector_from_a_gpu_works_on_a_cpu_and_says_so(tiny, X):
     detector = tiny().fit(X).set_params(device="cuda")
     copied = pickle.loads(pickle.dumps(detector))
-    with pytest.warns(UserWarning, match=r"device='cuda' is not available here.*set_params\(device='auto'\)"):
+    with pytest.warns(
+        UserWarning, match=r"device='cuda' is not available here.*set_params\(device='auto'\)"
+    ) as caught:
         scores = copied.score_samples(X)
+    assert [warning.filename for warning in caught] == [__file__]
     np.testing.assert_array_equal(scores, tiny().fit(X).score_samples(X))
     with pytest.warns(UserWarning, match="scoring on the CPU"):
         assert copied.sample(3, random_state=0).shape == (3, 3)

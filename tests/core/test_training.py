@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from anomalib_gen import _training
@@ -578,6 +580,14 @@ def test_an_interrupted_detector_is_usable(tiny, X, monkeypatch):
     assert detector.n_iter_ == 30
     assert np.isfinite(detector.score_samples(X)).all()
     assert (detector.predict(X) == -1).mean() == pytest.approx(0.1)
+
+
+def test_warnings_point_at_the_users_line_however_deep(tiny, X, monkeypatch):
+    interrupt_at(monkeypatch, 30)
+    nested = make_pipeline(StandardScaler(), make_pipeline(StandardScaler(), tiny(max_iter=1000)))
+    with pytest.warns(UserWarning, match="interrupted after 30 steps") as caught:
+        nested.fit(X)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_a_detector_interrupted_at_once_is_as_before(tiny, X, monkeypatch):
