@@ -21,6 +21,7 @@ from anomalib_gen.anomaly import (
     DiffusionTime,
     ODELikelihood,
     ScoreNorm,
+    Typicality,
 )
 from anomalib_gen.anomaly._feature_density import (
     DENSITIES,
@@ -644,6 +645,18 @@ def test_the_likelihood_of_normal_data(features):
 
 
 @with_densities
+@pytest.mark.parametrize("features", [3, 40])
+def test_typicality_is_of_the_likelihood_of_wide_rows_too(features):
+    """Signs probe the Jacobian of normal data exactly, so that nothing is off where the trace is estimated."""
+    model, rows, x = GaussianDenoiser(1.0), draw(50, features), draw(5, features, seed=1)
+    part = Typicality()
+    part.prepare(model, rows.split(20), generator())
+    low = model.noise_levels[0]
+    typical = rows.square().sum(1).mean()
+    expected = (x.square().sum(1) - typical).abs() / (2 * (1 + low**2))
+    torch.testing.assert_close(part(model, x, generator()), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_the_bound_of_normal_data():
     x, model = draw(10, 30), GaussianDenoiser(0.3)
     likelihood = 0.5 * (x.square() / 0.3 + math.log(2 * math.pi * 0.3)).sum(1)
