@@ -212,8 +212,8 @@ class DiffusionDetector(GenerativeDetector):
     A detector with stored rows keeps three copies of the training rows in single precision, of a million rows at most;
     its kernel denoiser sums over 2,048 of them.
 
-    Densities, exact or bounded, are those of rows with noise of the path's smallest level, in nats and in the units of
-    X: a model cannot tell finer.
+    Densities are those of rows with noise of the path's smallest level, or, where they are bounded, of sqrt(2) times
+    that, in nats and in the units of X: a model cannot tell finer.
 
     `energy` is minus `elbo` in 32 steps with one pair of noise, 64 evaluations of the denoiser, because what composes
     with other detectors is evaluated and differentiated hundreds of times. That is rough: on three clusters of unlike
@@ -427,7 +427,8 @@ class DiffusionDetector(GenerativeDetector):
         Returns
         -------
         ndarray of shape (n_samples,)
-            In nats, in the units of X.
+            In nats, in the units of X; of rows with noise of sqrt(2) times the path's smallest level, so that between
+            clusters narrower than that it may lie above `log_prob`.
         """
         self._check_denoiser()
         part = DiffusionELBO(n_steps=check_count(n_steps, "n_steps"), n_draws=check_count(n_draws, "n_draws"))
