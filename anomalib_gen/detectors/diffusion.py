@@ -91,9 +91,10 @@ class DiffusionDetector(GenerativeDetector):
         - ``"edm"``: time is the noise level;
         - ``"linear"``: straight lines, the path of flow matching.
 
-        A name takes that path's published defaults. None takes a path that suits the objective: discrete cosine steps
-        for "improved-ddpm", "linear" for "flow-matching", and otherwise ``EDM(sigma_min=0.01, sigma_max=20)``. For
-        images the last is ``EDM()``: their many pixels hang together, and it takes more noise to hide them.
+        A name takes that path's published defaults, where there are any: the ends of "linear" and the steps of "ncsn",
+        which has the levels of "ve", are ours. None takes a path that suits the objective: discrete cosine steps for
+        "improved-ddpm", "linear" for "flow-matching", and otherwise ``EDM(sigma_min=0.01, sigma_max=20)``. For images
+        the last is ``EDM()``: their many pixels hang together, and it takes more noise to hide them.
     denoiser : {"hybrid", "network", "closed-form"} or None, default=None
         What takes noise away.
 
@@ -210,7 +211,8 @@ class DiffusionDetector(GenerativeDetector):
     with the number of rows, and the closed form's bandwidths are the spacing of the rows.
 
     A detector with stored rows keeps three copies of the training rows in single precision, of a million rows at most;
-    its kernel denoiser sums over 2,048 of them.
+    its kernel denoiser sums over 2,048 of them. Stored rows count alike, whatever their `sample_weight`, which is for
+    the scaling and the network; only a weight of zero leaves a row out.
 
     Densities are those of rows with noise of the path's smallest level, or, where they are bounded, of sqrt(2) times
     that, in nats and in the units of X: a model cannot tell finer.
@@ -475,7 +477,7 @@ class DiffusionDetector(GenerativeDetector):
         if sampler == "auto":
             sampler = "ddim" if isinstance(self.model_.path, CosineBetas) else "heun"
         options = {"sampler": sampler, "n_steps": n_steps}
-        if sampler == "ancestral" and getattr(getattr(self, "model_", None), "learned_variance", False):
+        if sampler == "ancestral" and getattr(self.model_, "learned_variance", False):
             options["variance"] = "learned"
         return self._draw(n_samples, random_state, **options)
 

@@ -239,6 +239,16 @@ def test_held_out_rows_are_not_stored(X):
     assert len(detector.model_.memory) == len(X) - round(0.2 * len(X))
 
 
+def test_stored_rows_count_alike_but_for_those_without_weight(X):
+    """As the class says of `sample_weight`; the columns' scaling is all that weights change here."""
+    weights = np.linspace(0.1, 10, len(X))
+    weights[::4] = 0
+    detector = DiffusionDetector(denoiser="closed-form", validation_fraction=0, **SMALL)
+    rows = detector.fit(X, sample_weight=weights).model_.kernel.rows
+    expected = detector._scaler.transform(X[weights > 0])
+    np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_pass_over_new_rows_stores_them_too_and_a_warm_start_stores_anew(X):
     detector = DiffusionDetector(max_iter=5, validation_fraction=0, warm_start=True, **SMALL).fit(X)
     assert len(detector.model_.memory) == len(X)
