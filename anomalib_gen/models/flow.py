@@ -366,11 +366,6 @@ class FlowModel(nn.Module):
         self.register_buffer("grain", torch.zeros(self.event_shape) if grain is None else grain)
         self.register_buffer("spread", (1 + self.grain.square()).sqrt())
 
-    @property
-    def smallest_noise(self) -> float | None:
-        """The noise level of the density that `log_prob` gives unless told otherwise; None if unconditional."""
-        return None if self.noise_levels is None else self.noise_levels[0]
-
     def _context(self, x: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor | None:
         if self.noise_levels is None:
             return None
