@@ -327,7 +327,7 @@ def test_the_noise_in_a_row_is_learned_instead(distribution):
 
 def test_what_tells_noise_cannot_take_it_away(X):
     detector = DiffusionDetector(objective="diffusion-time", max_iter=5, **SMALL).fit(X)
-    for method in ("denoise", "reconstruct", "log_prob", "elbo", "energy"):
+    for method in ("denoise", "reconstruct", "log_prob", "log_prob_error", "elbo", "energy"):
         with pytest.raises(TypeError, match="to tell how much noise is in a row, not to take it away"):
             getattr(detector, method)(X)
     with pytest.raises(TypeError, match="Fit it with another objective"):
