@@ -42,7 +42,9 @@ class VarianceExploding(Path):
 
     @property
     def _log_ratio(self) -> float:
-        return math.log(self.sigma_max / self.sigma_min)
+        # (Levels that are none are refused where they are met, as those of the other paths: `noise_levels`.)
+        levels = self.sigma_max > 0 and self.sigma_min > 0
+        return math.log(self.sigma_max / self.sigma_min) if levels else math.nan
 
     def alpha(self, t: torch.Tensor) -> torch.Tensor:
         """One."""

@@ -146,6 +146,8 @@ def test_a_path_is_a_component(path):
         EDM(sigma_min=0.0),
         EDM(sigma_min=2.0, sigma_max=1.0),
         VarianceExploding(sigma_min=1.0, sigma_max=1.0),
+        VarianceExploding(sigma_min=0.0),
+        GeometricLadder(sigma_max=-1.0),
         VariancePreserving(time_min=0.0),
         VariancePreserving(beta_min=-1.0),
         Linear(time_min=0.0),
