@@ -212,8 +212,8 @@ class DiffusionDetector(GenerativeDetector):
     with the number of rows, and the closed form's bandwidths are the spacing of the rows.
 
     A detector with stored rows keeps three copies of the training rows in single precision, of a million rows at most;
-    its kernel denoiser sums over 2,048 of them. Stored rows count alike, whatever their `sample_weight`, which is for
-    the scaling and the network; only a weight of zero leaves a row out.
+    its kernel denoiser sums over 2,048 of them at most. Stored rows count alike, whatever their `sample_weight`, which
+    is for the scaling and the network; only a weight of zero leaves a row out.
 
     Densities are those of rows with noise of the path's smallest level, or, where they are bounded, of sqrt(2) times
     that, in nats and in the units of X: a model cannot tell finer.

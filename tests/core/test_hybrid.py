@@ -107,6 +107,12 @@ def test_leaving_rows_out_is_as_if_they_were_not_stored():
         torch.testing.assert_close(found, x[:1] + 0.3**2 / variance * (mean - x[:1]))
 
 
+def test_without_rows_there_is_nothing_to_tell():
+    denoiser = ClosedFormDenoiser(PATH, (2,), torch.zeros(2, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="ClosedFormDenoiser has no stored rows yet: call remember"):
+        denoiser.denoise(draw(3, 2), levels(1.0, n=3))
+
+
 def test_equal_rows_alone_can_be_left_out_too():
     denoiser = closed_form(torch.ones(10, 2, dtype=torch.float64))
     x = draw(3, 2)
