@@ -60,3 +60,16 @@ def deterministic_step(x: torch.Tensor, clean: torch.Tensor, level: float, next_
     Euler's for the probability-flow equation ``dx / ds = (x - D(x, s)) / s``.
     """
     return clean + (next_level / level) * (x - clean)
+
+
+def way_back(model: Any, x: torch.Tensor, level: float, lowest: float, n_steps: int) -> torch.Tensor:
+    """Clean rows at the end of deterministic steps from rows `x` ``(B, *E)`` at a level.
+
+    Levels fall geometrically, in `n_steps` evaluations of the denoiser, and would pass `lowest` were they to go on; the
+    last step leads to level zero. From `lowest` itself there is that step alone.
+    """
+    n_steps = n_steps if lowest < level else 1
+    steps = [level * (lowest / level) ** (j / n_steps) for j in range(n_steps)]
+    for here, there in zip(steps, [*steps[1:], 0.0], strict=True):
+        x = deterministic_step(x, denoise_at(model, x, here), here, there)
+    return x

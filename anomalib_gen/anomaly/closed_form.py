@@ -23,8 +23,9 @@ from anomalib_gen._component import Component
 class ClosedFormResidual(Component):
     """Surprise at the residuals of closed-form denoisers (equation 1), for models with stored rows.
 
-    In nats of a tail probability: 1 is what one normal row in three reaches, 2.3 what one in ten does. A row that is
-    stored, as the rows that a detector was fitted to are, finds itself among its neighbours and looks too normal.
+    In nats of a tail probability: each residual is at 1 or more for one normal row in three, and at 2.3 for one in ten.
+    Their mean reaches large values less often, as most of them have to. A row that is stored, as the rows that a
+    detector was fitted to are, finds itself among its neighbours and looks too normal.
     """
 
     in_nats = False

@@ -3,7 +3,7 @@ r"""Combined: what stored rows say of a row and what a network says, on one scal
     a(x) = (1 - w) a_c(x) + w u(a_n(x)),     w = N / (2 (N + 1000)),                                 (1)
 
 with a_c the residuals of the closed form (anomaly.closed_form) on N stored rows, a_n another anomaly of the model, by
-default the noise that it finds in the row (anomaly.score_norm, equation 4), and u the surprise at it among normal rows
+default the noise that it finds in the row (anomaly.score_norm, equation 3), and u the surprise at it among normal rows
 (models.tail). Both sides are means of surprises, so neither drowns the other.
 
 A network learns from many rows what lies between them, and from few next to nothing: its share w is 1/22 for a hundred

@@ -2,8 +2,9 @@ r"""Variational bound of a diffusion model: a row is as anomalous as the bound o
 
     a(x) = -ELBO(x) >= -log p(x),                                                            (1)
 
-the sum over levels of what a denoiser misses, see `models.likelihood` for its parts. The noise is the same for every
-row, so that a row's value depends on that row alone.
+the sum over levels of what a denoiser misses, see `models.likelihood` for its parts, and for what p is: the density of
+rows with noise of sqrt(2) times the smallest level. The noise is the same for every row, so that a row's value depends
+on that row alone.
 """
 
 from __future__ import annotations

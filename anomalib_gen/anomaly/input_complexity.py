@@ -98,8 +98,9 @@ class InputComplexity(Component):
         kept: list[torch.Tensor] = []
         for x in blocks:
             low, high = min(low, float(x.min())), max(high, float(x.max()))
-            if self.weight == "learned":
-                kept.append(x[: max(0, WEIGHT_IMAGES - sum(map(len, kept)))])
+            missing = WEIGHT_IMAGES - sum(map(len, kept))
+            if self.weight == "learned" and missing > 0:
+                kept.append(x[:missing])
         cell = float(getattr(model, "cell", 0.0))
         self.low_ = low
         self.eight_bit_ = cell > 0

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from anomalib_gen._component import Component
-from anomalib_gen.anomaly._levels import denoise_at, deterministic_step, level_ladder
+from anomalib_gen.anomaly._levels import level_ladder, way_back
 
 IMAGE_LEVELS = (0.2, 2.0)
 """Noise levels from which images are reconstructed: at less, nothing but texture is made anew; at more, all of it."""
@@ -94,11 +94,7 @@ class MultiScaleReconstruction(Component):
             raise ValueError(f"n_steps must be at least 1, got {self.n_steps!r}.")
         levels = level_ladder(model, self.noise_levels, self.n_levels)
         for level in levels:
-            y, lowest = x, min(levels[0], 0.1 * level)
-            steps = [level * (lowest / level) ** (j / self.n_steps) for j in range(self.n_steps)]
-            for here, there in zip(steps, [*steps[1:], 0.0], strict=True):
-                y = deterministic_step(y, denoise_at(model, y, here), here, there)
-            yield (x - y) / level
+            yield (x - way_back(model, x, level, min(levels[0], 0.1 * level), self.n_steps)) / level
 
 
 def pyramid_distance(residual: torch.Tensor, n_scales: int) -> torch.Tensor:

@@ -29,9 +29,8 @@ from anomalib_gen._component import Component
 from anomalib_gen.anomaly._levels import (
     DATA_LEVELS,
     balanced_noise,
-    denoise_at,
-    deterministic_step,
     level_ladder,
+    way_back,
 )
 
 POWERS = {"absolute": 1, "squared": 2}
@@ -47,7 +46,9 @@ class DiffusionReconstruction(Component):
         250th of 1,000 steps from which the code of [2]_ starts is a level of 0.63.
     n_steps : int, default=5
         Denoiser evaluations n of each way back. With one the reconstruction is the mean of clean rows, which between
-        the data's modes is none of them; with more it comes to lie in one.
+        the data's modes is none of them; with more it comes to lie in one. Ways end where the ladder starts, so from
+        its lowest level there is one step; that from a single level ends at 0.02 deviations, or the model's smallest
+        level if that is more.
     n_draws : int, default=4
         Draws of noise at each level, in pairs e and -e, the same for every row. Not used without noise.
     noise_levels : tuple of float, default=(0.02, 5.0)
@@ -104,15 +105,10 @@ class DiffusionReconstruction(Component):
         total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         noise = balanced_noise(x, self.n_draws, generator) if self.add_noise else [torch.zeros_like(x[0])]
         levels = level_ladder(model, self.noise_levels, self.n_levels)
+        # A single level is not the end of its own way.
+        lowest = levels[0] if levels[0] < levels[-1] else max(DATA_LEVELS[0], model.noise_levels[0])
         for level in levels:
             for e in noise:
-                moved = self._reconstruct(model, x + level * e, level, levels[0]) - x
+                moved = way_back(model, x + level * e, level, lowest, self.n_steps) - x
                 total += (moved.abs() / level).pow(power).flatten(1).mean(1)
         return total / (self.n_levels * len(noise))
-
-    def _reconstruct(self, model: Any, y: torch.Tensor, level: float, lowest: float) -> torch.Tensor:
-        """Clean rows at the end of the steps of equation 1, which would pass `lowest` were they to go on."""
-        steps = [level * (lowest / level) ** (j / self.n_steps) for j in range(self.n_steps)]
-        for here, there in zip(steps, [*steps[1:], 0.0], strict=True):
-            y = deterministic_step(y, denoise_at(model, y, here), here, there)
-        return y

@@ -9,14 +9,14 @@ noise adds to the norm is the same for every row and hides the rest.
 
 s g(x, s) is the noise that a denoiser finds in the row. Taken in that unit, as with ``weighting="noise"``,
 
-    a(x) = 1/K sum_k s_k |g(x, s_k)|,                                                                (4)
+    a(x) = 1/K sum_k s_k |g(x, s_k)|,                                                                (3)
 
 a row with noise of the level has the norm sqrt(D) at every level, and none counts for more than another. (2) weights
 the noise found at level s by 1 / s: the smallest levels decide, at which a network has learned least.
 
 Multiscale score matching (MSMA; Mahmood et al. 2021, arXiv:2010.13132) takes the norms as a vector,
 
-    z(x) = (|g(x, s_1)|, ..., |g(x, s_K)|),                                                          (3)
+    z(x) = (|g(x, s_1)|, ..., |g(x, s_K)|),                                                          (4)
 
 learns what is usual among the vectors of normal rows, and scores by how unusual a row's is (_feature_density): by its
 Mahalanobis distance, by a mixture of Gaussians, or by its nearest neighbours. A row is then odd on either side, also
@@ -43,7 +43,7 @@ WEIGHTINGS = ("score", "noise")
 
 
 class ScoreNorm(Component):
-    """Norm of the gradient of the log-density (equations 1 and 2), or how unusual its norms are (equation 3).
+    """Norm of the gradient of the log-density (equations 1 and 2), or how unusual its norms are (equation 4).
 
     Parameters
     ----------
@@ -53,10 +53,10 @@ class ScoreNorm(Component):
         Range of the ladder, in standard deviations of the data; the part of it that the model knows is used. See
         `_levels.DATA_LEVELS` for the reason.
     weighting : {"score", "noise"}, default="score"
-        Whether norms are those of the score (equation 2) or of the noise that it finds (equation 4). For a model
+        Whether norms are those of the score (equation 2) or of the noise that it finds (equation 3). For a model
         without levels there is no difference.
     summary : {"sum", "mahalanobis", "gaussian-mixture", "neighbors"}, default="sum"
-        What is made of the norms. "sum" is equation 2 and needs no other rows. The others compare (3) with the vectors
+        What is made of the norms. "sum" is equation 2 and needs no other rows. The others compare (4) with the vectors
         of normal rows given to `prepare`; on tables they have been weaker than the sum.
     n_components : int, default=4
         Components of the "gaussian-mixture", at most; fewer where there are fewer than 2 K rows for each.
@@ -119,7 +119,7 @@ class ScoreNorm(Component):
         return self.density_(self.norms(model, x))
 
     def norms(self, model: Any, x: torch.Tensor) -> torch.Tensor:
-        """Norms of the score of rows ``(B, *E)`` along the ladder (equation 3), ``(B, K)``; K = 1 without levels."""
+        """Norms of the score of rows ``(B, *E)`` along the ladder (equation 4), ``(B, K)``; K = 1 without levels."""
         if self.weighting not in WEIGHTINGS:
             known = ", ".join(map(repr, WEIGHTINGS))
             raise ValueError(f"weighting={self.weighting!r} is unknown. Known weightings: {known}.")

@@ -19,6 +19,7 @@ import torch
 
 from anomalib_gen._component import Component
 from anomalib_gen.anomaly._density import density_anomaly
+from anomalib_gen.anomaly.ode_likelihood import ODELikelihood
 
 
 class Typicality(Component):
@@ -60,6 +61,9 @@ class Typicality(Component):
     @staticmethod
     def _nats(model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """-log p of each row, ``(B,)``, or its bound."""
+        if hasattr(model, "denoise"):
+            # (With probes, where rows are wide.)
+            return ODELikelihood()(model, x, generator)
         if hasattr(model, "log_prob"):
             return -model.log_prob(x)
         values: torch.Tensor = density_anomaly(model)(model, x, generator)

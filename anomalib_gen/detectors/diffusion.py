@@ -62,6 +62,7 @@ from anomalib_gen.models import (
     HybridDenoiser,
     NetworkDenoiser,
     ScoreDenoiser,
+    ode_log_prob,
 )
 from anomalib_gen.models.denoiser import LEVEL_FEATURES, PARAMETRIZATIONS, Denoiser
 from anomalib_gen.networks import build_network, make_network
@@ -91,9 +92,10 @@ class DiffusionDetector(GenerativeDetector):
         - ``"edm"``: time is the noise level;
         - ``"linear"``: straight lines, the path of flow matching.
 
-        A name takes that path's published defaults. None takes a path that suits the objective: discrete cosine steps
-        for "improved-ddpm", "linear" for "flow-matching", and otherwise ``EDM(sigma_min=0.01, sigma_max=20)``. For
-        images the last is ``EDM()``: their many pixels hang together, and it takes more noise to hide them.
+        A name takes that path's published defaults, where there are any: the ends of "linear" and the steps of "ncsn",
+        which has the levels of "ve", are ours. None takes a path that suits the objective: discrete cosine steps for
+        "improved-ddpm", "linear" for "flow-matching", and otherwise ``EDM(sigma_min=0.01, sigma_max=20)``. For images
+        the last is ``EDM()``: their many pixels hang together, and it takes more noise to hide them.
     denoiser : {"hybrid", "network", "closed-form"} or None, default=None
         What takes noise away.
 
@@ -210,10 +212,11 @@ class DiffusionDetector(GenerativeDetector):
     with the number of rows, and the closed form's bandwidths are the spacing of the rows.
 
     A detector with stored rows keeps three copies of the training rows in single precision, of a million rows at most;
-    its kernel denoiser sums over 2,048 of them.
+    its kernel denoiser sums over 2,048 of them at most. Stored rows count alike, whatever their `sample_weight`, which
+    is for the scaling and the network; only a weight of zero leaves a row out.
 
-    Densities, exact or bounded, are those of rows with noise of the path's smallest level, in nats and in the units of
-    X: a model cannot tell finer.
+    Densities are those of rows with noise of the path's smallest level, or, where they are bounded, of sqrt(2) times
+    that, in nats and in the units of X: a model cannot tell finer.
 
     `energy` is minus `elbo` in 32 steps with one pair of noise, 64 evaluations of the denoiser, because what composes
     with other detectors is evaluated and differentiated hundreds of times. That is rough: on three clusters of unlike
@@ -412,6 +415,35 @@ class DiffusionDetector(GenerativeDetector):
         part = ODELikelihood(n_steps=check_count(n_steps, "n_steps"))
         return -self._apply(part, self._validate(X, reset=False))
 
+    def log_prob_error(self, X: Any, *, n_steps: int = 100) -> npt.NDArray[np.float64]:
+        """Estimate how far the solver of `log_prob` is off, row by row.
+
+        It is the difference from half as many steps, which is about the error of these: that of `log_prob` is a
+        fraction of it, if the steps are short enough to converge. Beyond 32 columns the standard error of the random
+        directions is added. What the model itself has not learned is no part of it.
+
+        Parameters
+        ----------
+        X : array-like or data frame of shape (n_samples, n_features)
+        n_steps : int, default=100
+            Those of `log_prob`; an even number. It takes half as long again.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            In nats; infinite where the solution is not finite.
+        """
+        self._check_denoiser()
+        n_steps, seed = check_count(n_steps, "n_steps"), self._scoring_seed
+
+        def error(model: Any, x: torch.Tensor) -> torch.Tensor:
+            # The random directions of `log_prob`.
+            probes = _runtime.scoring_generator(seed)
+            found = ode_log_prob(model.denoise, x, model.noise_levels, n_steps=n_steps, generator=probes)
+            return found.error.unsqueeze(1)
+
+        return self._map(error, self._validate(X, reset=False), (1,), self._scaler)[:, 0]
+
     def elbo(self, X: Any, *, n_steps: int = 100, n_draws: int = 1) -> npt.NDArray[np.float64]:
         """Variational bound on the log-density of rows, whatever the detector's anomaly.
 
@@ -427,7 +459,8 @@ class DiffusionDetector(GenerativeDetector):
         Returns
         -------
         ndarray of shape (n_samples,)
-            In nats, in the units of X.
+            In nats, in the units of X; of rows with noise of sqrt(2) times the path's smallest level, so that between
+            clusters narrower than that it may lie above `log_prob`.
         """
         self._check_denoiser()
         part = DiffusionELBO(n_steps=check_count(n_steps, "n_steps"), n_draws=check_count(n_draws, "n_draws"))
@@ -474,7 +507,7 @@ class DiffusionDetector(GenerativeDetector):
         if sampler == "auto":
             sampler = "ddim" if isinstance(self.model_.path, CosineBetas) else "heun"
         options = {"sampler": sampler, "n_steps": n_steps}
-        if sampler == "ancestral" and getattr(getattr(self, "model_", None), "learned_variance", False):
+        if sampler == "ancestral" and getattr(self.model_, "learned_variance", False):
             options["variance"] = "learned"
         return self._draw(n_samples, random_state, **options)
 

@@ -75,7 +75,8 @@ class FlowDetector(GenerativeDetector):
         - ``"nsf-coupling"``: the same splines conditioned on half of the columns; samples in one pass. It takes twice
           as many layers, and trains and scores more slowly; where densities were measured, it had the best.
         - ``"maf"``: affine instead of splines, autoregressive; several times cheaper to train.
-        - ``"realnvp"``: affine, coupling; the cheapest.
+        - ``"realnvp"``: affine, coupling; the cheapest. Beyond 256 columns, where there are no linear maps between the
+          layers, it cannot learn that columns nearly determine each other.
         - ``"glow"``: multi-scale and convolutional, for images only [5]_. Under the others images are rows of pixels.
         - a callable ``factory(features, context_features)`` returns a `torch.nn.Module` with ``forward(x, context)
           -> (u, logabsdet)`` and ``inverse(u, context) -> (x, logabsdet)``; x and u are ``(B, features)``,

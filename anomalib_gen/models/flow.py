@@ -33,6 +33,10 @@ This is the only module that imports nflows (0.14, the last release). What is wo
 - `MADE` gives hidden unit k the degree 1 + k mod (D - 1): with fewer units than columns the later columns are never
   seen by anything, and the first column never learns of the context; here degrees are spread evenly and start at 0;
 - `BatchNorm` starts with a running variance of zero and is not used.
+
+What is not: `AffineCouplingTransform` has scales of sigmoid(a + 2) + 0.001, which shrink. Linear maps between the
+layers stretch in their place; without them ("realnvp" with ``mix=False``) no density rises above the peak of a standard
+normal.
 """
 
 from __future__ import annotations
@@ -365,11 +369,6 @@ class FlowModel(nn.Module):
         self.noise_levels = noise_levels
         self.register_buffer("grain", torch.zeros(self.event_shape) if grain is None else grain)
         self.register_buffer("spread", (1 + self.grain.square()).sqrt())
-
-    @property
-    def smallest_noise(self) -> float | None:
-        """The noise level of the density that `log_prob` gives unless told otherwise; None if unconditional."""
-        return None if self.noise_levels is None else self.noise_levels[0]
 
     def _context(self, x: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor | None:
         if self.noise_levels is None:

@@ -38,7 +38,7 @@ from anomalib_gen.models.neighbors import neighbor_scale, values_per_block
 from anomalib_gen.paths import Path, Prediction
 
 KERNEL_ROWS = 2048
-"""Stored rows that equation 1 sums over, an even choice of all: it is evaluated at every step and level."""
+"""Stored rows that equation 1 sums over at most, each second, third, ... of all: it is evaluated at every step."""
 PROFILE_LEVELS, PROFILE_ROWS = 24, 512
 """Levels at which c(s) is measured, and rows it is measured on."""
 
@@ -146,6 +146,8 @@ class ClosedFormDenoiser(Denoiser):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K of equation 1 and (m - x) / sqrt(s^2 + h^2), both ``(B, *E)``."""
         rows, keys = self.kernel.rows.to(x.dtype), self.kernel.keys
+        if len(rows) == 0:
+            raise RuntimeError(f"{type(self).__name__} has no stored rows yet: call remember.")
         q, half_squares = x.flatten(1), -0.5 * rows.square().sum(1)
         variance = level.square() + self.kernel.bandwidth.to(x).square()
         means = [q[:0]]

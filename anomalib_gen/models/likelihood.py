@@ -25,7 +25,11 @@ signal-to-noise ratio 1 / s^2),
     prior:           KL(N(x, s_N^2) || N(0, 1 + s_N^2)),                                                          (4)
     reconstruction:  E log N(x; z_0, s_0^2) = -n / 2 (1 + log(2 pi s_0^2)).                                       (5)
 
-(3) has the variance of the true reverse step. (5) is the decoder that is proportional to q(z_0 | x).
+(3) has the variance of the true reverse step. (5) is the decoder that is proportional to q(z_0 | x). It adds noise of
+level s_0 to z_0, which has it already: what is bounded is the log-density of rows with noise of level sqrt(2) s_0. The
+bound is tight in the limit of many steps up to KL(q(z_0 | x) || p(z_0 | x)), and with D exact it goes to
+E log p_{s_0}(x + s_0 e). Between clusters narrower than s_0, where log p_{s_0} is convex, that is above log p_{s_0}(x),
+which is what (2) gives.
 
 With the same few e for all rows, what is off in them is off for all. `balanced_elbo_terms` draws pairs e and -e, which
 takes away what is odd in e, and subtracts from (3) a quantity of mean zero,
@@ -101,7 +105,7 @@ def ode_log_prob(
         Smallest and largest level. At the largest the data must be lost in the noise: what is left of them is an error
         that is not estimated, of about ``|mean| / s_max`` and ``|variance - 1| / s_max^2`` nats.
     n_steps : int, default=50
-        Steps, evenly spaced in log s. Even if the error is estimated.
+        Steps, evenly spaced in log s up to the `KNEE`, and longer beyond. An even number if the error is estimated.
     method : {"euler", "heun", "rk4"}, default="rk4"
         See `solve_ode`.
     divergence : {"auto", "exact", "hutchinson"}, default="auto"
@@ -226,7 +230,7 @@ class ELBOTerms(NamedTuple):
 
     @property
     def elbo(self) -> torch.Tensor:
-        """The bound on the log-density, ``(B,)``."""
+        """The bound on the log-density of rows with noise of sqrt(2) times the smallest level, ``(B,)``."""
         return self.reconstruction - self.prior - self.steps.sum(0)
 
 

@@ -2,7 +2,7 @@ r"""Variance-exploding paths: rows stay as they are and noise is added, x_t = x_
 
 - `VarianceExploding`: sigma(t) = sigma_min (sigma_max / sigma_min)^t (Song et al. 2021, arXiv:2011.13456, equation 30).
 - `GeometricLadder`: the same at n_steps + 1 levels, the noise levels of NCSN (Song and Ermon 2019, arXiv:1907.05600,
-  section 3.2).
+  section 4.1).
 - `EDM`: sigma(t) = t, with a grid dense near the data (Karras et al. 2022, arXiv:2206.00364, equation 5),
 
     sigma_i = (sigma_max^(1/rho) + i / N (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho.
@@ -42,7 +42,9 @@ class VarianceExploding(Path):
 
     @property
     def _log_ratio(self) -> float:
-        return math.log(self.sigma_max / self.sigma_min)
+        # (Levels that are none are refused where they are met, as those of the other paths: `noise_levels`.)
+        levels = self.sigma_max > 0 and self.sigma_min > 0
+        return math.log(self.sigma_max / self.sigma_min) if levels else math.nan
 
     def alpha(self, t: torch.Tensor) -> torch.Tensor:
         """One."""
@@ -84,6 +86,13 @@ class GeometricLadder(VarianceExploding):
     def __init__(self, *, n_steps: int = 100, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
         super().__init__(sigma_min=sigma_min, sigma_max=sigma_max)
         self.n_steps = n_steps
+
+    def grid(self, n_steps: int | None = None) -> torch.Tensor:
+        """Rising times, ``(n_steps + 1,)``: steps of the ladder, as even as can be, and no more than it has."""
+        ladder = super().grid()
+        if n_steps is None or n_steps >= len(ladder) - 1:
+            return ladder
+        return ladder[torch.round(super().grid(n_steps) * (len(ladder) - 1)).long()]
 
 
 class EDM(Path):

@@ -21,6 +21,7 @@ from anomalib_gen.anomaly import (
     DiffusionTime,
     ODELikelihood,
     ScoreNorm,
+    Typicality,
 )
 from anomalib_gen.anomaly._feature_density import (
     DENSITIES,
@@ -31,7 +32,7 @@ from anomalib_gen.anomaly._feature_density import (
     nearest_square_distances,
     shrunk_covariance,
 )
-from anomalib_gen.anomaly._levels import DATA_LEVELS, balanced_noise, level_ladder
+from anomalib_gen.anomaly._levels import DATA_LEVELS, balanced_noise, level_ladder, way_back
 from anomalib_gen.models import (
     EnergyModel,
     GaussianMixtureEnergy,
@@ -208,27 +209,45 @@ def test_in_one_step_it_is_the_denoising_error_in_the_noise():
 def test_many_steps_follow_the_probability_flow_at_first_order():
     """For N(0, v) its solution from s to l is y sqrt((v + l^2) / (v + s^2)); the denoiser takes the last step."""
     v, s, low, x = 0.3, 2.0, 0.02, draw(6, 2)
-    model, part = GaussianDenoiser(v), DiffusionReconstruction()
+    model = GaussianDenoiser(v)
     exact = x * math.sqrt((v + low**2) / (v + s**2)) * v / (v + low**2)
     errors = []
     for n in (25, 50, 100, 200):
-        end = part.set_params(n_steps=n)._reconstruct(model, x, s, low)
+        end = way_back(model, x, s, low, n)
         errors.append(float((end - exact).abs().max()))
     ratios = [a / b for a, b in pairwise(errors)]
     assert ratios == pytest.approx([2, 2, 2], abs=0.2)
-    part.set_params(noise_levels=(s, s), n_levels=1, n_steps=1)
-    a = part(model, x, generator())
+    a = DiffusionReconstruction(noise_levels=(s, s), n_levels=1, n_steps=1)(model, x, generator())
     torch.testing.assert_close(a, ((x * v / (v + s**2) - x) / s).square().mean(1))
 
 
 def test_one_step_ends_between_the_modes_and_many_in_one_of_them():
     x = torch.tensor([[0.3, 0.0]], dtype=torch.float64)
-    model, part = two_modes(), DiffusionReconstruction()
     with torch.inference_mode():
-        ends = [float(part.set_params(n_steps=n)._reconstruct(model, x, 1.0, 0.02)[0, 0]) for n in (1, 50)]
+        ends = [float(way_back(two_modes(), x, 1.0, 0.02, n)[0, 0]) for n in (1, 50)]
     assert ends[0] == pytest.approx(math.tanh(0.3), abs=0.01)
     # It keeps its place among the rows of its half, of which it is one of the inner ones.
     assert ends[1] == pytest.approx(1 - 0.05, abs=0.03)
+
+
+@pytest.mark.parametrize("n_levels", [1, 3])
+def test_the_way_back_from_a_single_level_has_its_steps(n_levels):
+    """Many of them end where the probability flow does, and one where the denoiser does, much farther off."""
+    v, s, low, x = 0.3, 2.0, 0.02, draw(6, 2)
+    part = DiffusionReconstruction(noise_levels=(s, s), n_levels=n_levels, n_steps=400)
+    exact = x * math.sqrt((v + low**2) / (v + s**2)) * v / (v + low**2)
+    a = part(GaussianDenoiser(v), x, generator())
+    torch.testing.assert_close(a, ((exact - x) / s).square().mean(1), rtol=0.02, atol=0)
+    assert (a < 0.7 * ((v / (v + s**2) - 1) * x / s).square().mean(1)).all()
+
+
+def test_from_the_lowest_level_of_a_ladder_there_is_one_step():
+    model, asked = GaussianDenoiser(0.3), []
+    denoise = model.denoise
+    model.denoise = lambda x, level: asked.append(float(level[0])) or denoise(x, level)
+    DiffusionReconstruction(n_levels=3, n_steps=4)(model, draw(2, 2), generator())
+    assert len(asked) == 1 + 4 + 4
+    assert min(asked) == asked[0] == pytest.approx(0.02)
 
 
 def test_noise_before_the_way_back():
@@ -626,6 +645,18 @@ def test_the_likelihood_of_normal_data(features):
 
 
 @with_densities
+@pytest.mark.parametrize("features", [3, 40])
+def test_typicality_is_of_the_likelihood_of_wide_rows_too(features):
+    """Signs probe the Jacobian of normal data exactly, so that nothing is off where the trace is estimated."""
+    model, rows, x = GaussianDenoiser(1.0), draw(50, features), draw(5, features, seed=1)
+    part = Typicality()
+    part.prepare(model, rows.split(20), generator())
+    low = model.noise_levels[0]
+    typical = rows.square().sum(1).mean()
+    expected = (x.square().sum(1) - typical).abs() / (2 * (1 + low**2))
+    torch.testing.assert_close(part(model, x, generator()), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_the_bound_of_normal_data():
     x, model = draw(10, 30), GaussianDenoiser(0.3)
     likelihood = 0.5 * (x.square() / 0.3 + math.log(2 * math.pi * 0.3)).sum(1)

@@ -86,6 +86,23 @@ def test_densities_are_in_the_units_of_the_rows(rows, fitted):
     np.testing.assert_allclose(other.log_prob(rows[:20] * [1e-3, 1e3]), exact[:20], atol=1e-3)
 
 
+@pytest.mark.parametrize("columns", [2, 40])
+def test_the_error_of_a_density_is_that_of_its_steps(rows, columns):
+    X = rows if columns == 2 else np.random.default_rng(0).normal(size=(60, columns)) * 10.0
+    detector = make(denoiser="closed-form", validation_fraction=0.0).fit(X)
+    few, more, truth = (detector.log_prob(X[:8], n_steps=n) for n in (8, 16, 100))
+    error = detector.log_prob_error(X[:8], n_steps=16)
+    if columns == 2:
+        np.testing.assert_allclose(error, np.abs(more - few), rtol=1e-9, atol=1e-12)
+    # In wide rows all have the same random directions, whose standard error comes on top.
+    else:
+        assert (error > np.abs(more - few)).all()
+    assert (np.abs(more - truth) < error).all()
+    np.testing.assert_allclose(error[:2], [detector.log_prob_error(x[None], n_steps=16)[0] for x in X[:2]])
+    with pytest.raises(ValueError, match="n_steps must be even if the error is estimated, got 7"):
+        detector.log_prob_error(X[:8], n_steps=7)
+
+
 @pytest.mark.slow
 def test_the_density_integrates_to_one(fitted, rows):
     axes = [np.linspace(c.mean() - 7 * c.std(), c.mean() + 7 * c.std(), 201) for c in rows.T]
@@ -185,7 +202,7 @@ def test_wrong_arguments_are_named(rows, fitted):
         fitted.sample(3, sampler="euclid")
     with pytest.raises(ValueError, match="n_steps must be a positive integer"):
         fitted.sample(3, n_steps=0)
-    for method in (fitted.reconstruct, fitted.log_prob, fitted.elbo):
+    for method in (fitted.reconstruct, fitted.log_prob, fitted.log_prob_error, fitted.elbo):
         for n_steps in (0, 1.5):
             with pytest.raises(ValueError, match=rf"n_steps must be a positive integer, got {n_steps}"):
                 method(rows, n_steps=n_steps)

@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -339,6 +340,29 @@ def test_the_bound_lies_below_the_density_and_approaches_it():
     left = torch.distributions.kl_divergence(encoder, posterior)
     limit = (64 * gaps[3] - 56 * gaps[2] + 14 * gaps[1] - gaps[0]) / 21
     torch.testing.assert_close(limit, left, rtol=0, atol=1e-4)
+
+
+def test_the_bound_is_on_the_density_with_the_noise_of_its_decoder_too():
+    """Between two points the log-density is convex: the bound lies above that of z_0, below that of the row."""
+    level = 0.1
+    points = GaussianMixtureEnergy(
+        tensor([0.0, 0.0]), tensor([[-0.3], [0.3]]), tensor([[[0.01]]]).repeat(2, 1, 1)
+    )
+    points.requires_grad_(False)
+    denoiser, x = ScoreDenoiser(points, EDM(sigma_min=level)), tensor([[0.0]])
+    nodes, weights = (tensor(part) for part in np.polynomial.hermite_e.hermegauss(40))
+    limit = float((weights / weights.sum()) @ exact(points, x + level * nodes.unsqueeze(1), level))
+    levels = levels_between(level, 100.0, 200)
+    bounds = torch.stack(
+        [balanced_elbo_terms(denoiser.denoise, x, levels, generator(seed)).elbo[0] for seed in range(30)]
+    )
+    # Less than its limit by what the length of the steps costs.
+    assert float(bounds.mean()) == pytest.approx(limit - 0.05, abs=0.15)
+    assert (
+        float(exact(points, x, level)) + 1
+        < float(bounds.mean())
+        < float(exact(points, x, math.sqrt(2) * level))
+    )
 
 
 def test_draws_of_the_bound_have_it_as_their_mean():

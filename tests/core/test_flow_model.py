@@ -204,6 +204,14 @@ def test_single_layer(name, features, conditional):
     assert_close(log_det_of_jacobian(lambda x: layer(x, context)[0], x), layer(x, context)[1].detach())
 
 
+def test_affine_couplings_shrink():
+    """As the module says of densities without linear maps between the layers."""
+    unmixed = perturbed(lambda: make_flow_transform("realnvp", 4, mix=False), scale=2.0)
+    log_det = unmixed(ordinary_rows(50, 4))[1].detach()
+    assert float(log_det.max()) <= 5 * 2 * math.log(1.001)
+    assert float(log_det.min()) < -1
+
+
 def test_couplings_leave_half_of_the_columns_alone():
     for name in ("nsf-coupling", "realnvp"):
         layer = flow(name, 5, False, n_layers=1).transform

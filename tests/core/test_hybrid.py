@@ -107,6 +107,12 @@ def test_leaving_rows_out_is_as_if_they_were_not_stored():
         torch.testing.assert_close(found, x[:1] + 0.3**2 / variance * (mean - x[:1]))
 
 
+def test_without_rows_there_is_nothing_to_tell():
+    denoiser = ClosedFormDenoiser(PATH, (2,), torch.zeros(2, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="ClosedFormDenoiser has no stored rows yet: call remember"):
+        denoiser.denoise(draw(3, 2), levels(1.0, n=3))
+
+
 def test_equal_rows_alone_can_be_left_out_too():
     denoiser = closed_form(torch.ones(10, 2, dtype=torch.float64))
     x = draw(3, 2)
@@ -239,6 +245,16 @@ def test_held_out_rows_are_not_stored(X):
     assert len(detector.model_.memory) == len(X) - round(0.2 * len(X))
 
 
+def test_stored_rows_count_alike_but_for_those_without_weight(X):
+    """As the class says of `sample_weight`; the columns' scaling is all that weights change here."""
+    weights = np.linspace(0.1, 10, len(X))
+    weights[::4] = 0
+    detector = DiffusionDetector(denoiser="closed-form", validation_fraction=0, **SMALL)
+    rows = detector.fit(X, sample_weight=weights).model_.kernel.rows
+    expected = detector._scaler.transform(X[weights > 0])
+    np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_pass_over_new_rows_stores_them_too_and_a_warm_start_stores_anew(X):
     detector = DiffusionDetector(max_iter=5, validation_fraction=0, warm_start=True, **SMALL).fit(X)
     assert len(detector.model_.memory) == len(X)
@@ -317,7 +333,7 @@ def test_the_noise_in_a_row_is_learned_instead(distribution):
 
 def test_what_tells_noise_cannot_take_it_away(X):
     detector = DiffusionDetector(objective="diffusion-time", max_iter=5, **SMALL).fit(X)
-    for method in ("denoise", "reconstruct", "log_prob", "elbo", "energy"):
+    for method in ("denoise", "reconstruct", "log_prob", "log_prob_error", "elbo", "energy"):
         with pytest.raises(TypeError, match="to tell how much noise is in a row, not to take it away"):
             getattr(detector, method)(X)
     with pytest.raises(TypeError, match="Fit it with another objective"):

@@ -91,6 +91,20 @@ def test_a_learned_weight_is_the_slope_over_normal_images(flow, nature):
         flow.with_anomaly(InputComplexity(weight="most"), train)
 
 
+def test_a_learned_weight_looks_at_some_images_and_at_no_empty_blocks():
+    """Not all models take no rows at all."""
+    images = torch.rand(900, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = []
+
+    def likelihood(model, x, generator):
+        seen.append(len(x))
+        return x.flatten(1).sum(1)
+
+    anomaly = InputComplexity(weight="learned", likelihood=likelihood)
+    anomaly.prepare(None, images.split(300), torch.Generator())
+    assert seen == [300, 212]
+
+
 def test_complexity_is_the_likelihood_less_the_code(flow, nature):
     train, normal, _ = nature
     corrected = flow.with_anomaly(InputComplexity(likelihood=Likelihood()), train)

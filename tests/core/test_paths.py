@@ -124,6 +124,17 @@ def test_the_ladder_is_the_exploding_path_at_its_steps():
     torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios))
 
 
+def test_other_grids_of_the_ladder_go_through_its_steps():
+    """A network that was trained on the ladder knows no levels between its steps."""
+    ladder = GeometricLadder(n_steps=10)
+    for n_steps in (1, 3, 4, 9):
+        grid = ladder.grid(n_steps)
+        assert len(grid) == n_steps + 1
+        assert set(grid.tolist()) <= set(ladder.grid().tolist())
+        assert (grid.diff() > 0).all()
+    assert torch.equal(ladder.grid(25), ladder.grid())
+
+
 @each_path
 def test_a_path_is_a_component(path):
     assert repr(clone(path)) == repr(path)
@@ -135,6 +146,8 @@ def test_a_path_is_a_component(path):
         EDM(sigma_min=0.0),
         EDM(sigma_min=2.0, sigma_max=1.0),
         VarianceExploding(sigma_min=1.0, sigma_max=1.0),
+        VarianceExploding(sigma_min=0.0),
+        GeometricLadder(sigma_max=-1.0),
         VariancePreserving(time_min=0.0),
         VariancePreserving(beta_min=-1.0),
         Linear(time_min=0.0),
