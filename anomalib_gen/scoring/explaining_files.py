@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 
 from anomalib_gen.calibration._wrapped import innermost
-from anomalib_gen.scoring._columns import Wanted, plain_type, to_frame, wanted_by
+from anomalib_gen.scoring._columns import Wanted, plain_type, wanted_by
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.calibrating import scored_rows
@@ -127,7 +127,7 @@ class _Explanation:
         left_out = 0
         for reader in self.readers:
             for part in reader.parts(rows_per_part(self.wanted.count)):
-                frame, bad = to_frame(part.table, reader.names, self.wanted.types)
+                frame, bad = part.frame(reader.names, self.wanted.types)
                 named = self.wanted.names is not None
                 scores, _ = score_rows(self.model, frame, named=named, limit=len(frame))
                 good = np.flatnonzero(~np.isnan(scores) & ~np.isin(np.arange(len(frame)), list(bad)))

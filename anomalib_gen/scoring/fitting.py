@@ -24,7 +24,7 @@ from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import FitOptions
 from anomalib_gen.scoring.rows import check_folder
-from anomalib_gen.scoring.sources import Input, find_inputs
+from anomalib_gen.scoring.sources import Input, find_inputs, parse_options
 
 MIN_KEYS = 50
 """Rows from which on a text that is another in every row is taken for a key."""
@@ -133,7 +133,7 @@ def _read(item: Input) -> pa.Table:
     kind: Any = item.kind
     if item.is_text:
         kind = pads.CsvFileFormat(
-            parse_options=pacsv.ParseOptions(delimiter=item.kind),
+            parse_options=parse_options(item.kind),
             # Types are guessed from the first block.
             read_options=pacsv.ReadOptions(block_size=2**26),
             convert_options=pacsv.ConvertOptions(strings_can_be_null=True),

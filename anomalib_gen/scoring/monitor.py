@@ -32,7 +32,7 @@ from anomalib_gen.monitoring.history import History, HistoryError
 from anomalib_gen.monitoring.metrics import write_metrics
 from anomalib_gen.monitoring.webhook import WebhookError, post, where
 from anomalib_gen.persistence import ModelFolderError
-from anomalib_gen.scoring._columns import Wanted, to_frame
+from anomalib_gen.scoring._columns import Wanted
 from anomalib_gen.scoring._errors import ALERT, DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import MonitorOptions
@@ -117,7 +117,7 @@ def read_scored(path: str, model_hash: str) -> Scored:
         except DataError as error:
             raise DataError(f"{item.path} is no output of `score`: {error}") from None
         for part in reader.parts(rows_per_part(3)):
-            frame, bad = to_frame(part.table, ["score", "label", "model"], wanted.types)
+            frame, bad = part.frame(["score", "label", "model"], wanted.types)
             if bad or part.malformed or frame["score"].isna().any():
                 raise DataError(f"{item.path} has rows without a score: it is no output of `score`.")
             others = frame["model"][frame["model"] != model_hash[:HASH_DIGITS]]
@@ -240,7 +240,7 @@ def input_frames(
         try:
             reader = Reader(item, wanted)
             for part in reader.parts(rows_per_part(wanted.count)):
-                frame, _ = to_frame(part.table, reader.names, wanted.types)
+                frame, _ = part.frame(reader.names, wanted.types)
                 if wanted.names is None:
                     frame.columns = pd.Index([str(j) for j in range(frame.shape[1])])
                 yield frame

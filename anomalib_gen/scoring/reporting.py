@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
-import pyarrow.csv as pacsv
 
 from anomalib_gen.monitoring import (
     Batch,
@@ -33,7 +32,7 @@ from anomalib_gen.monitoring import (
 )
 from anomalib_gen.monitoring.history import History, HistoryError
 from anomalib_gen.persistence import ModelFolderError
-from anomalib_gen.scoring._columns import Wanted, to_frame, wanted_by
+from anomalib_gen.scoring._columns import Wanted, wanted_by
 from anomalib_gen.scoring._errors import DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import MonitorOptions, ReportOptions
@@ -42,7 +41,14 @@ from anomalib_gen.scoring.monitor import job_of, thresholds_of
 from anomalib_gen.scoring.parts import digest, quarantine_beside, read_record, record_of, write_output
 from anomalib_gen.scoring.rows import load_model
 from anomalib_gen.scoring.run import ADDED, HASH_DIGITS
-from anomalib_gen.scoring.sources import Input, Reader, find_inputs, is_remote, rows_per_part
+from anomalib_gen.scoring.sources import (
+    Input,
+    Reader,
+    find_inputs,
+    is_remote,
+    parse_options,
+    rows_per_part,
+)
 
 BACKGROUND_ROWS = 1000
 """Normal rows of the run, by which contributions are measured."""
@@ -334,7 +340,7 @@ def _batches(scores: Path) -> Iterator[pa.Table]:
     for item in items:
         kind: Any = item.kind
         if item.is_text:
-            kind = pads.CsvFileFormat(parse_options=pacsv.ParseOptions(delimiter=item.kind))
+            kind = pads.CsvFileFormat(parse_options=parse_options(item.kind))
         dataset = pads.dataset(item.place, format=kind, filesystem=item.filesystem)
         for batch in dataset.scanner(batch_size=2**16, batch_readahead=2).to_batches():
             yield pa.Table.from_batches([batch])
@@ -424,7 +430,7 @@ def _walk(
         if item.path not in bad_files:
             for part in Reader(item, wanted).parts(rows_per_part(wanted.count)):
                 names = list(wanted.names or [n for n in part.table.column_names if n not in wanted.keys])
-                frame, _ = to_frame(part.table, names, wanted.types)
+                frame, _ = part.frame(names, wanted.types)
                 # (A model without names has a reference without names.)
                 named = wanted.names is not None
                 summariser.add(

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from anomalib_gen.calibration import SplitConformalDetector, conformal_p_values
 from anomalib_gen.calibration._wrapped import innermost
-from anomalib_gen.scoring._columns import Wanted, plain_type, to_frame, wanted_by
+from anomalib_gen.scoring._columns import Wanted, plain_type, wanted_by
 from anomalib_gen.scoring._errors import ALERT, DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import ScoreOptions
@@ -368,7 +368,7 @@ class _Run:
     def _score(self, source: int, part: Part) -> tuple[pa.Table, dict[str, Any]]:
         """Rows of the output for a part, and facts about it."""
         names = self.wanted.names or [n for n in part.table.column_names if n not in self.wanted.keys]
-        frame, bad = to_frame(part.table, list(names), self.wanted.types)
+        frame, bad = part.frame(names, self.wanted.types)
         kept = np.setdiff1d(np.arange(len(frame)), list(bad))
         scores, refused = score_rows(
             self.model,
