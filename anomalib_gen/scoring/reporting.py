@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+import pyarrow.csv as pacsv
 
 from anomalib_gen.monitoring import (
     Batch,
@@ -342,6 +343,12 @@ def _batches(scores: Path) -> Iterator[pa.Table]:
         if item.is_text:
             kind = pads.CsvFileFormat(parse_options=parse_options(item.kind))
         dataset = pads.dataset(item.place, format=kind, filesystem=item.filesystem)
+        if item.is_text:
+            # Keys are text, and not the numbers that they may look like.
+            keys = {name: pa.string() for name in dataset.schema.names if name not in ADDED}
+            convert = pacsv.ConvertOptions(column_types=keys, null_values=[""], strings_can_be_null=True)
+            kind = pads.CsvFileFormat(parse_options=parse_options(item.kind), convert_options=convert)
+            dataset = pads.dataset(item.place, format=kind, filesystem=item.filesystem)
         for batch in dataset.scanner(batch_size=2**16, batch_readahead=2).to_batches():
             yield pa.Table.from_batches([batch])
 
@@ -372,8 +379,8 @@ def _read_scores(scores: Path, found: RunReport, n_top: int) -> tuple[npt.NDArra
             more = [name for name in ("score", "p_value") if name in table.column_names]
             rows = table.select([*keys, *more]).take(pa.array(odd))
             rows = rows.append_column("row", pa.array(odd + start))
-            # (Keys of CSV files are guessed block by block, and may be of several types.)
-            frame = rows.to_pandas().astype(dict.fromkeys(keys, object))
+            # (Whole numbers beside a missing one would become floats.)
+            frame = rows.to_pandas(integer_object_nulls=True).astype(dict.fromkeys(keys, object))
             top = frame if top is None else pd.concat([top, frame], ignore_index=True)
             top = top.sort_values("score", kind="stable", ignore_index=True)[:n_top]
             start += len(values)

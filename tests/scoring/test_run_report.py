@@ -568,3 +568,18 @@ def test_many_columns_and_files_are_cut(run, tmp_path):
     assert len(page.tables["drift-table"]) == 301
     assert "300 of 320 columns are listed" in " ".join(page.text.split())
     assert "103 files, the first 100 of them" in page.text
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".csv"])
+def test_keys_are_shown_as_they_are(run, rows, scored, described, tmp_path, ending):
+    """Text of digits is no number, and a whole number beside a missing one is no float."""
+    frame = rows(60, 3)
+    frame.loc[:3, "x"] = [30.0, 29.0, 28.0, 27.0]
+    frame["id"] = [f"{k:05d}" for k in range(len(frame))]
+    frame["big"] = pd.array([2**53 + 1, None, *range(len(frame) - 2)], dtype="Int64")
+    output = scored(frame, ending=ending, keys=("id", "big"))
+    assert run("report", output, "-m", described, "-o", tmp_path / "page.html").exit_code == 0
+    table = page_of(tmp_path / "page.html").tables["anomaly-table"]
+    found = {row[1]: row[2] for row in table[1:]}
+    assert found["00000"] == str(2**53 + 1)
+    assert found["00001"] in ("None", "–", "")
