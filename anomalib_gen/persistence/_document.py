@@ -177,8 +177,8 @@ def _columns(X: Any) -> Iterator[tuple[str, Any, bool]]:
     if hasattr(X, "iloc") and hasattr(X, "columns"):
         for j, name in enumerate(X.columns):
             column = X.iloc[:, j]
-            if getattr(column.dtype, "kind", "O") in "iufb" and column.isna().any():
-                # Nullable integers and flags would come as objects.
+            if getattr(column.dtype, "kind", "O") in "iuf" and column.isna().any():
+                # Nullable integers would come as objects.
                 yield str(name), column.to_numpy(dtype=np.float64, na_value=np.nan), isinstance(name, str)
             else:
                 yield str(name), column.to_numpy(), isinstance(name, str)
@@ -206,8 +206,10 @@ def _describe(values: Any) -> dict[str, Any]:
     if kind in "mM":
         return {"type": "time", "missing": bool(np.isnat(values).any())}
     missing = np.array(
-        [value is None or value != value or type(value).__name__ == "NAType" for value in values]
+        [value is None or type(value).__name__ == "NAType" or value != value for value in values], dtype=bool
     )
+    if kind == "O" and not missing.all() and all(type(value) is bool for value in values[~missing]):
+        return {"type": "boolean", "missing": bool(missing.any())}
     found = {"type": "text", "missing": bool(missing.any())}
     different = {str(value) for value in values[~missing]}
     if len(different) <= MAX_CATEGORIES:

@@ -124,7 +124,18 @@ def read_frame(inputs: list[Input], columns: tuple[str, ...] | list[str], exclud
         raise DataError(f"The files have columns of different types: {str(error).splitlines()[0]}") from None
     if not whole.num_rows or not whole.num_columns:
         raise DataError("The files have no rows, or no columns are left.")
-    return whole.to_pandas()
+    frame = pa.table({name: _plain(whole.column(name)) for name in whole.column_names}).to_pandas()
+    gappy = [name for name in frame if pa.types.is_boolean(whole.field(name).type) and frame[name].hasnans]
+    return frame.astype(dict.fromkeys(gappy, "boolean"))
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Numbers as `score` will read them, which pandas would have as objects: decimals, for one."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if kind_of(column.type) == "float" and column.type not in (pa.float32(), pa.float64()):
+        return column.cast(pa.float64(), safe=False)
+    return column
 
 
 def _read(item: Input) -> pa.Table:

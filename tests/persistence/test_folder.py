@@ -75,8 +75,13 @@ def test_the_schema_of_rows(tiny, tmp_path):
     nullable = pd.DataFrame({"i": [1, None], "b": [True, None]}).astype({"i": "Int64", "b": "boolean"})
     assert _document.describe_rows(None, nullable)["columns"] == [
         {"name": "i", "type": "float", "missing": True, "min": 1.0, "max": 1.0},
-        {"name": "b", "type": "float", "missing": True, "min": 1.0, "max": 1.0},
+        {"name": "b", "type": "boolean", "missing": True},
     ]
+    # (So they come from Arrow, and of no rows or values nothing is known.)
+    flags = pd.DataFrame({"b": [True, None], "t": ["x", pd.NA], "none": [None, None]}, dtype=object)
+    kinds = [(c["type"], c["missing"]) for c in _document.describe_rows(None, flags)["columns"]]
+    assert kinds == [("boolean", True), ("text", True), ("text", True)]
+    assert _document.describe_rows(None, flags[:0])["n_rows"] == 0
 
 
 def test_saving_replaces_only_when_asked(tiny, X, tmp_path):
