@@ -24,7 +24,7 @@ from anomalib_gen.scoring.config import ExplainOptions
 from anomalib_gen.scoring.explaining import BLOCK_ROWS, Explainer, shown
 from anomalib_gen.scoring.parts import sole_run
 from anomalib_gen.scoring.rows import load_model, score_rows
-from anomalib_gen.scoring.sinks import is_replaceable, kind_of_output, write_result
+from anomalib_gen.scoring.sinks import check_schema, is_replaceable, kind_of_output, write_result
 from anomalib_gen.scoring.sources import Reader, check_output, find_inputs, rows_per_part
 
 ADDED = {
@@ -118,6 +118,7 @@ class _Explanation:
         schema = pa.schema(
             [*(pa.field(k, t) for k, t in self.key_types.items()), *map(pa.field, ADDED, ADDED.values())]
         )
+        check_schema(self.output, schema)
         rows = self._flagged() if self.options.flagged else self._lowest()
         write_result(self.output, self._tables(rows, schema), schema)
         return self.count

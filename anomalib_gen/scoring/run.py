@@ -37,7 +37,7 @@ from anomalib_gen.scoring.parts import (
 )
 from anomalib_gen.scoring.remote import score_to_store
 from anomalib_gen.scoring.rows import finite, load_model, score_rows
-from anomalib_gen.scoring.sinks import is_replaceable, kind_of_output, write_result
+from anomalib_gen.scoring.sinks import check_schema, is_replaceable, kind_of_output, write_result
 from anomalib_gen.scoring.sources import (
     Input,
     Part,
@@ -200,7 +200,10 @@ class _Run:
                 f"{self.output} exists already. Choose another output, or replace it with --overwrite."
             )
         if not is_replaceable(self.output):
-            raise UsageError(f"{self.output} is a folder with other things in it, and is not replaced.")
+            raise UsageError(
+                f"{self.output} is nothing that `score` has made there (a folder with other things in it, a link to a "
+                "folder, or a file where a folder is wanted), and is not replaced. Choose another output, or remove it."
+            )
         return False
 
     def _recorded(self) -> dict[str, Any] | None:
@@ -261,6 +264,7 @@ class _Run:
                 readers.append(str(error))
         if self.key_types is None:
             raise DataError("None of the files can be read.")
+        check_schema(self.output, self._schema())
         return readers
 
     def _checked(self, reader: Reader) -> Reader:
