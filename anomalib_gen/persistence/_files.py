@@ -110,6 +110,7 @@ def swap(fresh: Path, folder: Path) -> None:
             return
     # Elsewhere there is a moment without a folder of that name; never one with a part of it.
     old = fresh.with_suffix(".old")
+    shutil.rmtree(old, ignore_errors=True)  # of one that was killed here
     os.rename(folder, old)
     try:
         os.rename(fresh, folder)

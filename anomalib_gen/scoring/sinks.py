@@ -86,6 +86,8 @@ def write_result(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> N
         else:
             _write(fresh, kind, tables, schema, codec=CODECS.get(path.suffix.lower()))
         _rename(fresh, path)
+        # (Of a run that was killed where names cannot be exchanged.)
+        _remove(fresh.with_suffix(".old"))
     except pa.ArrowException as error:
         raise DataError(f"{path} cannot be written: {str(error).splitlines()[0]}.") from None
     finally:
