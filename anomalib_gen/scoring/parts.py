@@ -146,7 +146,9 @@ class Parts:
         return next(self.folder.glob("*.arrow"), None) is not None
 
     def remove(self) -> None:
-        """Forget the run."""
+        """Forget the run; what a kill leaves of it has no plan, and is nothing to go on from."""
+        with contextlib.suppress(OSError):
+            (self.folder / PLAN).unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, source: int, number: int) -> Path:
@@ -160,10 +162,14 @@ class Parts:
         write_file(self._path(source, number), sink.getvalue())
 
     def finished(self, source: int) -> tuple[int, bool]:
-        """Parts of a file that are there without a gap, and whether they are all."""
+        """Parts of a file that are there and whole, without a gap, and whether they are all."""
         number, last = 0, False
         while not last and self._path(source, number).exists():
-            last = bool(self.facts(source, number)["last"])
+            try:
+                last = bool(self.facts(source, number)["last"])
+            except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+                # A damaged disk. It is done again, not read again every night.
+                break
             number += 1
         return number, last
 

@@ -191,6 +191,7 @@ class _Run:
             and (record := self._recorded())
             and self._is_as_asked(record)
         ):
+            self.parts.remove()
             self.log.info(f"{self.output} is complete already; nothing to do")
             self.summary.code = self._code()
             return True
