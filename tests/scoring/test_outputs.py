@@ -64,7 +64,7 @@ def test_what_a_killed_process_left_is_used_and_does_not_stay(tmp_path):
 
 
 def test_a_folder_is_replaced_after_a_kill_where_names_cannot_be_exchanged(tmp_path, monkeypatch):
-    """There two names change one after the other; a kill leaves the earlier folder under a third, and maybe no other."""
+    """There two names change one after the other; a kill leaves the earlier folder under a third one."""
     table, path = pa.table({"score": [1.0]}), tmp_path / "scores"
     monkeypatch.setattr(_files.ctypes, "CDLL", lambda *arguments, **options: object())
     for is_there in (True, False):
