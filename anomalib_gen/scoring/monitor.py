@@ -2,7 +2,7 @@
 
 The order is that of what must not be lost: the history is written first, then metrics and the JSON file, and last of
 all a webhook is called, which may fail without a loss. A run has one name however often it is looked at, so nothing is
-counted twice, and of an alert that was told before nobody is told again.
+counted twice, and of alerts that were told before nobody is told again.
 """
 
 from __future__ import annotations
@@ -311,7 +311,7 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
         )
         if history is not None:
             entry = history.add(run, report, job=job, output=options.scores, model=facts["hash"])
-            history.forget(days=options.keep_days)
+            history.forget(job=job, days=options.keep_days)
             now, notified = entry.time, entry.notified
     except HistoryError as error:
         raise DataError(str(error)) from None

@@ -46,6 +46,16 @@ def test_an_alert_is_told_once_and_forgotten_when_it_is_over(history):
     assert history.add("a", LOUD, **FACTS).notified is None
 
 
+def test_other_alerts_of_a_run_that_was_told_are_told(history):
+    """Files that came later, and were scored under the same name: what was told was something else."""
+    both = replace(LOUD, alerts=(*LOUD.alerts, Alert("missing", "x", "x: 9.00% are missing")))
+    history.add("a", LOUD, **FACTS)
+    history.notify("a", job="nightly", now=7.0)
+    assert history.add("a", both, **FACTS).notified is None
+    history.notify("a", job="nightly", now=8.0)
+    assert history.add("a", LOUD, **FACTS).notified == 8.0
+
+
 def test_jobs_that_call_their_runs_alike_keep_their_own(history):
     column = ColumnDrift("x", "number", 0.0, 0.0, None, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, None, (), False)
     other = {**FACTS, "job": "other"}
@@ -85,8 +95,11 @@ def test_a_run_is_known_by_what_came_out_of_it(history, tmp_path, monkeypatch):
 def test_old_runs_are_forgotten_with_their_columns(history):
     for k in range(5):
         history.add(f"r{k}", QUIET, **FACTS, now=86_400.0 * k)
-    assert history.forget(days=2, now=86_400.0 * 4) == 2
-    assert [entry.run for entry in history.entries()] == ["r4", "r3", "r2"]
+    history.add("r0", QUIET, **{**FACTS, "job": "other"}, now=1.0)
+    assert history.forget(job="nightly", days=2, now=86_400.0 * 4) == 2
+    assert [entry.run for entry in history.entries(job="nightly")] == ["r4", "r3", "r2"]
+    # A job that keeps less does not take from one that keeps more.
+    assert [entry.run for entry in history.entries(job="other")] == ["r0"]
     with sqlite3.connect(history.path) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert connection.execute("SELECT count(*) FROM columns").fetchone() == (0,)
