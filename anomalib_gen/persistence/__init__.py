@@ -95,8 +95,9 @@ def save(
     folder : str or path
         The folder to make; it appears when it is complete.
     X : array-like or data frame of shape (n_samples, n_features), optional
-        Rows as `fit` saw them: their types and ranges become the folder's schema. None leaves those open. Of images
-        only the number is kept.
+        Rows as `fit` saw them: their types and ranges become the folder's schema. None leaves those open. Of images,
+        which may be given as a folder or as paths where `fit` took those, nothing is kept but the number, if it is
+        known.
     overwrite : bool, default=False
         Whether to replace a model folder of that name.
     trusted : list of str, default=()

@@ -8,6 +8,8 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,6 +154,9 @@ def describe_rows(model: Any, X: Any) -> dict[str, Any]:
         if X is not None and np.shape(X)[1:] != shape:
             raise ValueError(f"X has the shape {np.shape(X)}, and the model was fitted to rows of {shape}.")
         return {"named": False, "n_rows": None if X is None else len(X), "columns": None}
+    if X is not None and _are_images(model, X):
+        # (A folder is not read again to count them.)
+        return {"named": False, "n_rows": None if isinstance(X, str | PathLike) else len(X), "columns": None}
     names = getattr(model, "feature_names_in_", None)
     count = getattr(model, "n_features_in_", None)
     if X is None:
@@ -169,6 +174,20 @@ def describe_rows(model: Any, X: Any) -> dict[str, Any]:
     if names is not None and [str(name) for name in names] != [column["name"] for column in columns]:
         raise ValueError("The columns of X are not those that the model was fitted to.")
     return {"named": named, "n_rows": n_rows, "columns": columns}
+
+
+def _are_images(model: Any, X: Any) -> bool:
+    """Whether rows are images as the front of a pipeline takes them: a folder, paths of files, or arrays."""
+    if isinstance(X, str | PathLike):
+        if not Path(X).is_dir():
+            raise ValueError(f"X={str(X)!r} is no folder. Give what `fit` was given: a folder, or rows.")
+        return True
+    if hasattr(X, "iloc") or hasattr(X, "to_pandas"):
+        return False
+    if np.ndim(X) == 1:
+        return len(X) > 0 and all(isinstance(path, str | PathLike) for path in X)
+    shapes = [getattr(part, "event_shape_", ()) for _, part in _detectors(model, "", set())]
+    return np.ndim(X) > 2 and any(len(shape) > 1 for shape in shapes)
 
 
 def _columns(X: Any) -> Iterator[tuple[str, Any, bool]]:
