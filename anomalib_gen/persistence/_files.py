@@ -2,7 +2,8 @@
 
 Writing: everything goes to a new folder beside the wanted one, is flushed to the disk, and the folder is renamed. Where
 one is to be replaced, the two change names in one step where the system can (Linux), so that there is a complete
-folder under the name at every moment.
+folder under the name at every moment. A process that is killed leaves its new folder; the next one that writes under the
+same name removes it, where the system has locks that tell a folder whose process lives.
 
 Reading: a file is opened once, must be a plain file (no link, no device), of the size that the folder's document says,
 and what is checked is what is used.
@@ -23,6 +24,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from anomalib_gen.persistence._errors import ModelFolderError
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 DOCUMENT = "model.json"
 TENSORS = "tensors.safetensors"
@@ -49,8 +55,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -
     folder = Path(os.path.abspath(folder))
     _refuse_existing(folder, overwrite=overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
-    fresh.mkdir()
+    _remove_abandoned(folder)
+    fresh, handle = _own_folder(folder)
     try:
         for name, data in files.items():
             with open(fresh / name, "xb") as file:
@@ -67,6 +73,54 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -
     finally:
         # Either what could not be finished, or what was replaced.
         shutil.rmtree(fresh, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _own_folder(folder: Path) -> tuple[Path, int | None]:
+    """A new folder beside one, with a lock that the system gives back when this process ends, however it does."""
+    while True:
+        fresh = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
+        fresh.mkdir()
+        # (Another writer may take it for abandoned until it is locked.)
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            handle = _lock(fresh)
+            if fresh.is_dir():
+                return fresh, handle
+            if handle is not None:
+                os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """Handle that holds the lock of a folder; None where there are no such locks.
+
+    Raises
+    ------
+    BlockingIOError
+        If a living process holds it.
+    """
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException as error:
+        os.close(handle)
+        if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
+            return None
+        raise
+    return handle
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what writers of the same folder left that were killed: no living process holds its lock."""
+    pattern = re.compile(re.escape(f".{folder.name}.") + r"[0-9a-f]{8}\.tmp")
+    with contextlib.suppress(OSError):
+        for path in [path for path in folder.parent.iterdir() if pattern.fullmatch(path.name)]:
+            with contextlib.suppress(OSError):
+                if (handle := _lock(path)) is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    os.close(handle)
 
 
 def check_place(folder: Path, *, overwrite: bool) -> None:

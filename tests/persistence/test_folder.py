@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +152,63 @@ def test_a_failure_at_any_moment_leaves_what_was_there(
     if not failed:
         np.testing.assert_array_equal(load(folder).score_samples(X), fitted.score_samples(X))
     assert set(os.listdir(tmp_path)) <= {"model"}
+
+
+HOLDER = """
+import fcntl, os, sys, time
+handle = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.flock(handle, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_killed_writers_left_is_removed_and_what_living_ones_write_is_not(fitted, tmp_path):
+    pytest.importorskip("fcntl")
+    abandoned, living = tmp_path / ".model.0123abcd.tmp", tmp_path / ".model.89abcdef.tmp"
+    others = [".model.tmp", ".model.0123.tmp", ".model2.0123abcd.tmp", ".model.0123abcd.tmp.bak", "models"]
+    for path in (abandoned, living, *(tmp_path / name for name in others)):
+        path.mkdir()
+        (path / "tensors.safetensors").write_text("half")
+    (tmp_path / ".model.fedcba98.tmp").symlink_to(tmp_path / "models")
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(living)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        fitted.save(tmp_path / "model")
+        expected = {*others, "model", ".model.fedcba98.tmp"}
+        assert set(os.listdir(tmp_path)) == {*expected, living.name}
+        holder.kill()
+    fitted.save(tmp_path / "model", overwrite=True)
+    assert set(os.listdir(tmp_path)) == expected
+    assert os.listdir(tmp_path / "models") == ["tensors.safetensors"]
+
+
+def test_a_folder_that_was_taken_for_abandoned_is_made_again(fitted, tmp_path, monkeypatch):
+    """Between its making and its lock another writer may remove it, or be about to."""
+    pytest.importorskip("fcntl")
+    real, seen = _files._lock, []
+
+    def late(folder):
+        seen.append(folder)
+        if len(seen) == 1:
+            folder.rmdir()
+        if len(seen) == 2:
+            raise BlockingIOError
+        handle = real(folder)
+        if len(seen) == 3:
+            folder.rmdir()
+        return handle
+
+    monkeypatch.setattr(_files, "_lock", late)
+    content = fitted.save(tmp_path / "model")
+    assert len(set(seen)) == 4
+    assert persistence.verify(tmp_path / "model") == content
+
+
+def test_without_locks_nothing_is_taken_for_abandoned(fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(_files, "fcntl", None)
+    (tmp_path / ".model.0123abcd.tmp").mkdir()
+    fitted.save(tmp_path / "model")
+    assert set(os.listdir(tmp_path)) == {"model", ".model.0123abcd.tmp"}
 
 
 # Formats ---------------------------------------------------------------------------------------------------
