@@ -50,6 +50,7 @@ from anomalib_gen.persistence._files import (
     list_folder,
     part_name,
     read_file,
+    steadily,
     swap,
     sync_folder,
     write_folder,
@@ -281,8 +282,8 @@ def inspect(folder: str | PathLike[str]) -> dict[str, Any]:
     FileNotFoundError
         If there is no such folder.
     """
-    document, _ = _read_document(Path(folder))
-    return _facts(document)
+    path = Path(folder)
+    return _facts(steadily(path, lambda: _read_document(path)[0]))
 
 
 def read_reference(folder: str | PathLike[str], *, max_bytes: int = MAX_BYTES) -> bytes | None:
@@ -305,6 +306,10 @@ def read_reference(folder: str | PathLike[str], *, max_bytes: int = MAX_BYTES) -
         As for `load`; the other files are not read.
     """
     path = Path(folder)
+    return steadily(path, lambda: _read_reference(path, max_bytes))
+
+
+def _read_reference(path: Path, max_bytes: int) -> bytes | None:
     document, names = _read_document(path)
     if (REFERENCE in names) != (REFERENCE in document["files"]):
         raise ModelFolderError(f"{path} and its {DOCUMENT} do not have the same files: {REFERENCE}.")
@@ -341,7 +346,7 @@ def verify(folder: str | PathLike[str], *, trusted: Collection[str] = (), max_by
 
 def _load(folder: Path, trusted: Collection[str], max_bytes: int) -> tuple[Any, dict[str, Any]]:
     paths = normalise_trusted(trusted)
-    document, files = _read(folder, max_bytes)
+    document, files = steadily(folder, lambda: _read(folder, max_bytes))
     _warn_of_versions(document)
     try:
         from safetensors import SafetensorError

@@ -2,11 +2,11 @@
 
 Writing: everything goes to a new folder beside the wanted one, is flushed to the disk, and the folder is renamed. Where
 one is to be replaced, the two change names in one step where the system can (Linux), so that there is a complete
-folder under the name at every moment. A process that is killed leaves its new folder; the next one that writes under the
-same name removes it, where the system has locks that tell a folder whose process lives.
+folder under the name at every moment. A process that is killed leaves its new folder; the next one that writes under
+the same name removes it, where the system has locks by which a folder whose process lives is known.
 
 Reading: a file is opened once, must be a plain file (no link, no device), of the size that the folder's document says,
-and what is checked is what is used.
+and what is checked is what is used. A folder that is replaced while it is read is read again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from anomalib_gen.persistence._errors import ModelFolderError
 
@@ -37,6 +38,7 @@ REFERENCE = "reference.json"
 PART = re.compile(r"part-\d{1,4}\.skops", re.ASCII)
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".dill")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+Result = TypeVar("Result")
 
 
 def part_name(number: int) -> str:
@@ -182,6 +184,25 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def steadily(folder: Path, read: Callable[[], Result]) -> Result:
+    """Result of reading a folder, of the new one where it was replaced meanwhile: parts of two do not fit together."""
+    while True:
+        before = _identity(folder)
+        try:
+            return read()
+        except (ModelFolderError, FileNotFoundError):
+            if _identity(folder) == before:
+                raise
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def list_folder(folder: Path) -> set[str]:

@@ -154,6 +154,39 @@ def test_a_failure_at_any_moment_leaves_what_was_there(
     assert set(os.listdir(tmp_path)) <= {"model"}
 
 
+@pytest.mark.parametrize("with_exchange", [True, False])
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(
+    tiny, X, tmp_path, monkeypatch, with_exchange
+):
+    """A model is fitted anew every night, and scored with at the same time."""
+    if not with_exchange:
+        monkeypatch.setattr(_files.ctypes, "CDLL", lambda *arguments, **options: object())
+    folder, real = tmp_path / "model", persistence.read_file
+    first, second = tiny(random_state=1).fit(X), tiny(random_state=2).fit(X)
+    expected = persistence.save_described(second, tmp_path / "second", reference=b"[]")
+    for moment, read, right in (
+        ("tensors.safetensors", lambda: persistence.verify(folder), expected),
+        ("reference.json", lambda: persistence.read_reference(folder), b"[]"),
+    ):
+        persistence.save_described(first, folder, reference=b"{}", overwrite=True)
+        left = [1]
+
+        def replaced(path, moment=moment, left=left, **options):
+            if path.name == moment and left:
+                left.pop()
+                persistence.save_described(second, folder, reference=b"[]", overwrite=True)
+            return real(path, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(persistence, "read_file", replaced)
+            assert read() == right
+        assert not left
+    # What is damaged stays damaged.
+    (folder / "tensors.safetensors").write_bytes(b"")
+    with pytest.raises(ModelFolderError, match="truncated"):
+        load(folder)
+
+
 HOLDER = """
 import fcntl, os, sys, time
 handle = os.open(sys.argv[1], os.O_RDONLY)
