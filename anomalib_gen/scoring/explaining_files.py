@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from anomalib_gen.calibration._wrapped import innermost
 from anomalib_gen.scoring._columns import Wanted, plain_type, wanted_by
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
@@ -23,7 +22,7 @@ from anomalib_gen.scoring.calibrating import scored_rows
 from anomalib_gen.scoring.config import ExplainOptions
 from anomalib_gen.scoring.explaining import BLOCK_ROWS, Explainer, shown
 from anomalib_gen.scoring.parts import sole_run
-from anomalib_gen.scoring.rows import load_model, score_rows
+from anomalib_gen.scoring.rows import load_model, score_rows, threshold_of
 from anomalib_gen.scoring.sinks import check_schema, is_replaceable, kind_of_output, write_result
 from anomalib_gen.scoring.sources import Reader, check_output, find_inputs, rows_per_part
 
@@ -100,7 +99,7 @@ class _Explanation:
 
     def __init__(self, options: ExplainOptions, output: Path, model: Any, wanted: Wanted, log: Log) -> None:
         self.options, self.output, self.model, self.wanted, self.log = options, output, model, wanted, log
-        self.threshold = float(innermost(model).offset_)
+        self.threshold = threshold_of(model)
         self.readers = [Reader(item, wanted) for item in find_inputs(options.input)]
         first = self.readers[0]
         self.key_types = {key: plain_type(first.schema.field(key).type) for key in wanted.keys}

@@ -19,7 +19,6 @@ import pandas as pd
 import pyarrow as pa
 
 from anomalib_gen.calibration import SplitConformalDetector, conformal_p_values
-from anomalib_gen.calibration._wrapped import innermost
 from anomalib_gen.scoring._columns import Wanted, plain_type, wanted_by
 from anomalib_gen.scoring._errors import ALERT, DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log
@@ -36,7 +35,7 @@ from anomalib_gen.scoring.parts import (
     write_file,
 )
 from anomalib_gen.scoring.remote import score_to_store
-from anomalib_gen.scoring.rows import finite, load_model, score_rows
+from anomalib_gen.scoring.rows import finite, load_model, score_rows, threshold_of
 from anomalib_gen.scoring.sinks import check_schema, is_replaceable, kind_of_output, write_result
 from anomalib_gen.scoring.sources import (
     Input,
@@ -148,7 +147,7 @@ class _Run:
         self.options, self.output, self.model, self.wanted = options, output, model, wanted
         self.inputs, self.plan, self.log = inputs, plan, log
         self.model_hash = model_hash[:HASH_DIGITS]
-        self.threshold = float(innermost(model).offset_)
+        self.threshold = threshold_of(model)
         self.has_p_values = hasattr(model, "p_values")
         self.explainer: Explainer | None = None
         self.parts = Parts(output.with_name(f".{output.name}.parts"))
