@@ -94,14 +94,28 @@ def find_inputs(patterns: Sequence[str]) -> list[Input]:
     """
     found: dict[str, Input] = {}
     for pattern in patterns:
-        here = _find(pattern)
+        try:
+            here = _find(pattern)
+        except UnicodeError:
+            raise DataError(
+                f"{shown_path(pattern)} names a file whose name is no UTF-8, and such files cannot be read. Rename it."
+            ) from None
+        except OSError as error:
+            raise DataError(f"{pattern} cannot be read: {error}.") from None
         if not here:
             raise DataError(
                 f"{pattern} names no file. Files end in .parquet, .feather, .arrow, .csv or .csv.gz."
             )
         for item in here:
-            found.setdefault(item.place, item)
+            # (However its path is written.)
+            here_only = "://" not in item.path
+            found.setdefault(os.path.abspath(item.place) if here_only else item.path, item)
     return list(found.values())
+
+
+def shown_path(path: str) -> str:
+    """A path that can be printed, whatever bytes are in it."""
+    return path.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def is_remote(path: str) -> bool:
@@ -339,8 +353,18 @@ class Reader:
                     yield self._part(batches, start, held, last=False)
                     start, held, batches = start + held, 0, []
         except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
+            self._refuse_changed()
             raise DataError(f"{self.item.path} cannot be read: {_first_line(error)}.") from None
+        self._refuse_changed()
         yield self._part(batches, start, held, last=True)
+
+    def _refuse_changed(self) -> None:
+        """Refuse a file that was written to, or replaced, since it was found: parts of two do not make one."""
+        if "://" in self.item.path:
+            return
+        now = self.item.filesystem.get_file_info(self.item.place)
+        if (int(now.size or 0), int(now.mtime_ns or 0)) != (self.item.size, self.item.mtime):
+            raise DataError(f"{self.item.path} has changed while it was read. Run again when it is complete.")
 
     def _part(self, batches: list[pa.RecordBatch], start: int, count: int, *, last: bool) -> Part:
         table = pa.Table.from_batches(batches, schema=self.schema)

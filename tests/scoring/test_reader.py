@@ -1,11 +1,17 @@
 """What is read of a file is what stands in it."""
 
+import os
+import sys
+
 import pandas as pd
+import pyarrow.fs as pafs
 import pyarrow.parquet as papq
 import pytest
 
+from anomalib_gen.scoring import run as running
 from anomalib_gen.scoring import sources
 from anomalib_gen.scoring._columns import Wanted
+from anomalib_gen.scoring._errors import DataError
 from anomalib_gen.scoring.sources import Reader, find_inputs
 
 
@@ -54,3 +60,61 @@ def test_a_value_that_stands_for_none_is_missing_to_a_model(tmp_path, text):
     (item,) = find_inputs([str(tmp_path / "a.parquet")])
     (part,) = Reader(item, Wanted(("x",), 1, ("text",), ("id",))).parts(10)
     assert part.frame(["x"], ("text",))[0]["x"].tolist() == [text]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_a_file_that_changes_while_it_is_read_is_refused(run, rows, model, tmp_path, monkeypatch, ending):
+    """Somebody still writes yesterday's file, or puts a better one in its place."""
+    frame, path = rows(300, 1), tmp_path / f"in{ending}"
+    frame.to_csv(path, index=False) if ending == ".csv" else frame.to_parquet(path)
+    real, left = running.score_rows, [1]
+
+    def changing(*arguments, **options):
+        if left:
+            left.pop()
+            other = pd.concat([frame, frame])
+            other.to_csv(path, index=False) if ending == ".csv" else other.to_parquet(path)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(running, "score_rows", changing)
+    monkeypatch.setattr(running, "rows_per_part", lambda n_columns: 50)
+    arguments = ("score", path, "-m", model, "-o", tmp_path / "out.parquet", "--resume")
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "has changed while it was read. Run again" in result.stderr
+    assert not (tmp_path / "out.parquet").exists()
+    assert run(*arguments).exit_code == 0
+    assert papq.read_table(tmp_path / "out.parquet").num_rows == 600
+
+
+def test_a_file_is_read_once_however_its_path_is_written(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("id,x\na,1\n")
+    monkeypatch.chdir(tmp_path)
+    found = find_inputs(["a.csv", "./a.csv", str(tmp_path / "a.csv"), ".", "*.csv"])
+    assert [item.path for item in found] == ["a.csv"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes")
+def test_names_that_are_no_text_are_named(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    name = os.fsencode(folder) + b"/caf\xe9.csv"
+    with open(name, "w") as file:
+        file.write("id,x\na,1\n")
+    for given in (folder, os.fsdecode(name), f"{folder}/*.csv"):
+        with pytest.raises(DataError, match=r"no UTF-8.*Rename it"):
+            find_inputs([str(given)])
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+    real = pafs.LocalFileSystem.get_file_info
+
+    class Forbidding:
+        def get_file_info(self, what):
+            if isinstance(what, pafs.FileSelector):
+                raise PermissionError("Cannot list directory")
+            return real(pafs.LocalFileSystem(), what)
+
+    monkeypatch.setattr(sources.pafs, "LocalFileSystem", Forbidding)
+    with pytest.raises(DataError, match="cannot be read: Cannot list"):
+        find_inputs([str(tmp_path)])
