@@ -29,7 +29,7 @@ from anomalib_gen.monitoring import (
     load_reference,
 )
 from anomalib_gen.monitoring.history import History, HistoryError
-from anomalib_gen.monitoring.metrics import write_metrics
+from anomalib_gen.monitoring.metrics import metrics_of
 from anomalib_gen.monitoring.webhook import WebhookError, post, where
 from anomalib_gen.persistence import ModelFolderError
 from anomalib_gen.scoring._columns import Wanted
@@ -326,19 +326,23 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
         "alert": bool(report.alerts),
         "report": report.to_dict(),
     }
+    series: dict[str, Any] = {"job": job, "model": facts["hash"][:HASH_DIGITS], "time": now}
     for place, write in (
         (options.output, lambda path: write_output(Path(path), to_json(document) + b"\n")),
         (
             options.prometheus,
-            lambda path: write_metrics(path, report, job=job, model=facts["hash"][:HASH_DIGITS], time=now),
+            lambda path: write_output(Path(path), metrics_of(report, **series)),
         ),
     ):
         if place is not None:
             try:
-                Path(place).parent.mkdir(parents=True, exist_ok=True)
                 write(place)
             except OSError as error:
                 raise explain_os_error(error, f"writing {place}") from None
+    if options.prometheus is not None and not options.prometheus.endswith(".prom"):
+        log.warning(
+            f"the node exporter reads files that end in .prom alone, and {options.prometheus} does not"
+        )
     told = _tell(options, document, report, history, notified, log)
     if report.alerts:
         for alert in report.alerts:
