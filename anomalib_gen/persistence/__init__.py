@@ -37,6 +37,7 @@ from anomalib_gen.persistence._document import (
     describe_rows,
     describe_training,
     installed_versions,
+    malformed_part,
     read_document,
 )
 from anomalib_gen.persistence._errors import ModelFolderError
@@ -389,6 +390,8 @@ def _read_document(folder: Path) -> tuple[dict[str, Any], set[str]]:
     ):
         if not isinstance(document.get(key), kind):
             raise ModelFolderError(f"{folder / DOCUMENT} has no proper {key!r}.")
+    if (odd := malformed_part(document)) is not None:
+        raise ModelFolderError(f"{folder / DOCUMENT} has no proper {odd!r}.")
     return document, names
 
 

@@ -21,6 +21,8 @@ from anomalib_gen.persistence._errors import ModelFolderError
 FORMAT = "anomalib_gen model folder"
 VERSION = 2
 LIBRARIES = ("anomalib-gen", "numpy", "scipy", "scikit-learn", "torch", "nflows", "safetensors", "skops")
+KINDS = ("float", "integer", "boolean", "text", "time")
+"""Types of columns."""
 MAX_CATEGORIES = 50
 """Of a column; with more, it is text."""
 
@@ -112,6 +114,37 @@ def read_document(data: bytes) -> dict[str, Any]:
             f"model.json cannot be read ({type(error).__name__}: {str(error)[:200]})."
         ) from error
     return document
+
+
+def malformed_part(document: Mapping[str, Any]) -> str | None:
+    """Which part of what a document says for people and programs, beside the model, is not as it is written here."""
+    schema = document["schema"]
+    columns, n_rows = schema.get("columns"), schema.get("n_rows", "")
+    if (
+        type(schema.get("named")) is not bool
+        or not (n_rows is None or type(n_rows) is int)
+        or not (columns is None or (type(columns) is list and all(map(_is_column, columns))))
+        or "columns" not in schema
+    ):
+        return "schema"
+    for part in document["training"]:
+        kinds = {"path": str, "class": str, "parameters": dict}
+        if type(part) is not dict or any(type(part.get(key)) is not kind for key, kind in kinds.items()):
+            return "training"
+    return None
+
+
+def _is_column(column: Any) -> bool:
+    if type(column) is not dict or type(column.get("name")) is not str:
+        return False
+    ends = [column[key] for key in ("min", "max") if key in column]
+    return (
+        column.get("type", "") in (*KINDS, None)
+        and len(ends) != 1
+        and all(type(end) is float or (type(end) is int and abs(end) <= 2**64) for end in ends)
+        and column.get("missing") in (True, False, None)
+        and type(column.get("categories", [])) is list
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

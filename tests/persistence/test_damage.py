@@ -400,6 +400,42 @@ def test_a_document_that_is_none(tmp_path):
         refused(write(tmp_path / "m", {**WHOLE, "model.json": data}), match=r"model\.json|cannot be read")
 
 
+COLUMN = {"name": "x", "type": "float", "missing": False, "min": 0.0, "max": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("schema", {}),
+        ("schema", {"named": 1, "n_rows": 3, "columns": None}),
+        ("schema", {"named": True, "n_rows": "3", "columns": None}),
+        ("schema", {"named": True, "n_rows": 3, "columns": {}}),
+        ("schema", {"named": True, "n_rows": 3}),
+        *(
+            ("schema", {"named": True, "n_rows": 3, "columns": [{**COLUMN, **change}]})
+            for change in (
+                {"name": None},
+                {"type": "pickle"},
+                {"min": "0"},
+                {"max": 10**400},
+                {"missing": "no"},
+                {"categories": "abc"},
+            )
+        ),
+        ("training", [1]),
+        ("training", [{}]),
+        ("training", [{"path": "", "class": "A", "parameters": []}]),
+    ],
+)
+def test_what_a_folder_says_of_itself_has_its_form(part, value, tmp_path):
+    """Cards, scoring and monitoring read it, without loading the model."""
+    document = {**document_of(WHOLE), part: value}
+    folder = write(tmp_path / "m", rehash(WHOLE, document))
+    refused(folder, match=f"no proper '{part}'")
+    with pytest.raises(ModelFolderError, match=f"no proper '{part}'"):
+        persistence.inspect(folder)
+
+
 # By chance -------------------------------------------------------------------------------------------------
 
 ATOMS = (
