@@ -110,6 +110,18 @@ def quarantine_beside(output: Path) -> Path:
     return output.with_name(f"{output.name}.quarantine.jsonl")
 
 
+def read_quarantine(path: Path, bad_rows: int, bad_files: int) -> list[dict[str, Any]] | None:
+    """What a run left out; None if the file is not that of a run that left out so many rows and files."""
+    if not bad_rows and not bad_files:
+        return []
+    try:
+        entries = [json.loads(line) for line in path.read_bytes().decode().split("\n") if line]
+        rows = sum(entry["row"] is not None for entry in entries)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return entries if (rows, len(entries) - rows) == (bad_rows, bad_files) else None
+
+
 class Parts:
     """The folder of a run's parts.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +38,14 @@ from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import MonitorOptions, ReportOptions
 from anomalib_gen.scoring.explaining import Explainer, top_fields
 from anomalib_gen.scoring.monitor import job_of, thresholds_of
-from anomalib_gen.scoring.parts import digest, quarantine_beside, read_record, record_of, write_output
+from anomalib_gen.scoring.parts import (
+    digest,
+    quarantine_beside,
+    read_quarantine,
+    read_record,
+    record_of,
+    write_output,
+)
 from anomalib_gen.scoring.rows import load_model
 from anomalib_gen.scoring.run import ADDED, HASH_DIGITS
 from anomalib_gen.scoring.sources import (
@@ -222,7 +228,7 @@ def gather(scores: Path, options: ReportOptions, log: Log, judged: MonitorOption
     """
     record, folder = _read_record(scores), options.model
     quarantine = Path(record["quarantine"] or quarantine_beside(scores))
-    entries = _read_quarantine(quarantine, record)
+    entries = read_quarantine(quarantine, record["bad_rows"], record["bad_files"])
     model, facts = load_model(folder)
     if facts["hash"] != record["model"]:
         raise DataError(
@@ -317,18 +323,6 @@ def _read_record(scores: Path) -> dict[str, Any]:
         raise DataError(f"{path} is missing. It is written beside the scores; keep them together.") from None
     except OSError as error:
         raise explain_os_error(error, f"reading {path}") from None
-
-
-def _read_quarantine(path: Path, record: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """What was left out; None if the file does not say."""
-    if not record["bad_rows"] and not record["bad_files"]:
-        return []
-    try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        rows = sum(entry["row"] is not None for entry in entries)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return entries if (rows, len(entries) - rows) == (record["bad_rows"], record["bad_files"]) else None
 
 
 # The scores --------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from anomalib_gen.scoring.parts import (
     Parts,
     digest,
     quarantine_beside,
+    read_quarantine,
     record_of,
     sole_run,
     to_json,
@@ -240,13 +241,15 @@ class _Run:
             return True
         if self.summary.bad_rows or self.summary.bad_files:
             old = Path(quarantine or quarantine_beside(self.output))
-            try:
-                data = old.read_bytes()
-            except OSError:
-                self.log.warning(f"{old} is gone, so the files are scored again for {self.quarantine}")
+            entries = read_quarantine(old, self.summary.bad_rows, self.summary.bad_files)
+            mine = {item.path for item in self.inputs}
+            if entries is None or not {entry.get("file") for entry in entries} <= mine:
+                self.log.warning(
+                    f"{old} is gone or another run's, so the files are scored again for {self.quarantine}"
+                )
                 self.summary = Summary()
                 return False
-            write_file(self.quarantine, data)
+            write_file(self.quarantine, b"".join(to_json(entry) + b"\n" for entry in entries))
             self.log.info(f"moved {old} to {self.quarantine}")
         self._write_record()
         if self.summary.bad_rows or self.summary.bad_files:

@@ -236,6 +236,13 @@ def test_the_quarantine_of_a_finished_run_goes_where_it_is_wanted(run, incoming,
     assert results(folder) == before
     assert not (tmp_path / "worse.jsonl").exists()
     assert counted == []
+    # A file that two runs share is the other one's now, and stays; so does whatever else a record might name.
+    for text in ("precious", '{"file": "other.csv", "row": 3, "reason": "bad"}\n'):
+        (folder / "out.parquet.quarantine.jsonl").write_text(text)
+        result = run(*arguments, "--quarantine", tmp_path / "bad.jsonl")
+        assert result.exit_code == 1
+        assert "gone or another run's" in result.stderr
+        assert (folder / "out.parquet.quarantine.jsonl").read_text() == text
     # What is gone can only be found by scoring again.
     (folder / "out.parquet.quarantine.jsonl").unlink()
     assert run(*arguments, "--quarantine", tmp_path / "bad.jsonl").exit_code == 1

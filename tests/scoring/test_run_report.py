@@ -18,6 +18,10 @@ from anomalib_gen.scoring.config import ReportOptions
 from anomalib_gen.scoring.page import contribution_shares, count, number, share, short, size
 from anomalib_gen.scoring.reporting import gather
 
+FLOW = (
+    "anomalib_gen.FlowDetector(transform='realnvp', n_layers=1, hidden_features=4, max_iter=5, device='cpu')"
+)
+
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
@@ -583,3 +587,14 @@ def test_keys_are_shown_as_they_are(run, rows, scored, described, tmp_path, endi
     found = {row[1]: row[2] for row in table[1:]}
     assert found["00000"] == str(2**53 + 1)
     assert found["00001"] in ("None", "–", "")
+
+
+def test_lines_of_a_quarantine_end_where_json_says(run, rows, scored, described, tmp_path):
+    """Other characters that end lines may stand in a value."""
+    frame = rows(60, 3)
+    frame.loc[2, ["x", "id"]] = [np.nan, "a\u2028b\x85c\x0bd"]
+    model = tmp_path / "strict"
+    frame[3:].drop(columns=["id", "kind"]).to_parquet(tmp_path / "h.parquet")
+    assert run("fit", tmp_path / "h.parquet", "-m", model, "--detector", FLOW).exit_code == 0
+    output = scored(frame, model=model)
+    assert run("report", output, "-m", model, "-o", tmp_path / "page.html").exit_code == 0
