@@ -617,7 +617,7 @@ def test_internal_errors_are_code_5(run, rows, model, tmp_path, monkeypatch):
         raise ZeroDivisionError("surprise")
 
     source = write(rows(20, 0), tmp_path / "rows.parquet")
-    monkeypatch.setattr(running, "to_frame", fail)
+    monkeypatch.setattr(sources, "to_frame", fail)
     assert run("score", source, "-m", model, "-o", tmp_path / "out.parquet").exit_code == 5
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".parts"]
 
