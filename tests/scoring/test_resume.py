@@ -158,8 +158,9 @@ def test_parts_that_were_being_removed_do_not_stay(run, incoming, model, tmp_pat
     folder = tmp_path / "out"
 
     def die(path, **options):
-        next(path.glob("*.arrow")).unlink()
-        raise Killed
+        for part in path.glob("*.arrow"):
+            part.unlink()
+            raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(parts.shutil, "rmtree", die)
