@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from anomalib_gen.persistence import make_folder
 from anomalib_gen.scoring._columns import Wanted, plain_type, wanted_by
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
@@ -83,7 +84,7 @@ def explain_files(options: ExplainOptions, log: Log) -> int:
     inputs = find_inputs(options.input)
     check_output(options.output, "--output", inputs)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(output.parent)
         with sole_run(output):
             if os.path.lexists(output) and not (options.overwrite and is_replaceable(output)):
                 raise UsageError(

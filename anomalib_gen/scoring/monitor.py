@@ -300,7 +300,7 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
     now, notified = time.time(), None
     try:
         if history is not None:
-            history.path.parent.mkdir(parents=True, exist_ok=True)
+            persistence.make_folder(history.path.parent)
             recent = [entry.n_rows for entry in history.earlier(run, job=job)]
         report = compare(
             reference,

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from anomalib_gen.persistence import sync_folder
+from anomalib_gen.persistence import make_folder, sync_folder
 from anomalib_gen.scoring._errors import DataError, UsageError
 
 PLAN = "plan.json"
@@ -55,7 +55,7 @@ def write_output(path: Path, data: bytes) -> None:
     UsageError
         If another run writes to it for long.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with sole_run(path, wait=WAIT_SECONDS):
         write_file(path, data)
 

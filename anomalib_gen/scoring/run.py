@@ -19,6 +19,7 @@ import pandas as pd
 import pyarrow as pa
 
 from anomalib_gen.calibration import SplitConformalDetector, conformal_p_values
+from anomalib_gen.persistence import make_folder
 from anomalib_gen.scoring._columns import Wanted, plain_type, wanted_by
 from anomalib_gen.scoring._errors import ALERT, DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log
@@ -110,7 +111,7 @@ def score_files(options: ScoreOptions, log: Log) -> Summary:
         "version": 2,
     }
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(output.parent)
         with sole_run(output):
             return _Run(options, output, model, facts["hash"], wanted, inputs, plan, log).run()
     except OSError as error:

@@ -76,6 +76,16 @@ def test_a_folder_is_replaced_after_a_kill_where_names_cannot_be_exchanged(tmp_p
         assert os.listdir(tmp_path) == ["scores"]
 
 
+def test_a_loss_of_power_takes_no_folder_that_was_made_for_an_output(tmp_path, monkeypatch):
+    """A file is found again only if every folder above it has been flushed since it got the next one's name."""
+    flushed, real = [], _files.sync_folder
+    monkeypatch.setattr(_files, "sync_folder", lambda folder: (flushed.append(folder), real(folder)))
+    write_output(tmp_path / "2026" / "11" / "found.json", b"whole")
+    assert flushed == [tmp_path, tmp_path / "2026"]
+    with pytest.raises(OSError, match="found"):
+        write_output(tmp_path / "2026" / "11" / "found.json" / "more" / "found.json", b"whole")
+
+
 def test_who_waits_for_long_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("anomalib_gen.scoring.parts.WAIT_SECONDS", 0.05)
     with sole_run(tmp_path / "a.html"), pytest.raises(UsageError, match="Another run is writing to"):
