@@ -107,13 +107,13 @@ def test_names_that_are_no_text_are_named(tmp_path):
 
 
 def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
-    real = pafs.LocalFileSystem.get_file_info
+    here = pafs.LocalFileSystem()
 
     class Forbidding:
         def get_file_info(self, what):
             if isinstance(what, pafs.FileSelector):
                 raise PermissionError("Cannot list directory")
-            return real(pafs.LocalFileSystem(), what)
+            return here.get_file_info(what)
 
     monkeypatch.setattr(sources.pafs, "LocalFileSystem", Forbidding)
     with pytest.raises(DataError, match="cannot be read: Cannot list"):
