@@ -122,6 +122,18 @@ def read_quarantine(path: Path, bad_rows: int, bad_files: int) -> list[dict[str,
     return entries if (rows, len(entries) - rows) == (bad_rows, bad_files) else None
 
 
+def is_quarantine(path: Path) -> bool:
+    """Whether a run may replace or remove what is under a name: a quarantine, or nothing."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline(2**24)
+        return not line or {"file", "row", "reason"} <= set(json.loads(line))
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 class Parts:
     """The folder of a run's parts.
 

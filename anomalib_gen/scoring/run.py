@@ -29,6 +29,7 @@ from anomalib_gen.scoring.overlap import Ahead, Behind
 from anomalib_gen.scoring.parts import (
     Parts,
     digest,
+    is_quarantine,
     quarantine_beside,
     read_quarantine,
     record_of,
@@ -128,6 +129,10 @@ def _refuse_overlap(options: ScoreOptions, output: Path, inputs: list[Input]) ->
     place, quarantine = output.resolve(), options.quarantine or quarantine_beside(output)
     if Path(quarantine).resolve() in (place, record_of(place)):
         raise UsageError(f"--quarantine {options.quarantine} is written by the run itself. Choose another.")
+    if options.quarantine is not None and not is_quarantine(Path(quarantine)):
+        raise UsageError(
+            f"--quarantine {options.quarantine} would replace something else. Choose another name."
+        )
     check_output(output, "--output", inputs)
     check_output(quarantine, "--quarantine", inputs)
 

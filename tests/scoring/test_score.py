@@ -495,6 +495,24 @@ def test_keys_that_a_format_cannot_hold_are_refused_before_the_work(
             assert "cannot be written: Invalid UTF8" in result.stderr
 
 
+def test_a_quarantine_replaces_quarantines_alone(run, rows, model, tmp_path):
+    """A good night removes it, and would remove whatever has its name."""
+    base = ("score", write(rows(20, 0), tmp_path / "rows.csv"), "-m", model, "-o", tmp_path / "out.csv")
+    for name, text in (("notes.txt", "three years"), ("rows.csv", None), ("folder", None), ("a.json", "[1]")):
+        place = tmp_path / name
+        if name == "folder":
+            place.mkdir()
+        elif text:
+            place.write_text(text)
+        result = run(*base, "--quarantine", place)
+        assert result.exit_code == 1
+        assert f"--quarantine {place} would replace" in result.stderr
+        assert place.exists()
+    (tmp_path / "bad.jsonl").write_text('{"file": "b.csv", "reason": "r", "row": 1}\n')
+    assert run(*base, "--quarantine", tmp_path / "bad.jsonl").exit_code == 0
+    assert not (tmp_path / "bad.jsonl").exists()
+
+
 @pytest.mark.parametrize("name", ["incoming/a.parquet", "incoming"])
 def test_an_input_is_never_replaced(run, rows, model, tmp_path, monkeypatch, name):
     (tmp_path / "incoming").mkdir()
