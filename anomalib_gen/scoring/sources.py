@@ -243,7 +243,8 @@ class Part:
         A key is taken from `table`, where nothing is lost: NA may be somebody's name.
         """
         column = self.table.column(name)
-        if not self.is_text:
+        # (Those that a folder's name gives may be numbers.)
+        if not self.is_text or not pa.types.is_string(column.type):
             return column
         return pc.if_else(pc.is_in(column, value_set=NO_VALUES), pa.scalar(None, column.type), column)
 

@@ -29,6 +29,16 @@ def test_a_line_break_in_quotes_is_part_of_a_value_wherever_a_block_ends(tmp_pat
     assert [key for part in parts for key in part.table.column("id").to_pylist()] == frame["id"].tolist()
 
 
+def test_numbers_in_names_of_folders_are_columns_of_text_files_too(tmp_path):
+    (tmp_path / "x=7").mkdir()
+    (tmp_path / "x=7" / "a.csv").write_text("id\na\nNA\n")
+    (part,) = parts_of(tmp_path)
+    frame, bad = part.frame(["x"], ("float",))
+    assert bad == {}
+    assert frame["x"].tolist() == [7.0, 7.0]
+    assert part.table.column("id").to_pylist() == ["a", "NA"]
+
+
 NAMES = ["NA", "null", "nan", "007", "", " a ", "1e5"]
 
 
