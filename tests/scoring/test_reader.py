@@ -27,6 +27,14 @@ def test_a_line_break_in_quotes_is_part_of_a_value_wherever_a_block_ends(tmp_pat
     parts = parts_of(tmp_path / "a.csv", 70)
     assert [part.malformed for part in parts] == [{}] * 3
     assert [key for part in parts for key in part.table.column("id").to_pylist()] == frame["id"].tolist()
+    # Rows are counted, and not lines.
+    text = (
+        (tmp_path / "a.csv").read_bytes().replace(b'\n"one\ntwo ""100""', b'\nodd,one,2\n"one\ntwo ""100""')
+    )
+    (tmp_path / "a.csv").write_bytes(text)
+    parts = parts_of(tmp_path / "a.csv", 70)
+    assert [list(part.malformed) for part in parts] == [[], [100], []]
+    assert [row for part in parts for row in part.rows] == [row for row in range(201) if row != 100]
 
 
 def test_numbers_in_names_of_folders_are_columns_of_text_files_too(tmp_path):
