@@ -124,7 +124,9 @@ def read_frame(inputs: list[Input], columns: tuple[str, ...] | list[str], exclud
         raise DataError(f"The files have columns of different types: {str(error).splitlines()[0]}") from None
     if not whole.num_rows or not whole.num_columns:
         raise DataError("The files have no rows, or no columns are left.")
-    frame = pa.table({name: _plain(whole.column(name)) for name in whole.column_names}).to_pandas()
+    plain = pa.table({name: _plain(whole.column(name)) for name in whole.column_names})
+    # (An index that pandas wrote is none of the columns.)
+    frame = plain.replace_schema_metadata(whole.schema.metadata).to_pandas()
     gappy = [name for name in frame if pa.types.is_boolean(whole.field(name).type) and frame[name].hasnans]
     return frame.astype(dict.fromkeys(gappy, "boolean"))
 

@@ -175,6 +175,17 @@ def test_a_model_takes_the_files_that_it_was_fitted_to(run, tmp_path, ending):
         assert not any(unseen)
 
 
+def test_an_index_is_no_column(run, rows, tmp_path):
+    frame = rows(60, 0).drop(columns="kind")
+    frame.set_index("id").to_parquet(tmp_path / "named.parquet")
+    frame[frame["x"] > -1].drop(columns="id").to_parquet(tmp_path / "left.parquet")
+    for name in ("named", "left"):
+        model = tmp_path / name
+        assert run("fit", tmp_path / f"{name}.parquet", "-m", model, "--detector", FLOW).exit_code == 0
+        columns = persistence.inspect(model)["schema"]["columns"]
+        assert [column["name"] for column in columns] == ["x", "n"]
+
+
 def test_fit_takes_no_keys_for_categories(run, rows, tmp_path):
     rows(60, 0).to_parquet(tmp_path / "a.parquet")
     arguments = ("fit", tmp_path / "a.parquet", "-m", tmp_path / "model", "--detector", FLOW)
