@@ -258,8 +258,10 @@ def read_file(path: Path, *, size: int | None, limit: int) -> bytes:
     ModelFolderError
         If it is no plain file, or of another size.
     """
+    # (A pipe would be waited for.)
+    flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+        handle = os.open(path, os.O_RDONLY | flags)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise ModelFolderError(f"{path} is a link. A model folder has none.") from None

@@ -1,5 +1,6 @@
 """Folders that were damaged, changed or made by hand: each is refused with one clear error, and nothing runs."""
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -10,6 +11,7 @@ import shutil
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +194,20 @@ def test_a_file_that_becomes_a_link_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(persistence, "list_folder", list_then_link)
     refused(folder, match="is a link")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+def test_a_file_that_becomes_a_pipe_is_not_waited_for(tmp_path):
+    pipe = tmp_path / "model.json"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(persistence.read_file, pipe, size=None, limit=10)
+        try:
+            with pytest.raises(ModelFolderError, match="no plain file"):
+                future.result(timeout=20)
+        finally:
+            with contextlib.suppress(OSError):  # who still waits may go
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
 
 
 @pytest.mark.parametrize(
