@@ -205,11 +205,13 @@ def test_what_killed_writers_left_is_removed_and_what_living_ones_write_is_not(f
         (path / "tensors.safetensors").write_text("half")
     (tmp_path / ".model.fedcba98.tmp").symlink_to(tmp_path / "models")
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(living)], stdout=subprocess.PIPE) as holder:
-        assert holder.stdout.readline() == b"held\n"
-        fitted.save(tmp_path / "model")
-        expected = {*others, "model", ".model.fedcba98.tmp"}
-        assert set(os.listdir(tmp_path)) == {*expected, living.name}
-        holder.kill()
+        try:
+            assert holder.stdout.readline() == b"held\n"
+            fitted.save(tmp_path / "model")
+            expected = {*others, "model", ".model.fedcba98.tmp"}
+            assert set(os.listdir(tmp_path)) == {*expected, living.name}
+        finally:
+            holder.kill()
     fitted.save(tmp_path / "model", overwrite=True)
     assert set(os.listdir(tmp_path)) == expected
     assert os.listdir(tmp_path / "models") == ["tensors.safetensors"]
