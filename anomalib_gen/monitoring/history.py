@@ -113,6 +113,11 @@ class Entry:
     report: dict[str, Any]
 
 
+def _kinds(report: dict[str, Any]) -> set[tuple[str, str | None]]:
+    """What the alerts of a report are about."""
+    return {(alert["kind"], alert["column"]) for alert in report.get("alerts", ())}
+
+
 _ENTRY_FIELDS = tuple(field.name for field in fields(Entry))
 
 
@@ -187,7 +192,7 @@ class History:
         Returns
         -------
         Entry
-            With the time of the first look, and that of the notification if it was for an alert as well.
+            With the time of the first look, and that of the notification if that told of every alert there is now.
 
         Raises
         ------
@@ -198,10 +203,11 @@ class History:
         alert = bool(report.alerts)
         with self._open() as connection:
             before = connection.execute(
-                "SELECT time, notified FROM runs WHERE job = ? AND run = ?", (job, run)
+                "SELECT time, notified, report FROM runs WHERE job = ? AND run = ?", (job, run)
             ).fetchone()
-            first, notified = before or (time.time() if now is None else now, None)
-            notified = notified if alert else None
+            first, notified, earlier = before or (time.time() if now is None else now, None, "{}")
+            if not alert or not _kinds(document) <= _kinds(json.loads(earlier)):
+                notified = None
             connection.execute("DELETE FROM runs WHERE job = ? AND run = ?", (job, run))
             text = json.dumps(document, sort_keys=True, ensure_ascii=False, allow_nan=False)
             counts = report.n_rows, report.n_flagged, report.n_bad_rows, report.n_bad_files
@@ -295,11 +301,12 @@ class History:
         found = self._select(query, (job, model, n_rows, n_flagged))
         return next((run for run, place in found if os.path.abspath(place) == os.path.abspath(output)), None)
 
-    def forget(self, *, days: float, now: float | None = None) -> int:
-        """Remove runs that are older.
+    def forget(self, *, job: str, days: float, now: float | None = None) -> int:
+        """Remove runs of a job that are older; others may keep theirs for longer.
 
         Parameters
         ----------
+        job : str
         days : float
         now : float, optional
 
@@ -310,4 +317,5 @@ class History:
         """
         moment = (time.time() if now is None else now) - 86_400 * days
         with self._open() as connection:
-            return int(connection.execute("DELETE FROM runs WHERE time < ?", (moment,)).rowcount)
+            removed = connection.execute("DELETE FROM runs WHERE job = ? AND time < ?", (job, moment))
+            return int(removed.rowcount)

@@ -1,13 +1,12 @@
 """The state of the latest run as a text file for Prometheus' node exporter (its textfile collector).
 
-The file is replaced in one step, so the exporter never reads half of it. Labels are few: a run of a table of a thousand
+Labels are few: a run of a table of a thousand
 columns would be thousands of series, so the drift of single columns is written for so many of them only, the most
 drifted first, and of all there are the largest values.
 """
 
 from __future__ import annotations
 
-from os import PathLike
 from typing import Any
 
 from anomalib_gen.monitoring.drift import DriftReport
@@ -16,15 +15,11 @@ MAX_COLUMNS = 50
 """Columns with series of their own."""
 
 
-def write_metrics(
-    path: str | PathLike[str], report: DriftReport, *, job: str, model: str, time: float
-) -> None:
-    """Write the metrics of a run.
+def metrics_of(report: DriftReport, *, job: str, model: str, time: float) -> bytes:
+    """Metrics of a run, in Prometheus' text format.
 
     Parameters
     ----------
-    path : str or path
-        A file that ends in ``.prom``, in the folder of ``--collector.textfile.directory``.
     report : DriftReport
     job : str
         Label "job_name" of every series ("job" is Prometheus' own): several jobs can write files into one folder.
@@ -33,12 +28,11 @@ def write_metrics(
     time : float
         Of the run, in seconds since 1970: alert when it is long ago.
 
-    Raises
-    ------
-    OSError
-        If the file cannot be written; an earlier one is then as it was.
+    Returns
+    -------
+    bytes
     """
-    from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
+    from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
     registry = CollectorRegistry()
 
@@ -79,4 +73,4 @@ def write_metrics(
             gauge("column_distance", "KS distance or total variation.", column.distance, column=column.name)
             gauge("column_psi", "Population stability index.", column.psi, column=column.name)
             gauge("column_missing_rate", "Share missing.", column.missing_batch, column=column.name)
-    write_to_textfile(str(path), registry)
+    return bytes(generate_latest(registry))

@@ -49,6 +49,7 @@ def post(
     """
     import requests
     from requests.adapters import HTTPAdapter
+    from urllib3.exceptions import HTTPError
     from urllib3.util import Retry
 
     place = where(url)
@@ -70,7 +71,7 @@ def post(
             answer = session.post(url, json=document, timeout=timeout, stream=True, allow_redirects=False)
             code = answer.status_code
             answer.close()
-    except requests.RequestException as error:
+    except (requests.RequestException, HTTPError) as error:  # not all of the latter come as the former
         raise WebhookError(f"{place} {_reason(error)} ({retries + 1} tries).") from None
     if code >= 300:
         raise WebhookError(f"{place} answered with the code {code}.")

@@ -37,6 +37,7 @@ from anomalib_gen.persistence._document import (
     describe_rows,
     describe_training,
     installed_versions,
+    malformed_part,
     read_document,
 )
 from anomalib_gen.persistence._errors import ModelFolderError
@@ -48,8 +49,10 @@ from anomalib_gen.persistence._files import (
     TENSORS,
     check_place,
     list_folder,
+    make_folder,
     part_name,
     read_file,
+    steadily,
     swap,
     sync_folder,
     write_folder,
@@ -63,6 +66,7 @@ __all__ = [
     "inspect",
     "load",
     "load_described",
+    "make_folder",
     "model_card",
     "read_reference",
     "save",
@@ -95,8 +99,9 @@ def save(
     folder : str or path
         The folder to make; it appears when it is complete.
     X : array-like or data frame of shape (n_samples, n_features), optional
-        Rows as `fit` saw them: their types and ranges become the folder's schema. None leaves those open. Of images
-        only the number is kept.
+        Rows as `fit` saw them: their types and ranges become the folder's schema. None leaves those open. Of images,
+        which may be given as a folder or as paths where `fit` took those, nothing is kept but the number, if it is
+        known.
     overwrite : bool, default=False
         Whether to replace a model folder of that name.
     trusted : list of str, default=()
@@ -280,8 +285,8 @@ def inspect(folder: str | PathLike[str]) -> dict[str, Any]:
     FileNotFoundError
         If there is no such folder.
     """
-    document, _ = _read_document(Path(folder))
-    return _facts(document)
+    path = Path(folder)
+    return _facts(steadily(path, lambda: _read_document(path)[0]))
 
 
 def read_reference(folder: str | PathLike[str], *, max_bytes: int = MAX_BYTES) -> bytes | None:
@@ -304,6 +309,10 @@ def read_reference(folder: str | PathLike[str], *, max_bytes: int = MAX_BYTES) -
         As for `load`; the other files are not read.
     """
     path = Path(folder)
+    return steadily(path, lambda: _read_reference(path, max_bytes))
+
+
+def _read_reference(path: Path, max_bytes: int) -> bytes | None:
     document, names = _read_document(path)
     if (REFERENCE in names) != (REFERENCE in document["files"]):
         raise ModelFolderError(f"{path} and its {DOCUMENT} do not have the same files: {REFERENCE}.")
@@ -340,7 +349,7 @@ def verify(folder: str | PathLike[str], *, trusted: Collection[str] = (), max_by
 
 def _load(folder: Path, trusted: Collection[str], max_bytes: int) -> tuple[Any, dict[str, Any]]:
     paths = normalise_trusted(trusted)
-    document, files = _read(folder, max_bytes)
+    document, files = steadily(folder, lambda: _read(folder, max_bytes))
     _warn_of_versions(document)
     try:
         from safetensors import SafetensorError
@@ -383,6 +392,8 @@ def _read_document(folder: Path) -> tuple[dict[str, Any], set[str]]:
     ):
         if not isinstance(document.get(key), kind):
             raise ModelFolderError(f"{folder / DOCUMENT} has no proper {key!r}.")
+    if (odd := malformed_part(document)) is not None:
+        raise ModelFolderError(f"{folder / DOCUMENT} has no proper {odd!r}.")
     return document, names
 
 

@@ -8,6 +8,8 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from anomalib_gen.persistence._errors import ModelFolderError
 FORMAT = "anomalib_gen model folder"
 VERSION = 2
 LIBRARIES = ("anomalib-gen", "numpy", "scipy", "scikit-learn", "torch", "nflows", "safetensors", "skops")
+KINDS = ("float", "integer", "boolean", "text", "time")
+"""Types of columns."""
 MAX_CATEGORIES = 50
 """Of a column; with more, it is text."""
 
@@ -112,6 +116,37 @@ def read_document(data: bytes) -> dict[str, Any]:
     return document
 
 
+def malformed_part(document: Mapping[str, Any]) -> str | None:
+    """Which part of what a document says for people and programs, beside the model, is not as it is written here."""
+    schema = document["schema"]
+    columns, n_rows = schema.get("columns"), schema.get("n_rows", "")
+    if (
+        type(schema.get("named")) is not bool
+        or not (n_rows is None or type(n_rows) is int)
+        or not (columns is None or (type(columns) is list and all(map(_is_column, columns))))
+        or "columns" not in schema
+    ):
+        return "schema"
+    for part in document["training"]:
+        kinds = {"path": str, "class": str, "parameters": dict}
+        if type(part) is not dict or any(type(part.get(key)) is not kind for key, kind in kinds.items()):
+            return "training"
+    return None
+
+
+def _is_column(column: Any) -> bool:
+    if type(column) is not dict or type(column.get("name")) is not str:
+        return False
+    ends = [column[key] for key in ("min", "max") if key in column]
+    return (
+        column.get("type", "") in (*KINDS, None)
+        and len(ends) != 1
+        and all(type(end) is float or (type(end) is int and abs(end) <= 2**64) for end in ends)
+        and column.get("missing") in (True, False, None)
+        and type(column.get("categories", [])) is list
+    )
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -152,6 +187,9 @@ def describe_rows(model: Any, X: Any) -> dict[str, Any]:
         if X is not None and np.shape(X)[1:] != shape:
             raise ValueError(f"X has the shape {np.shape(X)}, and the model was fitted to rows of {shape}.")
         return {"named": False, "n_rows": None if X is None else len(X), "columns": None}
+    if X is not None and _are_images(model, X):
+        # (A folder is not read again to count them.)
+        return {"named": False, "n_rows": None if isinstance(X, str | PathLike) else len(X), "columns": None}
     names = getattr(model, "feature_names_in_", None)
     count = getattr(model, "n_features_in_", None)
     if X is None:
@@ -171,14 +209,28 @@ def describe_rows(model: Any, X: Any) -> dict[str, Any]:
     return {"named": named, "n_rows": n_rows, "columns": columns}
 
 
+def _are_images(model: Any, X: Any) -> bool:
+    """Whether rows are images as the front of a pipeline takes them: a folder, paths of files, or arrays."""
+    if isinstance(X, str | PathLike):
+        if not Path(X).is_dir():
+            raise ValueError(f"X={str(X)!r} is no folder. Give what `fit` was given: a folder, or rows.")
+        return True
+    if hasattr(X, "iloc") or hasattr(X, "to_pandas"):
+        return False
+    if np.ndim(X) == 1:
+        return len(X) > 0 and all(isinstance(path, str | PathLike) for path in X)
+    shapes = [getattr(part, "event_shape_", ()) for _, part in _detectors(model, "", set())]
+    return np.ndim(X) > 2 and any(len(shape) > 1 for shape in shapes)
+
+
 def _columns(X: Any) -> Iterator[tuple[str, Any, bool]]:
     if hasattr(X, "to_pandas"):  # pyarrow, polars
         X = X.to_pandas()
     if hasattr(X, "iloc") and hasattr(X, "columns"):
         for j, name in enumerate(X.columns):
             column = X.iloc[:, j]
-            if getattr(column.dtype, "kind", "O") in "iufb" and column.isna().any():
-                # Nullable integers and flags would come as objects.
+            if getattr(column.dtype, "kind", "O") in "iuf" and column.isna().any():
+                # Nullable integers would come as objects.
                 yield str(name), column.to_numpy(dtype=np.float64, na_value=np.nan), isinstance(name, str)
             else:
                 yield str(name), column.to_numpy(), isinstance(name, str)
@@ -206,8 +258,10 @@ def _describe(values: Any) -> dict[str, Any]:
     if kind in "mM":
         return {"type": "time", "missing": bool(np.isnat(values).any())}
     missing = np.array(
-        [value is None or value != value or type(value).__name__ == "NAType" for value in values]
+        [value is None or type(value).__name__ == "NAType" or value != value for value in values], dtype=bool
     )
+    if kind == "O" and not missing.all() and all(type(value) is bool for value in values[~missing]):
+        return {"type": "boolean", "missing": bool(missing.any())}
     found = {"type": "text", "missing": bool(missing.any())}
     different = {str(value) for value in values[~missing]}
     if len(different) <= MAX_CATEGORIES:

@@ -2,10 +2,11 @@
 
 Writing: everything goes to a new folder beside the wanted one, is flushed to the disk, and the folder is renamed. Where
 one is to be replaced, the two change names in one step where the system can (Linux), so that there is a complete
-folder under the name at every moment.
+folder under the name at every moment. A process that is killed leaves its new folder; the next one that writes under
+the same name removes it, where the system has locks by which a folder whose process lives is known.
 
 Reading: a file is opened once, must be a plain file (no link, no device), of the size that the folder's document says,
-and what is checked is what is used.
+and what is checked is what is used. A folder that is replaced while it is read is read again.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from anomalib_gen.persistence._errors import ModelFolderError
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 DOCUMENT = "model.json"
 TENSORS = "tensors.safetensors"
@@ -31,6 +38,7 @@ REFERENCE = "reference.json"
 PART = re.compile(r"part-\d{1,4}\.skops", re.ASCII)
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".dill")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+Result = TypeVar("Result")
 
 
 def part_name(number: int) -> str:
@@ -48,9 +56,9 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -
     """
     folder = Path(os.path.abspath(folder))
     _refuse_existing(folder, overwrite=overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
-    fresh.mkdir()
+    make_folder(folder.parent)
+    _remove_abandoned(folder)
+    fresh, handle = _own_folder(folder)
     try:
         for name, data in files.items():
             with open(fresh / name, "xb") as file:
@@ -67,6 +75,54 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -
     finally:
         # Either what could not be finished, or what was replaced.
         shutil.rmtree(fresh, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _own_folder(folder: Path) -> tuple[Path, int | None]:
+    """A new folder beside one, with a lock that the system gives back when this process ends, however it does."""
+    while True:
+        fresh = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
+        fresh.mkdir()
+        # (Another writer may take it for abandoned until it is locked.)
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            handle = _lock(fresh)
+            if fresh.is_dir():
+                return fresh, handle
+            if handle is not None:
+                os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """Handle that holds the lock of a folder; None where there are no such locks.
+
+    Raises
+    ------
+    BlockingIOError
+        If a living process holds it.
+    """
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException as error:
+        os.close(handle)
+        if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
+            return None
+        raise
+    return handle
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what writers of the same folder left that were killed: no living process holds its lock."""
+    pattern = re.compile(re.escape(f".{folder.name}.") + r"[0-9a-f]{8}\.tmp")
+    with contextlib.suppress(OSError):
+        for path in [path for path in folder.parent.iterdir() if pattern.fullmatch(path.name)]:
+            with contextlib.suppress(OSError):
+                if (handle := _lock(path)) is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    os.close(handle)
 
 
 def check_place(folder: Path, *, overwrite: bool) -> None:
@@ -110,6 +166,7 @@ def swap(fresh: Path, folder: Path) -> None:
             return
     # Elsewhere there is a moment without a folder of that name; never one with a part of it.
     old = fresh.with_suffix(".old")
+    shutil.rmtree(old, ignore_errors=True)  # of one that was killed here
     os.rename(folder, old)
     try:
         os.rename(fresh, folder)
@@ -117,6 +174,14 @@ def swap(fresh: Path, folder: Path) -> None:
         os.rename(old, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that a loss of power does not take them with what is in them."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -127,6 +192,25 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def steadily(folder: Path, read: Callable[[], Result]) -> Result:
+    """Result of reading a folder, of the new one where it was replaced meanwhile: parts of two do not fit together."""
+    while True:
+        before = _identity(folder)
+        try:
+            return read()
+        except (ModelFolderError, FileNotFoundError):
+            if _identity(folder) == before:
+                raise
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def list_folder(folder: Path) -> set[str]:
@@ -174,8 +258,10 @@ def read_file(path: Path, *, size: int | None, limit: int) -> bytes:
     ModelFolderError
         If it is no plain file, or of another size.
     """
+    # (A pipe would be waited for.)
+    flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+        handle = os.open(path, os.O_RDONLY | flags)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise ModelFolderError(f"{path} is a link. A model folder has none.") from None

@@ -31,14 +31,14 @@ from anomalib_gen.calibration import (
     TailProbability,
     ThresholdDetector,
 )
-from anomalib_gen.calibration._wrapped import WrappedDetector, innermost
+from anomalib_gen.calibration._wrapped import WrappedDetector
 from anomalib_gen.monitoring import Summariser, reference_of
 from anomalib_gen.persistence import ModelFolderError
-from anomalib_gen.scoring._columns import Wanted, to_frame, wanted_by
+from anomalib_gen.scoring._columns import Wanted, wanted_by
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import CalibrateOptions
-from anomalib_gen.scoring.rows import check_folder, finite, load_model, score_rows
+from anomalib_gen.scoring.rows import check_folder, finite, load_model, score_rows, threshold_of
 from anomalib_gen.scoring.sources import Reader, find_inputs, rows_per_part
 
 MAX_SCORES = 2**20
@@ -84,7 +84,7 @@ def calibrate_files(options: CalibrateOptions, log: Log) -> dict[str, Any]:
                 "lower rates."
             ) from None
         raise
-    threshold = float(innermost(calibrated).offset_)
+    threshold = threshold_of(calibrated)
     reference = reference_of(summary.columns(), s, threshold=threshold, held_out=True)
     try:
         content = persistence.save_described(
@@ -167,7 +167,7 @@ def scored_rows(
     for item in find_inputs(patterns):
         reader = Reader(item, wanted)
         for part in reader.parts(rows_per_part(wanted.count)):
-            frame, bad = to_frame(part.table, reader.names, wanted.types)
+            frame, bad = part.frame(reader.names, wanted.types)
             scores, refused = score_rows(model, frame, named=wanted.names is not None, limit=0)
             odd = {int(part.rows[row]): reason for row, reason in {**refused, **bad}.items()}
             odd |= {line: reason for line, (reason, _) in part.malformed.items()}

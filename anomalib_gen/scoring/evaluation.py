@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from anomalib_gen.calibration._wrapped import innermost
-from anomalib_gen.scoring._columns import to_frame, wanted_by
+from anomalib_gen.scoring._columns import wanted_by
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import EvaluateOptions
 from anomalib_gen.scoring.parts import to_json, write_output
-from anomalib_gen.scoring.rows import finite, load_model, score_rows
+from anomalib_gen.scoring.rows import finite, load_model, score_rows, threshold_of
 from anomalib_gen.scoring.sources import Reader, check_output, find_inputs, rows_per_part
 
 
@@ -46,8 +45,8 @@ def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
     for item in inputs:
         for part in Reader(item, wanted).parts(rows_per_part(wanted.count)):
             names = wanted.names or [name for name in part.table.column_names if name != options.label]
-            frame, bad = to_frame(part.table, list(names), wanted.types)
-            values = part.table.column(options.label).to_pylist()
+            frame, bad = part.frame(names, wanted.types)
+            values = part.column(options.label).to_pylist()
             values_of_part, refused = score_rows(model, frame, named=wanted.names is not None, limit=0)
             lines = {line: reason for line, (reason, _) in part.malformed.items()}
             odd = {int(part.rows[row]): reason for row, reason in {**refused, **bad}.items()} | lines
@@ -60,7 +59,7 @@ def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
         log.info(f"scored {item.path}", file=item.path)
     if not sum(map(len, scores)):
         raise DataError("The files have no rows.")
-    threshold = float(innermost(model).offset_)
+    threshold = threshold_of(model)
     found = {
         "model": facts["hash"],
         "threshold": finite(threshold),

@@ -15,16 +15,16 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from anomalib_gen.calibration._wrapped import innermost
-from anomalib_gen.scoring._columns import Wanted, plain_type, to_frame, wanted_by
+from anomalib_gen.persistence import make_folder
+from anomalib_gen.scoring._columns import Wanted, plain_type, wanted_by
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.calibrating import scored_rows
 from anomalib_gen.scoring.config import ExplainOptions
 from anomalib_gen.scoring.explaining import BLOCK_ROWS, Explainer, shown
 from anomalib_gen.scoring.parts import sole_run
-from anomalib_gen.scoring.rows import load_model, score_rows
-from anomalib_gen.scoring.sinks import is_replaceable, kind_of_output, write_result
+from anomalib_gen.scoring.rows import load_model, score_rows, threshold_of
+from anomalib_gen.scoring.sinks import check_schema, is_replaceable, kind_of_output, write_result
 from anomalib_gen.scoring.sources import Reader, check_output, find_inputs, rows_per_part
 
 ADDED = {
@@ -84,7 +84,7 @@ def explain_files(options: ExplainOptions, log: Log) -> int:
     inputs = find_inputs(options.input)
     check_output(options.output, "--output", inputs)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(output.parent)
         with sole_run(output):
             if os.path.lexists(output) and not (options.overwrite and is_replaceable(output)):
                 raise UsageError(
@@ -100,7 +100,7 @@ class _Explanation:
 
     def __init__(self, options: ExplainOptions, output: Path, model: Any, wanted: Wanted, log: Log) -> None:
         self.options, self.output, self.model, self.wanted, self.log = options, output, model, wanted, log
-        self.threshold = float(innermost(model).offset_)
+        self.threshold = threshold_of(model)
         self.readers = [Reader(item, wanted) for item in find_inputs(options.input)]
         first = self.readers[0]
         self.key_types = {key: plain_type(first.schema.field(key).type) for key in wanted.keys}
@@ -118,6 +118,7 @@ class _Explanation:
         schema = pa.schema(
             [*(pa.field(k, t) for k, t in self.key_types.items()), *map(pa.field, ADDED, ADDED.values())]
         )
+        check_schema(self.output, schema)
         rows = self._flagged() if self.options.flagged else self._lowest()
         write_result(self.output, self._tables(rows, schema), schema)
         return self.count
@@ -127,7 +128,7 @@ class _Explanation:
         left_out = 0
         for reader in self.readers:
             for part in reader.parts(rows_per_part(self.wanted.count)):
-                frame, bad = to_frame(part.table, reader.names, self.wanted.types)
+                frame, bad = part.frame(reader.names, self.wanted.types)
                 named = self.wanted.names is not None
                 scores, _ = score_rows(self.model, frame, named=named, limit=len(frame))
                 good = np.flatnonzero(~np.isnan(scores) & ~np.isin(np.arange(len(frame)), list(bad)))

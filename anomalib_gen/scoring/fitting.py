@@ -24,7 +24,7 @@ from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import FitOptions
 from anomalib_gen.scoring.rows import check_folder
-from anomalib_gen.scoring.sources import Input, find_inputs
+from anomalib_gen.scoring.sources import Input, find_inputs, parse_options
 
 MIN_KEYS = 50
 """Rows from which on a text that is another in every row is taken for a key."""
@@ -124,7 +124,20 @@ def read_frame(inputs: list[Input], columns: tuple[str, ...] | list[str], exclud
         raise DataError(f"The files have columns of different types: {str(error).splitlines()[0]}") from None
     if not whole.num_rows or not whole.num_columns:
         raise DataError("The files have no rows, or no columns are left.")
-    return whole.to_pandas()
+    plain = pa.table({name: _plain(whole.column(name)) for name in whole.column_names})
+    # (An index that pandas wrote is none of the columns.)
+    frame = plain.replace_schema_metadata(whole.schema.metadata).to_pandas()
+    gappy = [name for name in frame if pa.types.is_boolean(whole.field(name).type) and frame[name].hasnans]
+    return frame.astype(dict.fromkeys(gappy, "boolean"))
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Numbers as `score` will read them, which pandas would have as objects: decimals, for one."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if kind_of(column.type) == "float" and column.type not in (pa.float32(), pa.float64()):
+        return column.cast(pa.float64(), safe=False)
+    return column
 
 
 def _read(item: Input) -> pa.Table:
@@ -133,7 +146,7 @@ def _read(item: Input) -> pa.Table:
     kind: Any = item.kind
     if item.is_text:
         kind = pads.CsvFileFormat(
-            parse_options=pacsv.ParseOptions(delimiter=item.kind),
+            parse_options=parse_options(item.kind),
             # Types are guessed from the first block.
             read_options=pacsv.ReadOptions(block_size=2**26),
             convert_options=pacsv.ConvertOptions(strings_can_be_null=True),

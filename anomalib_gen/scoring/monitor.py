@@ -2,7 +2,7 @@
 
 The order is that of what must not be lost: the history is written first, then metrics and the JSON file, and last of
 all a webhook is called, which may fail without a loss. A run has one name however often it is looked at, so nothing is
-counted twice, and of an alert that was told before nobody is told again.
+counted twice, and of alerts that were told before nobody is told again.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from anomalib_gen.monitoring import (
     load_reference,
 )
 from anomalib_gen.monitoring.history import History, HistoryError
-from anomalib_gen.monitoring.metrics import write_metrics
+from anomalib_gen.monitoring.metrics import metrics_of
 from anomalib_gen.monitoring.webhook import WebhookError, post, where
 from anomalib_gen.persistence import ModelFolderError
-from anomalib_gen.scoring._columns import Wanted, to_frame
+from anomalib_gen.scoring._columns import Wanted
 from anomalib_gen.scoring._errors import ALERT, DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import MonitorOptions
@@ -117,7 +117,7 @@ def read_scored(path: str, model_hash: str) -> Scored:
         except DataError as error:
             raise DataError(f"{item.path} is no output of `score`: {error}") from None
         for part in reader.parts(rows_per_part(3)):
-            frame, bad = to_frame(part.table, ["score", "label", "model"], wanted.types)
+            frame, bad = part.frame(["score", "label", "model"], wanted.types)
             if bad or part.malformed or frame["score"].isna().any():
                 raise DataError(f"{item.path} has rows without a score: it is no output of `score`.")
             others = frame["model"][frame["model"] != model_hash[:HASH_DIGITS]]
@@ -240,7 +240,7 @@ def input_frames(
         try:
             reader = Reader(item, wanted)
             for part in reader.parts(rows_per_part(wanted.count)):
-                frame, _ = to_frame(part.table, reader.names, wanted.types)
+                frame, _ = part.frame(reader.names, wanted.types)
                 if wanted.names is None:
                     frame.columns = pd.Index([str(j) for j in range(frame.shape[1])])
                 yield frame
@@ -300,7 +300,7 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
     now, notified = time.time(), None
     try:
         if history is not None:
-            history.path.parent.mkdir(parents=True, exist_ok=True)
+            persistence.make_folder(history.path.parent)
             recent = [entry.n_rows for entry in history.earlier(run, job=job)]
         report = compare(
             reference,
@@ -311,7 +311,7 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
         )
         if history is not None:
             entry = history.add(run, report, job=job, output=options.scores, model=facts["hash"])
-            history.forget(days=options.keep_days)
+            history.forget(job=job, days=options.keep_days)
             now, notified = entry.time, entry.notified
     except HistoryError as error:
         raise DataError(str(error)) from None
@@ -326,19 +326,23 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
         "alert": bool(report.alerts),
         "report": report.to_dict(),
     }
+    series: dict[str, Any] = {"job": job, "model": facts["hash"][:HASH_DIGITS], "time": now}
     for place, write in (
         (options.output, lambda path: write_output(Path(path), to_json(document) + b"\n")),
         (
             options.prometheus,
-            lambda path: write_metrics(path, report, job=job, model=facts["hash"][:HASH_DIGITS], time=now),
+            lambda path: write_output(Path(path), metrics_of(report, **series)),
         ),
     ):
         if place is not None:
             try:
-                Path(place).parent.mkdir(parents=True, exist_ok=True)
                 write(place)
             except OSError as error:
                 raise explain_os_error(error, f"writing {place}") from None
+    if options.prometheus is not None and not options.prometheus.endswith(".prom"):
+        log.warning(
+            f"the node exporter reads files that end in .prom alone, and {options.prometheus} does not"
+        )
     told = _tell(options, document, report, history, notified, log)
     if report.alerts:
         for alert in report.alerts:

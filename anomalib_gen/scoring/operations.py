@@ -222,7 +222,8 @@ def monitor(
         str | None, _option(metavar="FILE", help="SQLite file of all runs; tells the usual volume.")
     ] = None,
     keep_days: Annotated[
-        float | None, _option(min=1, metavar="DAYS", help="Forget runs that are older. Default: 400.")
+        float | None,
+        _option(min=1, metavar="DAYS", help="Forget runs of this job that are older. Default: 400."),
     ] = None,
     output: Annotated[
         str | None,
@@ -317,8 +318,8 @@ def monitor(
 
     Compared are the scores, the share of outliers, the number of rows and, with `--input`, every column. A difference
     is an alert if it is both large (one of the thresholds) and sure (`--alpha`). What one run found has one entry in
-    the history, however often it is looked at; the webhook is called for an alert until it was reached
-    once. Without a history it is called at every look.
+    the history, however often it is looked at; the webhook is called for alerts until it was reached
+    once, and again when there are others. Without a history it is called at every look.
 
     **Exit codes**: 0 nothing to see; 1 usage; 2 files that cannot be read or written, or a model without a training
     reference; 3 alert; 4 done, but for input files that cannot be read or a webhook that was not reached; 5 internal

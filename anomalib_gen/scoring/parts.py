@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from anomalib_gen.persistence import sync_folder
+from anomalib_gen.persistence import make_folder, sync_folder
 from anomalib_gen.scoring._errors import DataError, UsageError
 
 PLAN = "plan.json"
@@ -55,7 +55,7 @@ def write_output(path: Path, data: bytes) -> None:
     UsageError
         If another run writes to it for long.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with sole_run(path, wait=WAIT_SECONDS):
         write_file(path, data)
 
@@ -110,6 +110,30 @@ def quarantine_beside(output: Path) -> Path:
     return output.with_name(f"{output.name}.quarantine.jsonl")
 
 
+def read_quarantine(path: Path, bad_rows: int, bad_files: int) -> list[dict[str, Any]] | None:
+    """What a run left out; None if the file is not that of a run that left out so many rows and files."""
+    if not bad_rows and not bad_files:
+        return []
+    try:
+        entries = [json.loads(line) for line in path.read_bytes().decode().split("\n") if line]
+        rows = sum(entry["row"] is not None for entry in entries)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return entries if (rows, len(entries) - rows) == (bad_rows, bad_files) else None
+
+
+def is_quarantine(path: Path) -> bool:
+    """Whether a run may replace or remove what is under a name: a quarantine, or nothing."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline(2**24)
+        return not line or {"file", "row", "reason"} <= set(json.loads(line))
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 class Parts:
     """The folder of a run's parts.
 
@@ -146,7 +170,9 @@ class Parts:
         return next(self.folder.glob("*.arrow"), None) is not None
 
     def remove(self) -> None:
-        """Forget the run."""
+        """Forget the run; what a kill leaves of it has no plan, and is nothing to go on from."""
+        with contextlib.suppress(OSError):
+            (self.folder / PLAN).unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, source: int, number: int) -> Path:
@@ -160,10 +186,14 @@ class Parts:
         write_file(self._path(source, number), sink.getvalue())
 
     def finished(self, source: int) -> tuple[int, bool]:
-        """Parts of a file that are there without a gap, and whether they are all."""
+        """Parts of a file that are there and whole, without a gap, and whether they are all."""
         number, last = 0, False
         while not last and self._path(source, number).exists():
-            last = bool(self.facts(source, number)["last"])
+            try:
+                last = bool(self.facts(source, number)["last"])
+            except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+                # A damaged disk. It is done again, not read again every night.
+                break
             number += 1
         return number, last
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,16 +32,30 @@ from anomalib_gen.monitoring import (
 )
 from anomalib_gen.monitoring.history import History, HistoryError
 from anomalib_gen.persistence import ModelFolderError
-from anomalib_gen.scoring._columns import Wanted, to_frame, wanted_by
+from anomalib_gen.scoring._columns import Wanted, wanted_by
 from anomalib_gen.scoring._errors import DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import MonitorOptions, ReportOptions
 from anomalib_gen.scoring.explaining import Explainer, top_fields
 from anomalib_gen.scoring.monitor import job_of, thresholds_of
-from anomalib_gen.scoring.parts import digest, quarantine_beside, read_record, record_of, write_output
+from anomalib_gen.scoring.parts import (
+    digest,
+    quarantine_beside,
+    read_quarantine,
+    read_record,
+    record_of,
+    write_output,
+)
 from anomalib_gen.scoring.rows import load_model
 from anomalib_gen.scoring.run import ADDED, HASH_DIGITS
-from anomalib_gen.scoring.sources import Input, Reader, find_inputs, is_remote, rows_per_part
+from anomalib_gen.scoring.sources import (
+    Input,
+    Reader,
+    find_inputs,
+    is_remote,
+    parse_options,
+    rows_per_part,
+)
 
 BACKGROUND_ROWS = 1000
 """Normal rows of the run, by which contributions are measured."""
@@ -215,7 +228,7 @@ def gather(scores: Path, options: ReportOptions, log: Log, judged: MonitorOption
     """
     record, folder = _read_record(scores), options.model
     quarantine = Path(record["quarantine"] or quarantine_beside(scores))
-    entries = _read_quarantine(quarantine, record)
+    entries = read_quarantine(quarantine, record["bad_rows"], record["bad_files"])
     model, facts = load_model(folder)
     if facts["hash"] != record["model"]:
         raise DataError(
@@ -312,18 +325,6 @@ def _read_record(scores: Path) -> dict[str, Any]:
         raise explain_os_error(error, f"reading {path}") from None
 
 
-def _read_quarantine(path: Path, record: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """What was left out; None if the file does not say."""
-    if not record["bad_rows"] and not record["bad_files"]:
-        return []
-    try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        rows = sum(entry["row"] is not None for entry in entries)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return entries if (rows, len(entries) - rows) == (record["bad_rows"], record["bad_files"]) else None
-
-
 # The scores --------------------------------------------------------------------------------------------------
 
 
@@ -334,8 +335,14 @@ def _batches(scores: Path) -> Iterator[pa.Table]:
     for item in items:
         kind: Any = item.kind
         if item.is_text:
-            kind = pads.CsvFileFormat(parse_options=pacsv.ParseOptions(delimiter=item.kind))
+            kind = pads.CsvFileFormat(parse_options=parse_options(item.kind))
         dataset = pads.dataset(item.place, format=kind, filesystem=item.filesystem)
+        if item.is_text:
+            # Keys are text, and not the numbers that they may look like.
+            keys = {name: pa.string() for name in dataset.schema.names if name not in ADDED}
+            convert = pacsv.ConvertOptions(column_types=keys, null_values=[""], strings_can_be_null=True)
+            kind = pads.CsvFileFormat(parse_options=parse_options(item.kind), convert_options=convert)
+            dataset = pads.dataset(item.place, format=kind, filesystem=item.filesystem)
         for batch in dataset.scanner(batch_size=2**16, batch_readahead=2).to_batches():
             yield pa.Table.from_batches([batch])
 
@@ -366,8 +373,8 @@ def _read_scores(scores: Path, found: RunReport, n_top: int) -> tuple[npt.NDArra
             more = [name for name in ("score", "p_value") if name in table.column_names]
             rows = table.select([*keys, *more]).take(pa.array(odd))
             rows = rows.append_column("row", pa.array(odd + start))
-            # (Keys of CSV files are guessed block by block, and may be of several types.)
-            frame = rows.to_pandas().astype(dict.fromkeys(keys, object))
+            # (Whole numbers beside a missing one would become floats.)
+            frame = rows.to_pandas(integer_object_nulls=True).astype(dict.fromkeys(keys, object))
             top = frame if top is None else pd.concat([top, frame], ignore_index=True)
             top = top.sort_values("score", kind="stable", ignore_index=True)[:n_top]
             start += len(values)
@@ -424,7 +431,7 @@ def _walk(
         if item.path not in bad_files:
             for part in Reader(item, wanted).parts(rows_per_part(wanted.count)):
                 names = list(wanted.names or [n for n in part.table.column_names if n not in wanted.keys])
-                frame, _ = to_frame(part.table, names, wanted.types)
+                frame, _ = part.frame(names, wanted.types)
                 # (A model without names has a reference without names.)
                 named = wanted.names is not None
                 summariser.add(

@@ -63,6 +63,11 @@ def detector_in(model: Any) -> Any:
         model = inner
 
 
+def threshold_of(model: Any) -> float:
+    """Score below which a row is flagged; minus infinity flags none."""
+    return float(innermost(model).offset_)
+
+
 def finite(value: float) -> float | None:
     """A number for JSON, which has no infinity: a threshold that flags nothing is None."""
     return float(value) if np.isfinite(value) else None

@@ -19,8 +19,8 @@ import pandas as pd
 import pyarrow as pa
 
 from anomalib_gen.calibration import SplitConformalDetector, conformal_p_values
-from anomalib_gen.calibration._wrapped import innermost
-from anomalib_gen.scoring._columns import Wanted, plain_type, to_frame, wanted_by
+from anomalib_gen.persistence import make_folder
+from anomalib_gen.scoring._columns import Wanted, plain_type, wanted_by
 from anomalib_gen.scoring._errors import ALERT, DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import ScoreOptions
@@ -29,15 +29,17 @@ from anomalib_gen.scoring.overlap import Ahead, Behind
 from anomalib_gen.scoring.parts import (
     Parts,
     digest,
+    is_quarantine,
     quarantine_beside,
+    read_quarantine,
     record_of,
     sole_run,
     to_json,
     write_file,
 )
 from anomalib_gen.scoring.remote import score_to_store
-from anomalib_gen.scoring.rows import finite, load_model, score_rows
-from anomalib_gen.scoring.sinks import is_replaceable, kind_of_output, write_result
+from anomalib_gen.scoring.rows import finite, load_model, score_rows, threshold_of
+from anomalib_gen.scoring.sinks import check_schema, is_replaceable, kind_of_output, write_result
 from anomalib_gen.scoring.sources import (
     Input,
     Part,
@@ -110,7 +112,7 @@ def score_files(options: ScoreOptions, log: Log) -> Summary:
         "version": 2,
     }
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(output.parent)
         with sole_run(output):
             return _Run(options, output, model, facts["hash"], wanted, inputs, plan, log).run()
     except OSError as error:
@@ -127,6 +129,10 @@ def _refuse_overlap(options: ScoreOptions, output: Path, inputs: list[Input]) ->
     place, quarantine = output.resolve(), options.quarantine or quarantine_beside(output)
     if Path(quarantine).resolve() in (place, record_of(place)):
         raise UsageError(f"--quarantine {options.quarantine} is written by the run itself. Choose another.")
+    if options.quarantine is not None and not is_quarantine(Path(quarantine)):
+        raise UsageError(
+            f"--quarantine {options.quarantine} would replace something else. Choose another name."
+        )
     check_output(output, "--output", inputs)
     check_output(quarantine, "--quarantine", inputs)
 
@@ -148,7 +154,7 @@ class _Run:
         self.options, self.output, self.model, self.wanted = options, output, model, wanted
         self.inputs, self.plan, self.log = inputs, plan, log
         self.model_hash = model_hash[:HASH_DIGITS]
-        self.threshold = float(innermost(model).offset_)
+        self.threshold = threshold_of(model)
         self.has_p_values = hasattr(model, "p_values")
         self.explainer: Explainer | None = None
         self.parts = Parts(output.with_name(f".{output.name}.parts"))
@@ -191,6 +197,7 @@ class _Run:
             and (record := self._recorded())
             and self._is_as_asked(record)
         ):
+            self.parts.remove()
             self.log.info(f"{self.output} is complete already; nothing to do")
             self.summary.code = self._code()
             return True
@@ -200,7 +207,10 @@ class _Run:
                 f"{self.output} exists already. Choose another output, or replace it with --overwrite."
             )
         if not is_replaceable(self.output):
-            raise UsageError(f"{self.output} is a folder with other things in it, and is not replaced.")
+            raise UsageError(
+                f"{self.output} is nothing that `score` has made there (a folder with other things in it, a link to a "
+                "folder, or a file where a folder is wanted), and is not replaced. Choose another output, or remove it."
+            )
         return False
 
     def _recorded(self) -> dict[str, Any] | None:
@@ -237,13 +247,15 @@ class _Run:
             return True
         if self.summary.bad_rows or self.summary.bad_files:
             old = Path(quarantine or quarantine_beside(self.output))
-            try:
-                data = old.read_bytes()
-            except OSError:
-                self.log.warning(f"{old} is gone, so the files are scored again for {self.quarantine}")
+            entries = read_quarantine(old, self.summary.bad_rows, self.summary.bad_files)
+            mine = {item.path for item in self.inputs}
+            if entries is None or not {entry.get("file") for entry in entries} <= mine:
+                self.log.warning(
+                    f"{old} is gone or another run's, so the files are scored again for {self.quarantine}"
+                )
                 self.summary = Summary()
                 return False
-            write_file(self.quarantine, data)
+            write_file(self.quarantine, b"".join(to_json(entry) + b"\n" for entry in entries))
             self.log.info(f"moved {old} to {self.quarantine}")
         self._write_record()
         if self.summary.bad_rows or self.summary.bad_files:
@@ -261,6 +273,7 @@ class _Run:
                 readers.append(str(error))
         if self.key_types is None:
             raise DataError("None of the files can be read.")
+        check_schema(self.output, self._schema())
         return readers
 
     def _checked(self, reader: Reader) -> Reader:
@@ -368,7 +381,7 @@ class _Run:
     def _score(self, source: int, part: Part) -> tuple[pa.Table, dict[str, Any]]:
         """Rows of the output for a part, and facts about it."""
         names = self.wanted.names or [n for n in part.table.column_names if n not in self.wanted.keys]
-        frame, bad = to_frame(part.table, list(names), self.wanted.types)
+        frame, bad = part.frame(names, self.wanted.types)
         kept = np.setdiff1d(np.arange(len(frame)), list(bad))
         scores, refused = score_rows(
             self.model,

@@ -13,7 +13,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as papq
 
 from anomalib_gen.persistence import swap, sync_folder
-from anomalib_gen.scoring._errors import UsageError
+from anomalib_gen.scoring._errors import DataError, UsageError
 from anomalib_gen.scoring.sources import kind_of_file
 
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".br": "brotli"}
@@ -38,6 +38,25 @@ def kind_of_output(path: Path) -> str:
     return kind
 
 
+def check_schema(path: Path, schema: pa.Schema) -> None:
+    """Refuse, before a row is scored, a column of a type that the format does not know.
+
+    Raises
+    ------
+    UsageError
+    """
+    kind = kind_of_output(path)
+    for field in schema:
+        table = pa.table({field.name: pa.nulls(1, field.type)})
+        try:
+            _write_to(pa.BufferOutputStream(), "parquet" if kind == "folder" else kind, [table], table.schema)
+        except pa.ArrowException:
+            raise UsageError(
+                f"Column {field.name!r} is of type {field.type}, which {path.suffix or '.parquet'} files cannot hold. "
+                "Leave it out, or choose another --output; .feather files hold every type."
+            ) from None
+
+
 def write_result(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
     """Write tables under a temporary name, flush them to the disk, and give them their name.
 
@@ -48,6 +67,11 @@ def write_result(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> N
         Read one after the other.
     schema : pyarrow.Schema
         Of all of them.
+
+    Raises
+    ------
+    DataError
+        If a value cannot be written.
     """
     kind = kind_of_output(path)
     fresh = path.with_name(f".{path.name}.tmp")
@@ -62,6 +86,10 @@ def write_result(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> N
         else:
             _write(fresh, kind, tables, schema, codec=CODECS.get(path.suffix.lower()))
         _rename(fresh, path)
+        # (Of a run that was killed where names cannot be exchanged.)
+        _remove(fresh.with_suffix(".old"))
+    except pa.ArrowException as error:
+        raise DataError(f"{path} cannot be written: {str(error).splitlines()[0]}.") from None
     finally:
         _remove(fresh)
     sync_folder(path.parent)
@@ -113,6 +141,8 @@ def _remove(path: Path) -> None:
 
 def is_replaceable(path: Path) -> bool:
     """Whether something under the name of an output looks like one: a file, or a folder of parts alone."""
+    if kind_of_output(path) == "folder" and (path.is_symlink() or not path.is_dir()):
+        return False
     if not path.is_dir():
         return True
     return all(entry.name.startswith("part-") and entry.suffix == ".parquet" for entry in path.iterdir())

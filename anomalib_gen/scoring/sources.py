@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 
-from anomalib_gen.scoring._columns import Wanted, check_types, choose
+from anomalib_gen.scoring._columns import Wanted, check_types, choose, to_frame
 from anomalib_gen.scoring._errors import DataError, UsageError
 
 VALUES_PER_PART = 2**22
@@ -34,6 +36,8 @@ FORMATS = {
 TEXTS = {".csv": ",", ".tsv": "\t"}
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".br")
 CSV_BLOCK_BYTES = 2**22
+NO_VALUES = pa.array(pacsv.ConvertOptions().null_values)
+"""What stands for a missing value in text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +94,28 @@ def find_inputs(patterns: Sequence[str]) -> list[Input]:
     """
     found: dict[str, Input] = {}
     for pattern in patterns:
-        here = _find(pattern)
+        try:
+            here = _find(pattern)
+        except UnicodeError:
+            raise DataError(
+                f"{shown_path(pattern)} names a file whose name is no UTF-8, and such files cannot be read. Rename it."
+            ) from None
+        except OSError as error:
+            raise DataError(f"{pattern} cannot be read: {error}.") from None
         if not here:
             raise DataError(
                 f"{pattern} names no file. Files end in .parquet, .feather, .arrow, .csv or .csv.gz."
             )
         for item in here:
-            found.setdefault(item.place, item)
+            # (However its path is written.)
+            here_only = "://" not in item.path
+            found.setdefault(os.path.abspath(item.place) if here_only else item.path, item)
     return list(found.values())
+
+
+def shown_path(path: str) -> str:
+    """A path that can be printed, whatever bytes are in it."""
+    return path.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def is_remote(path: str) -> bool:
@@ -182,6 +200,11 @@ def _find(pattern: str) -> list[Input]:
     return found
 
 
+def parse_options(delimiter: str, note: Any = None) -> pacsv.ParseOptions:
+    """How lines of text are cut: a line break in quotes is part of a value, wherever it falls."""
+    return pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note)
+
+
 def _below(path: str, folder: str) -> str:
     return path.removeprefix(folder.rstrip("/")).lstrip("/")
 
@@ -204,12 +227,33 @@ class Part:
         Lines of this part that could not be read, with the reason and the line itself.
     last : bool
         Whether the file ends with it.
+    is_text : bool, default=False
+        Whether the values are those of CSV or the like, as they stand in the file.
     """
 
     table: pa.Table
     rows: np.ndarray[Any, np.dtype[np.int64]]
     malformed: dict[int, tuple[str, str]]
     last: bool
+    is_text: bool = False
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Values of a column, of text without those that stand for none.
+
+        A key is taken from `table`, where nothing is lost: NA may be somebody's name.
+        """
+        column = self.table.column(name)
+        # (Those that a folder's name gives may be numbers.)
+        if not self.is_text or not pa.types.is_string(column.type):
+            return column
+        return pc.if_else(pc.is_in(column, value_set=NO_VALUES), pa.scalar(None, column.type), column)
+
+    def frame(
+        self, names: Sequence[str], types: tuple[str | None, ...]
+    ) -> tuple[pd.DataFrame, dict[int, str]]:
+        """Columns as a model takes them, as `to_frame` says."""
+        table = pa.table({name: self.column(name) for name in names})
+        return to_frame(table, list(names), types)
 
 
 class Reader:
@@ -254,9 +298,14 @@ class Reader:
         kind: Any = self.item.kind
         if self.item.is_text:
             kind = pads.CsvFileFormat(
-                parse_options=pacsv.ParseOptions(delimiter=self.item.kind, invalid_row_handler=self._note),
+                parse_options=parse_options(self.item.kind, self._note),
                 read_options=pacsv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
-                convert_options=pacsv.ConvertOptions(column_types=column_types, strings_can_be_null=True),
+                convert_options=pacsv.ConvertOptions(
+                    column_types=column_types,
+                    # (Types are guessed at first, of what is no missing value.)
+                    null_values=NO_VALUES.to_pylist() if column_types is None else [""],
+                    strings_can_be_null=True,
+                ),
             )
         return pads.dataset(
             self.item.place, format=kind, filesystem=self.item.filesystem, partitioning="hive"
@@ -305,8 +354,18 @@ class Reader:
                     yield self._part(batches, start, held, last=False)
                     start, held, batches = start + held, 0, []
         except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
+            self._refuse_changed()
             raise DataError(f"{self.item.path} cannot be read: {_first_line(error)}.") from None
+        self._refuse_changed()
         yield self._part(batches, start, held, last=True)
+
+    def _refuse_changed(self) -> None:
+        """Refuse a file that was written to, or replaced, since it was found: parts of two do not make one."""
+        if "://" in self.item.path:
+            return
+        now = self.item.filesystem.get_file_info(self.item.place)
+        if (int(now.size or 0), int(now.mtime_ns or 0)) != (self.item.size, self.item.mtime):
+            raise DataError(f"{self.item.path} has changed while it was read. Run again when it is complete.")
 
     def _part(self, batches: list[pa.RecordBatch], start: int, count: int, *, last: bool) -> Part:
         table = pa.Table.from_batches(batches, schema=self.schema)
@@ -316,7 +375,8 @@ class Reader:
         good = np.arange(start, start + count)
         rows = good + np.searchsorted(before, good, side="right")
         mine = lines[(before >= start) & ((before < start + count) | last)]
-        return Part(table, rows, {int(line): self._malformed[int(line)] for line in mine}, last)
+        malformed = {int(line): self._malformed[int(line)] for line in mine}
+        return Part(table, rows, malformed, last, self.item.is_text)
 
 
 def _first_line(error: Exception) -> str:

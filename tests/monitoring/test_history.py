@@ -9,7 +9,7 @@ import pytest
 
 from anomalib_gen.monitoring import Alert, Batch, ColumnDrift, Distribution, Reference, compare
 from anomalib_gen.monitoring.history import Entry, History, HistoryError
-from anomalib_gen.monitoring.metrics import write_metrics
+from anomalib_gen.monitoring.metrics import metrics_of
 
 NORMAL = Distribution.of(np.random.default_rng(0).normal(size=500))
 REFERENCE = Reference(500, (), NORMAL, 500, 25, True, -1.645)
@@ -44,6 +44,16 @@ def test_an_alert_is_told_once_and_forgotten_when_it_is_over(history):
     assert history.add("a", LOUD, **FACTS).notified == 7.0
     assert history.add("a", QUIET, **FACTS).notified is None
     assert history.add("a", LOUD, **FACTS).notified is None
+
+
+def test_other_alerts_of_a_run_that_was_told_are_told(history):
+    """Files that came later, and were scored under the same name: what was told was something else."""
+    both = replace(LOUD, alerts=(*LOUD.alerts, Alert("missing", "x", "x: 9.00% are missing")))
+    history.add("a", LOUD, **FACTS)
+    history.notify("a", job="nightly", now=7.0)
+    assert history.add("a", both, **FACTS).notified is None
+    history.notify("a", job="nightly", now=8.0)
+    assert history.add("a", LOUD, **FACTS).notified == 8.0
 
 
 def test_jobs_that_call_their_runs_alike_keep_their_own(history):
@@ -85,8 +95,11 @@ def test_a_run_is_known_by_what_came_out_of_it(history, tmp_path, monkeypatch):
 def test_old_runs_are_forgotten_with_their_columns(history):
     for k in range(5):
         history.add(f"r{k}", QUIET, **FACTS, now=86_400.0 * k)
-    assert history.forget(days=2, now=86_400.0 * 4) == 2
-    assert [entry.run for entry in history.entries()] == ["r4", "r3", "r2"]
+    history.add("r0", QUIET, **{**FACTS, "job": "other"}, now=1.0)
+    assert history.forget(job="nightly", days=2, now=86_400.0 * 4) == 2
+    assert [entry.run for entry in history.entries(job="nightly")] == ["r4", "r3", "r2"]
+    # A job that keeps less does not take from one that keeps more.
+    assert [entry.run for entry in history.entries(job="other")] == ["r0"]
     with sqlite3.connect(history.path) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert connection.execute("SELECT count(*) FROM columns").fetchone() == (0,)
@@ -126,14 +139,12 @@ def test_several_write_at_once(history):
     assert len(history.entries()) == 46
 
 
-def test_metrics_can_be_read_by_prometheus(tmp_path):
+def test_metrics_can_be_read_by_prometheus():
     parser = pytest.importorskip("prometheus_client.parser")
-    path = tmp_path / "a.prom"
-    write_metrics(path, LOUD, job='od"d\n', model="abc", time=12.5)
-    write_metrics(path, QUIET, job='od"d\n', model="abc", time=12.5)
+    data = metrics_of(QUIET, job='od"d\n', model="abc", time=12.5)
     samples = {
         (sample.name, sample.labels.get("kind")): sample
-        for family in parser.text_string_to_metric_families(path.read_text())
+        for family in parser.text_string_to_metric_families(data.decode())
         for sample in family.samples
     }
     assert samples["anomalib_gen_rows", None].value == 400
@@ -141,5 +152,4 @@ def test_metrics_can_be_read_by_prometheus(tmp_path):
     assert samples["anomalib_gen_alerts", "volume"].value == 0
     assert samples["anomalib_gen_outlier_rate", None].value == 0.05
     assert samples["anomalib_gen_model_info", None].labels == {"job_name": 'od"d\n', "model": "abc"}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.prom"]
     assert all(isinstance(alert, Alert) for alert in LOUD.alerts)

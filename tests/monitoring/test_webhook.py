@@ -128,6 +128,13 @@ def test_nobody_listens():
     assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("host", ["a" * 64 + ".example", "a b", ".example"])
+def test_hosts_that_there_cannot_be(host):
+    with pytest.raises(WebhookError, match="failed with") as caught:
+        post(f"http://{host}/s3cret", {}, retries=0)
+    assert "s3cret" not in str(caught.value)
+
+
 @pytest.mark.parametrize("url", ["", "ftp://a/b", "file:///etc/passwd", "no", "http://", "http://a:bc/"])
 def test_other_addresses_are_refused(url):
     with pytest.raises(WebhookError, match="none of the form"):

@@ -1,5 +1,6 @@
 """Folders that were damaged, changed or made by hand: each is refused with one clear error, and nothing runs."""
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -10,6 +11,7 @@ import shutil
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +194,20 @@ def test_a_file_that_becomes_a_link_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(persistence, "list_folder", list_then_link)
     refused(folder, match="is a link")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+def test_a_file_that_becomes_a_pipe_is_not_waited_for(tmp_path):
+    pipe = tmp_path / "model.json"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(persistence.read_file, pipe, size=None, limit=10)
+        try:
+            with pytest.raises(ModelFolderError, match="no plain file"):
+                future.result(timeout=20)
+        finally:
+            with contextlib.suppress(OSError):  # who still waits may go
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
 
 
 @pytest.mark.parametrize(
@@ -398,6 +414,42 @@ def test_a_document_that_is_none(tmp_path):
         b'{"format":"anomalib_gen model folder","version":' + b"9" * 5000 + b"}",
     ):
         refused(write(tmp_path / "m", {**WHOLE, "model.json": data}), match=r"model\.json|cannot be read")
+
+
+COLUMN = {"name": "x", "type": "float", "missing": False, "min": 0.0, "max": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("schema", {}),
+        ("schema", {"named": 1, "n_rows": 3, "columns": None}),
+        ("schema", {"named": True, "n_rows": "3", "columns": None}),
+        ("schema", {"named": True, "n_rows": 3, "columns": {}}),
+        ("schema", {"named": True, "n_rows": 3}),
+        *(
+            ("schema", {"named": True, "n_rows": 3, "columns": [{**COLUMN, **change}]})
+            for change in (
+                {"name": None},
+                {"type": "pickle"},
+                {"min": "0"},
+                {"max": 10**400},
+                {"missing": "no"},
+                {"categories": "abc"},
+            )
+        ),
+        ("training", [1]),
+        ("training", [{}]),
+        ("training", [{"path": "", "class": "A", "parameters": []}]),
+    ],
+)
+def test_what_a_folder_says_of_itself_has_its_form(part, value, tmp_path):
+    """Cards, scoring and monitoring read it, without loading the model."""
+    document = {**document_of(WHOLE), part: value}
+    folder = write(tmp_path / "m", rehash(WHOLE, document))
+    refused(folder, match=f"no proper '{part}'")
+    with pytest.raises(ModelFolderError, match=f"no proper '{part}'"):
+        persistence.inspect(folder)
 
 
 # By chance -------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +77,13 @@ def test_the_schema_of_rows(tiny, tmp_path):
     nullable = pd.DataFrame({"i": [1, None], "b": [True, None]}).astype({"i": "Int64", "b": "boolean"})
     assert _document.describe_rows(None, nullable)["columns"] == [
         {"name": "i", "type": "float", "missing": True, "min": 1.0, "max": 1.0},
-        {"name": "b", "type": "float", "missing": True, "min": 1.0, "max": 1.0},
+        {"name": "b", "type": "boolean", "missing": True},
     ]
+    # (So they come from Arrow, and of no rows or values nothing is known.)
+    flags = pd.DataFrame({"b": [True, None], "t": ["x", pd.NA], "none": [None, None]}, dtype=object)
+    kinds = [(c["type"], c["missing"]) for c in _document.describe_rows(None, flags)["columns"]]
+    assert kinds == [("boolean", True), ("text", True), ("text", True)]
+    assert _document.describe_rows(None, flags[:0])["n_rows"] == 0
 
 
 def test_saving_replaces_only_when_asked(tiny, X, tmp_path):
@@ -145,6 +152,98 @@ def test_a_failure_at_any_moment_leaves_what_was_there(
     if not failed:
         np.testing.assert_array_equal(load(folder).score_samples(X), fitted.score_samples(X))
     assert set(os.listdir(tmp_path)) <= {"model"}
+
+
+@pytest.mark.parametrize("with_exchange", [True, False])
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(
+    tiny, X, tmp_path, monkeypatch, with_exchange
+):
+    """A model is fitted anew every night, and scored with at the same time."""
+    if not with_exchange:
+        monkeypatch.setattr(_files.ctypes, "CDLL", lambda *arguments, **options: object())
+    folder, real = tmp_path / "model", persistence.read_file
+    first, second = tiny(random_state=1).fit(X), tiny(random_state=2).fit(X)
+    expected = persistence.save_described(second, tmp_path / "second", reference=b"[]")
+    for moment, read, right in (
+        ("tensors.safetensors", lambda: persistence.verify(folder), expected),
+        ("reference.json", lambda: persistence.read_reference(folder), b"[]"),
+    ):
+        persistence.save_described(first, folder, reference=b"{}", overwrite=True)
+        left = [1]
+
+        def replaced(path, moment=moment, left=left, **options):
+            if path.name == moment and left:
+                left.pop()
+                persistence.save_described(second, folder, reference=b"[]", overwrite=True)
+            return real(path, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(persistence, "read_file", replaced)
+            assert read() == right
+        assert not left
+    # What is damaged stays damaged.
+    (folder / "tensors.safetensors").write_bytes(b"")
+    with pytest.raises(ModelFolderError, match="truncated"):
+        load(folder)
+
+
+HOLDER = """
+import fcntl, os, sys, time
+handle = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.flock(handle, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_killed_writers_left_is_removed_and_what_living_ones_write_is_not(fitted, tmp_path):
+    pytest.importorskip("fcntl")
+    abandoned, living = tmp_path / ".model.0123abcd.tmp", tmp_path / ".model.89abcdef.tmp"
+    others = [".model.tmp", ".model.0123.tmp", ".model2.0123abcd.tmp", ".model.0123abcd.tmp.bak", "models"]
+    for path in (abandoned, living, *(tmp_path / name for name in others)):
+        path.mkdir()
+        (path / "tensors.safetensors").write_text("half")
+    (tmp_path / ".model.fedcba98.tmp").symlink_to(tmp_path / "models")
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(living)], stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout.readline() == b"held\n"
+            fitted.save(tmp_path / "model")
+            expected = {*others, "model", ".model.fedcba98.tmp"}
+            assert set(os.listdir(tmp_path)) == {*expected, living.name}
+        finally:
+            holder.kill()
+    fitted.save(tmp_path / "model", overwrite=True)
+    assert set(os.listdir(tmp_path)) == expected
+    assert os.listdir(tmp_path / "models") == ["tensors.safetensors"]
+
+
+def test_a_folder_that_was_taken_for_abandoned_is_made_again(fitted, tmp_path, monkeypatch):
+    """Between its making and its lock another writer may remove it, or be about to."""
+    pytest.importorskip("fcntl")
+    real, seen = _files._lock, []
+
+    def late(folder):
+        seen.append(folder)
+        if len(seen) == 1:
+            folder.rmdir()
+        if len(seen) == 2:
+            raise BlockingIOError
+        handle = real(folder)
+        if len(seen) == 3:
+            folder.rmdir()
+        return handle
+
+    monkeypatch.setattr(_files, "_lock", late)
+    content = fitted.save(tmp_path / "model")
+    assert len(set(seen)) == 4
+    assert persistence.verify(tmp_path / "model") == content
+
+
+def test_without_locks_nothing_is_taken_for_abandoned(fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(_files, "fcntl", None)
+    (tmp_path / ".model.0123abcd.tmp").mkdir()
+    fitted.save(tmp_path / "model")
+    assert set(os.listdir(tmp_path)) == {"model", ".model.0123abcd.tmp"}
 
 
 # Formats ---------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from anomalib_gen.calibration import (
     ThresholdDetector,
 )
 from anomalib_gen.features import FeatureExtractor
-from anomalib_gen.images import ChannelsFirst
+from anomalib_gen.images import ChannelsFirst, ImageReader
 from anomalib_gen.models import KernelDenoiser
 from anomalib_gen.paths import EDM
 from anomalib_gen.persistence import ModelFolderError, _tree
@@ -139,6 +139,31 @@ def test_nothing_is_said_of_the_columns_of_images(tmp_path):
         detector.save(tmp_path / "model", X=images[:, :, ::2, ::2], overwrite=True)
     with pytest.raises(ValueError, match="must be a table"):
         small(VAEDetector).fit(images[:, 0, 0]).save(tmp_path / "model", X=images, overwrite=True)
+
+
+def test_images_are_described_as_the_pipeline_takes_them(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    files = tmp_path / "images"
+    files.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 8, 8), dtype=np.uint8)
+    for k, image in enumerate(pixels):
+        Image.fromarray(image).save(files / f"{k:02}.png")
+    paths = [str(path) for path in sorted(files.iterdir())]
+    reading = make_pipeline(ImageReader(mode="L"), small(VAEDetector)).fit(files)
+    turning = make_pipeline(ChannelsFirst(), small(VAEDetector)).fit(pixels)
+    for model, X, n_rows in (
+        (reading, files, None),
+        (reading, str(files), None),
+        (reading, paths, 30),
+        (turning, pixels, 30),
+    ):
+        save(model, tmp_path / "model", X=X, overwrite=True)
+        schema = anomalib_gen.persistence.inspect(tmp_path / "model")["schema"]
+        assert schema == {"named": False, "n_rows": n_rows, "columns": None}
+    card = (tmp_path / "model" / "MODEL_CARD.md").read_text()
+    assert "They are images." in card
+    with pytest.raises(ValueError, match="is no folder"):
+        save(reading, tmp_path / "model", X=tmp_path / "none", overwrite=True)
 
 
 def test_the_card_of_a_detector_of_images_speaks_of_images(tmp_path):

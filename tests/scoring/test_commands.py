@@ -1,9 +1,12 @@
 """The commands `fit`, `evaluate` and `models`, and their configuration."""
 
+import decimal
 import json
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as papq
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score, roc_auc_score
 
@@ -137,6 +140,50 @@ def test_evaluate_refuses_files_without_rows_and_folders(run, rows, model, tmp_p
     result = run("evaluate", tmp_path / "a.csv", "-m", model, "--label", "y", "-o", tmp_path / "folder")
     assert result.exit_code == 1
     assert "is a folder. Name a file" in result.stderr
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".csv"])
+def test_a_model_takes_the_files_that_it_was_fitted_to(run, tmp_path, ending):
+    """Whatever numbers and flags they have: with other types in memory they would be refused, or be news."""
+    rng = np.random.default_rng(0)
+    n = 60
+    columns = {
+        "decimal": pa.array(
+            [decimal.Decimal(int(k)) / 100 for k in rng.integers(1, 999, n)], pa.decimal128(6, 2)
+        ),
+        "flag": pa.array([None if k == 2 else bool(k) for k in rng.integers(0, 3, n)]),
+        "whole": pa.array([int(k) or None for k in rng.integers(0, 3, n)]),
+        "half": pa.array(rng.normal(size=n).astype(np.float16)),
+        "code": pa.array(rng.integers(0, 3, n)).dictionary_encode(),
+        "kind": pa.array(rng.choice(["u", "v"], n)).dictionary_encode(),
+    }
+    table = pa.table(columns)
+    for name, part in (("all", table), ("whole", table.filter(table.column("flag").is_valid()))):
+        if ending == ".csv":
+            part.to_pandas().to_csv(tmp_path / f"{name}.csv", index=False)
+        else:
+            papq.write_table(part, tmp_path / f"{name}.parquet")
+    model = tmp_path / "model"
+    result = run("fit", tmp_path / f"all{ending}", "-m", model, "--detector", FLOW)
+    assert result.exit_code == 0, result.output
+    for name in ("all", "whole"):
+        given, scores = tmp_path / f"{name}{ending}", tmp_path / f"{name}.scores.parquet"
+        result = run("score", given, "-m", model, "-o", scores)
+        assert result.exit_code == 0, result.output
+        result = run("monitor", scores, "-m", model, "--input", given, "--json")
+        unseen = [column["unseen"] for column in json.loads(result.stdout)["report"]["columns"]]
+        assert not any(unseen)
+
+
+def test_an_index_is_no_column(run, rows, tmp_path):
+    frame = rows(60, 0).drop(columns="kind")
+    frame.set_index("id").to_parquet(tmp_path / "named.parquet")
+    frame[frame["x"] > -1].drop(columns="id").to_parquet(tmp_path / "left.parquet")
+    for name in ("named", "left"):
+        model = tmp_path / name
+        assert run("fit", tmp_path / f"{name}.parquet", "-m", model, "--detector", FLOW).exit_code == 0
+        columns = persistence.inspect(model)["schema"]["columns"]
+        assert [column["name"] for column in columns] == ["x", "n"]
 
 
 def test_fit_takes_no_keys_for_categories(run, rows, tmp_path):

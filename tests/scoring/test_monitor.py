@@ -316,13 +316,20 @@ def test_a_webhook_from_the_environment_and_one_that_is_none(run, scored, fitted
 
 def test_metrics_are_written(run, scored, fitted_model):
     path = scored / "metrics" / "a.prom"
-    assert (
-        monitor(run, scored, "other", fitted_model, "--prometheus", path, "--job", "nightly").exit_code == 3
-    )
+    path.parent.mkdir()
+    path.with_name("a.prom.tmp").write_text("half of what a killed run wrote")
+    result = monitor(run, scored, "other", fitted_model, "--prometheus", path, "--job", "nightly")
+    assert result.exit_code == 3
+    assert "node exporter" not in result.stderr
+    assert [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")] == ["a.prom"]
     assert 'anomalib_gen_rows{job_name="nightly"} 400.0' in path.read_text()
     assert 'anomalib_gen_alerts{job_name="nightly",kind="scores"} 1.0' in path.read_text()
     result = monitor(run, scored, "same", fitted_model, "--prometheus", scored / "same.parquet" / "a.prom")
     assert result.exit_code == 2
+    # That would be written every night, and read by nobody.
+    result = monitor(run, scored, "same", fitted_model, "--prometheus", scored / "a.txt")
+    assert result.exit_code == 0
+    assert "the node exporter reads files that end in .prom alone" in result.stderr
 
 
 # Input -----------------------------------------------------------------------------------------------------

@@ -1,12 +1,17 @@
 """Outputs that several processes write at a time."""
 
+import os
+import shutil
 import subprocess
 import sys
 
+import pyarrow as pa
 import pytest
 
+from anomalib_gen.persistence import _files
 from anomalib_gen.scoring._errors import UsageError
 from anomalib_gen.scoring.parts import sole_run, write_file, write_output
+from anomalib_gen.scoring.sinks import write_result
 
 WRITER = """
 import sys
@@ -56,6 +61,29 @@ def test_what_a_killed_process_left_is_used_and_does_not_stay(tmp_path):
     with pytest.raises(OSError, match="taken"):
         write_file(tmp_path / "taken", b"whole")
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_folder_is_replaced_after_a_kill_where_names_cannot_be_exchanged(tmp_path, monkeypatch):
+    """There two names change one after the other; a kill leaves the earlier folder under a third one."""
+    table, path = pa.table({"score": [1.0]}), tmp_path / "scores"
+    monkeypatch.setattr(_files.ctypes, "CDLL", lambda *arguments, **options: object())
+    for is_there in (True, False):
+        write_result(path, [table], table.schema)
+        shutil.copytree(path, tmp_path / ".scores.old")
+        if not is_there:
+            shutil.rmtree(path)
+        write_result(path, [table], table.schema)
+        assert os.listdir(tmp_path) == ["scores"]
+
+
+def test_a_loss_of_power_takes_no_folder_that_was_made_for_an_output(tmp_path, monkeypatch):
+    """A file is found again only if every folder above it has been flushed since it got the next one's name."""
+    flushed, real = [], _files.sync_folder
+    monkeypatch.setattr(_files, "sync_folder", lambda folder: (flushed.append(folder), real(folder)))
+    write_output(tmp_path / "2026" / "11" / "found.json", b"whole")
+    assert flushed == [tmp_path, tmp_path / "2026"]
+    with pytest.raises(OSError, match="found"):
+        write_output(tmp_path / "2026" / "11" / "found.json" / "more" / "found.json", b"whole")
 
 
 def test_who_waits_for_long_is_told(tmp_path, monkeypatch):

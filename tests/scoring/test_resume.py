@@ -153,6 +153,26 @@ def test_a_finished_run_is_left_alone_and_other_input_is_scored_anew(
     assert set(results(output.parent)) == {"out.parquet", "out.parquet.run.json"}
 
 
+@pytest.mark.usefixtures("small_parts", "expected")
+def test_parts_that_were_being_removed_do_not_stay(run, incoming, model, tmp_path, counted, monkeypatch):
+    folder = tmp_path / "out"
+
+    def die(path, **options):
+        for part in path.glob("*.arrow"):
+            part.unlink()
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.shutil, "rmtree", die)
+        assert is_killed(run, *command(incoming, model, folder / "out.parquet"))
+    before = results(folder)
+    counted.clear()
+    assert run(*command(incoming, model, folder / "out.parquet")).exit_code == 4
+    assert counted == []
+    assert results(folder) == before
+    assert not (folder / ".out.parquet.parts").exists()
+
+
 @pytest.mark.usefixtures("small_parts")
 def test_parts_of_another_run_are_not_used(run, incoming, model, tmp_path, expected, counted, monkeypatch):
     folder = tmp_path / "out"
@@ -217,6 +237,13 @@ def test_the_quarantine_of_a_finished_run_goes_where_it_is_wanted(run, incoming,
     assert results(folder) == before
     assert not (tmp_path / "worse.jsonl").exists()
     assert counted == []
+    # A file that two runs share is the other one's now, and stays; so does whatever else a record might name.
+    for text in ("precious", '{"file": "other.csv", "row": 3, "reason": "bad"}\n'):
+        (folder / "out.parquet.quarantine.jsonl").write_text(text)
+        result = run(*arguments, "--quarantine", tmp_path / "bad.jsonl")
+        assert result.exit_code == 1
+        assert "gone or another run's" in result.stderr
+        assert (folder / "out.parquet.quarantine.jsonl").read_text() == text
     # What is gone can only be found by scoring again.
     (folder / "out.parquet.quarantine.jsonl").unlink()
     assert run(*arguments, "--quarantine", tmp_path / "bad.jsonl").exit_code == 1
@@ -424,6 +451,11 @@ def test_parts_are_whole_or_not_there(tmp_path):
     kept.write(0, 1, table, {"bad": [], "rows": 2, "last": True})
     assert kept.finished(0) == (2, True)
     assert kept.finished(1) == (0, False)
+    # What a damaged disk leaves of one does not count either.
+    for damage in (b"", b"\0" * 500, (kept.folder / "000000-00000001.arrow").read_bytes()[:-9]):
+        (kept.folder / "000000-00000001.arrow").write_bytes(damage)
+        assert kept.finished(0) == (1, False)
+        assert [len(part) for part in kept.tables(1)] == [2]
     assert kept.begin({"a": 1}, resume=True)
     assert not kept.begin({"a": 2}, resume=True)
     assert kept.finished(0) == (0, False)

@@ -18,6 +18,10 @@ from anomalib_gen.scoring.config import ReportOptions
 from anomalib_gen.scoring.page import contribution_shares, count, number, share, short, size
 from anomalib_gen.scoring.reporting import gather
 
+FLOW = (
+    "anomalib_gen.FlowDetector(transform='realnvp', n_layers=1, hidden_features=4, max_iter=5, device='cpu')"
+)
+
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
@@ -568,3 +572,29 @@ def test_many_columns_and_files_are_cut(run, tmp_path):
     assert len(page.tables["drift-table"]) == 301
     assert "300 of 320 columns are listed" in " ".join(page.text.split())
     assert "103 files, the first 100 of them" in page.text
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".csv"])
+def test_keys_are_shown_as_they_are(run, rows, scored, described, tmp_path, ending):
+    """Text of digits is no number, and a whole number beside a missing one is no float."""
+    frame = rows(60, 3)
+    frame.loc[:3, "x"] = [30.0, 29.0, 28.0, 27.0]
+    frame["id"] = [f"{k:05d}" for k in range(len(frame))]
+    frame["big"] = pd.array([2**53 + 1, None, *range(len(frame) - 2)], dtype="Int64")
+    output = scored(frame, ending=ending, keys=("id", "big"))
+    assert run("report", output, "-m", described, "-o", tmp_path / "page.html").exit_code == 0
+    table = page_of(tmp_path / "page.html").tables["anomaly-table"]
+    found = {row[1]: row[2] for row in table[1:]}
+    assert found["00000"] == str(2**53 + 1)
+    assert found["00001"] in ("None", "–", "")
+
+
+def test_lines_of_a_quarantine_end_where_json_says(run, rows, scored, described, tmp_path):
+    """Other characters that end lines may stand in a value."""
+    frame = rows(60, 3)
+    frame.loc[2, ["x", "id"]] = [np.nan, "a\u2028b\x85c\x0bd"]
+    model = tmp_path / "strict"
+    frame[3:].drop(columns=["id", "kind"]).to_parquet(tmp_path / "h.parquet")
+    assert run("fit", tmp_path / "h.parquet", "-m", model, "--detector", FLOW).exit_code == 0
+    output = scored(frame, model=model)
+    assert run("report", output, "-m", model, "-o", tmp_path / "page.html").exit_code == 0

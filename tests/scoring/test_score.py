@@ -444,7 +444,7 @@ def test_a_damaged_model_is_code_2(run, rows, tmp_path, fitted):
     assert "truncated" in result.stderr
 
 
-def test_outputs_that_may_not_be_made(run, rows, model, tmp_path):
+def test_outputs_that_may_not_be_made(run, rows, model, tmp_path, monkeypatch):
     source = write(rows(20, 0), tmp_path / "rows.parquet")
     base = ("score", source, "-m", model)
     assert run(*base, "-o", tmp_path / "out.xlsx").exit_code == 1
@@ -454,11 +454,63 @@ def test_outputs_that_may_not_be_made(run, rows, model, tmp_path):
     result = run(*base, "-o", tmp_path / "precious", "--overwrite")
     assert result.exit_code == 1
     assert (tmp_path / "precious" / "thesis.txt").exists()
+    # Nor, after hours of scoring, a file where a folder is wanted, or a link to a folder.
+    (tmp_path / "plain").write_text("three years")
+    (tmp_path / "linked").symlink_to(tmp_path / "precious")
+    monkeypatch.setattr(running, "score_rows", None)
+    for name in ("plain", "linked"):
+        result = run(*base, "-o", tmp_path / name, "--overwrite")
+        assert result.exit_code == 1
+        assert "is not replaced. Choose another output" in result.stderr
+    assert (tmp_path / "plain").read_text() == "three years"
     (tmp_path / "out.csv").write_text("earlier")
     result = run(*base, "-o", tmp_path / "out.csv")
     assert result.exit_code == 1
     assert "--overwrite" in result.stderr
     assert (tmp_path / "out.csv").read_text() == "earlier"
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv.gz", ".parquet", "", ".feather"])
+def test_keys_that_a_format_cannot_hold_are_refused_before_the_work(
+    run, rows, model, tmp_path, monkeypatch, ending
+):
+    table = pa.Table.from_pandas(rows(3, 0))
+    table = table.append_column("list", pa.array([[1], [], None]))
+    table = table.append_column("span", pa.array([(1, 2, 3)] * 3, pa.month_day_nano_interval()))
+    table = table.append_column("bytes", pa.array([b"\xff", b"a", None]))
+    pyarrow.feather.write_feather(table, tmp_path / "in.feather")
+    base = ("score", tmp_path / "in.feather", "-m", model)
+    refused = {".parquet": ["span"], "": ["span"], ".feather": []}.get(ending, ["list", "span"])
+    for key in ("list", "span", "bytes"):
+        with monkeypatch.context() as patch:
+            if key in refused:
+                patch.setattr(running, "score_rows", None)
+            result = run(*base, "-k", key, "-o", tmp_path / f"{key}{ending}")
+        # (Whether bytes are text shows when they are written.)
+        late = key == "bytes" and ending in (".csv", ".tsv.gz")
+        assert result.exit_code == (1 if key in refused else 2 if late else 0), result.output
+        if key in refused:
+            assert f"Column '{key}' is of type" in result.stderr
+        if late:
+            assert "cannot be written: Invalid UTF8" in result.stderr
+
+
+def test_a_quarantine_replaces_quarantines_alone(run, rows, model, tmp_path):
+    """A good night removes it, and would remove whatever has its name."""
+    base = ("score", write(rows(20, 0), tmp_path / "rows.csv"), "-m", model, "-o", tmp_path / "out.csv")
+    for name, text in (("notes.txt", "three years"), ("rows.csv", None), ("folder", None), ("a.json", "[1]")):
+        place = tmp_path / name
+        if name == "folder":
+            place.mkdir()
+        elif text:
+            place.write_text(text)
+        result = run(*base, "--quarantine", place)
+        assert result.exit_code == 1
+        assert f"--quarantine {place} would replace" in result.stderr
+        assert place.exists()
+    (tmp_path / "bad.jsonl").write_text('{"file": "b.csv", "reason": "r", "row": 1}\n')
+    assert run(*base, "--quarantine", tmp_path / "bad.jsonl").exit_code == 0
+    assert not (tmp_path / "bad.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["incoming/a.parquet", "incoming"])
@@ -583,7 +635,7 @@ def test_internal_errors_are_code_5(run, rows, model, tmp_path, monkeypatch):
         raise ZeroDivisionError("surprise")
 
     source = write(rows(20, 0), tmp_path / "rows.parquet")
-    monkeypatch.setattr(running, "to_frame", fail)
+    monkeypatch.setattr(sources, "to_frame", fail)
     assert run("score", source, "-m", model, "-o", tmp_path / "out.parquet").exit_code == 5
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".parts"]
 
