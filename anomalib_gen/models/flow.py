@@ -32,11 +32,9 @@ This is the only module that imports nflows (0.14, the last release). What is wo
   and tensor shapes that depend on the data; here values are clamped and selected instead;
 - `MADE` gives hidden unit k the degree 1 + k mod (D - 1): with fewer units than columns the later columns are never
   seen by anything, and the first column never learns of the context; here degrees are spread evenly and start at 0;
+- `AffineCouplingTransform` has scales of sigmoid(a + 2) + 0.001, which shrink. Linear maps between the layers stretch
+  in their place; without them no density could rise above the peak of a standard normal, so scales are up to 2 there;
 - `BatchNorm` starts with a running variance of zero and is not used.
-
-What is not: `AffineCouplingTransform` has scales of sigmoid(a + 2) + 0.001, which shrink. Linear maps between the
-layers stretch in their place; without them ("realnvp" with ``mix=False``) no density rises above the peak of a standard
-normal.
 """
 
 from __future__ import annotations
@@ -169,6 +167,15 @@ def rational_quadratic_spline(
     return y, log_slope
 
 
+class StretchingAffineCoupling(nft.AffineCouplingTransform):
+    """nflows' affine coupling with scales up to 2."""
+
+    def _scale_and_shift(self, transform_params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shift, scale = transform_params.chunk(2, dim=1)
+        # Larger ones let the training on few wide rows run away.
+        return 2 * torch.sigmoid(scale) + 1e-3, shift
+
+
 class SplineCoupling(nft.PiecewiseRationalQuadraticCouplingTransform):
     """nflows' spline coupling over our spline."""
 
@@ -250,7 +257,9 @@ def _coupling(
     hidden_features: int,
     n_blocks: int,
     n_bins: int,
+    *,
     odd: bool,
+    mixed: bool,
 ) -> nn.Module:
     def conditioner(n_inputs: int, n_outputs: int) -> nn.Module:
         network = ResidualMLP(
@@ -265,7 +274,7 @@ def _coupling(
     mask = (torch.arange(features) + odd) % 2
     if spline:
         return SplineCoupling(mask, conditioner, n_bins)
-    return nft.AffineCouplingTransform(mask, conditioner)
+    return (nft.AffineCouplingTransform if mixed else StretchingAffineCoupling)(mask, conditioner)
 
 
 FLOW_TRANSFORMS = ("maf", "nsf-autoregressive", "nsf-coupling", "realnvp")
@@ -328,7 +337,7 @@ def make_flow_transform(
                 layers.append(nft.ReversePermutation(features))
             if mix:
                 layers.append(LULinear(features))
-        layers.append(_coupling(*sizes, odd=bool(k % 2)) if coupled else _autoregressive(*sizes))
+        layers.append(_coupling(*sizes, odd=bool(k % 2), mixed=mix) if coupled else _autoregressive(*sizes))
     return nft.CompositeTransform(layers)
 
 
