@@ -129,12 +129,12 @@ def _refuse_overlap(options: ScoreOptions, output: Path, inputs: list[Input]) ->
     place, quarantine = output.resolve(), options.quarantine or quarantine_beside(output)
     if Path(quarantine).resolve() in (place, record_of(place)):
         raise UsageError(f"--quarantine {options.quarantine} is written by the run itself. Choose another.")
+    check_output(output, "--output", inputs)
+    check_output(quarantine, "--quarantine", inputs)
     if options.quarantine is not None and not is_quarantine(Path(quarantine)):
         raise UsageError(
             f"--quarantine {options.quarantine} would replace something else. Choose another name."
         )
-    check_output(output, "--output", inputs)
-    check_output(quarantine, "--quarantine", inputs)
 
 
 class _Run:

@@ -606,17 +606,19 @@ class Centre(nn.Module):
         return (x - self.centre).square().sum(1)
 
 
-class Energy(Component):
-    in_nats = False
-
+class Loss(Component):
     def __call__(self, model, x, generator):
         return model.energy(x)
+
+
+class Energy(Loss):
+    in_nats = False
 
 
 class Toy(GenerativeDetector):
     """The distance from a trained centre."""
 
-    _objectives = {"energy": Energy, "likelihood": MaximumLikelihood}  # noqa: RUF012
+    _objectives = {"energy": Loss, "likelihood": MaximumLikelihood}  # noqa: RUF012
     _anomalies = {"energy": Energy, "likelihood": Likelihood}  # noqa: RUF012
     _parameter_constraints = {  # noqa: RUF012
         **{
@@ -640,7 +642,7 @@ class Toy(GenerativeDetector):
         return Centre(*event_shape)
 
     def _default_objective(self):
-        return Energy()
+        return Loss()
 
     def _default_anomaly(self, model):
         return Energy()
@@ -661,14 +663,14 @@ def get_toy(**parameters):
 
 def test_a_family_takes_names_objects_and_none(X):
     expected = get_toy().fit(X).score_samples(X)
-    for objective, anomaly in [("energy", "energy"), (Energy(), Energy()), (None, "energy")]:
+    for objective, anomaly in [("energy", "energy"), (Loss(), Energy()), (None, "energy")]:
         detector = get_toy(objective=objective, anomaly=anomaly).fit(X)
         np.testing.assert_array_equal(detector.score_samples(X), expected)
     assert not hasattr(detector, "log_prob")
 
 
 def test_an_objective_may_learn_from_the_training_rows_first(X):
-    class Prepared(Energy):
+    class Prepared(Loss):
         def prepare(self, model, rows, generator):
             self.n_ = len(rows)
 
