@@ -1,8 +1,7 @@
 """The state of the latest run as a text file for Prometheus' node exporter (its textfile collector).
 
-Labels are few: a run of a table of a thousand
-columns would be thousands of series, so the drift of single columns is written for so many of them only, the most
-drifted first, and of all there are the largest values.
+Labels are few: a run of a table of a thousand columns would be thousands of series, so the drift of single columns is
+written for so many of them only, the most drifted first, and of all there are the largest values.
 """
 
 from __future__ import annotations
