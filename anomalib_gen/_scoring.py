@@ -17,6 +17,8 @@ from anomalib_gen._scaling import Standardizer
 
 IMAGES_PER_BLOCK = 64
 """Images scored at once at most."""
+BLOCKS_STANDARDISED = 8
+"""Blocks of rows standardised at once."""
 CELL_PAIRS = 1
 """Pairs of points of each cell over which the likelihood of discrete images is averaged."""
 
@@ -50,21 +52,26 @@ def score_in_blocks(
     values = np.empty(len(X))
     # An anomaly that takes gradients leaves inference mode by itself (samplers.score_of does).
     with torch.inference_mode():
-        for rows in _runtime.row_blocks(len(X), block_rows):
-            z, log_dets = scaler.transform_with_log_dets(X[rows])
-            n = len(z)
-            if dtype == torch.float32:
-                limit = float(np.finfo(np.float32).max)
-                # One shape for every block: in float32 a kernel's rounding depends on the shape.
-                z = np.clip(np.resize(z, (block_rows, *z.shape[1:])), -limit, limit)
-            x = torch.from_numpy(z).to(device=device, dtype=dtype)
-            # The same noise for every block, so that a row's score does not depend on its place.
-            parts = []
-            for offset in cell_points(x, cell, seed):
-                a = anomaly(model, x if offset is None else x + offset, _runtime.scoring_generator(seed))
-                parts.append(a[:n].cpu().double().numpy())
-            value = parts[0] if len(parts) == 1 else np.mean(parts, axis=0)
-            values[rows] = value - log_dets if anomaly.in_nats else value
+        # Rows are standardised several blocks at a time: calls of numpy would be a part of what small models take.
+        for several in _runtime.row_blocks(len(X), BLOCKS_STANDARDISED * block_rows):
+            scaled, log_dets = scaler.transform_with_log_dets(X[several])
+            for rows in _runtime.row_blocks(len(scaled), block_rows):
+                z = scaled[rows]
+                n = len(z)
+                if dtype == torch.float32:
+                    limit = float(np.finfo(np.float32).max)
+                    # One shape for every block: in float32 a kernel's rounding depends on the shape.
+                    z = np.clip(np.resize(z, (block_rows, *z.shape[1:])), -limit, limit)
+                x = torch.from_numpy(z).to(device=device, dtype=dtype)
+                # The same noise for every block, so that a row's score does not depend on its place.
+                parts = []
+                for offset in cell_points(x, cell, seed):
+                    a = anomaly(model, x if offset is None else x + offset, _runtime.scoring_generator(seed))
+                    parts.append(a[:n].cpu().double().numpy())
+                first = several.start + rows.start
+                values[first : first + n] = parts[0] if len(parts) == 1 else np.mean(parts, axis=0)
+            if anomaly.in_nats:
+                values[several] -= log_dets
     if np.isnan(values).any():
         raise FloatingPointError(
             f"The model gives NaN for row {int(np.flatnonzero(np.isnan(values))[0])}. "
