@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from anomalib_gen import persistence
+from anomalib_gen.calibration import _wrapped
 from anomalib_gen.calibration._wrapped import innermost
 from anomalib_gen.persistence import ModelFolderError
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
@@ -64,8 +65,19 @@ def detector_in(model: Any) -> Any:
 
 
 def threshold_of(model: Any) -> float:
-    """Score below which a row is flagged; minus infinity flags none."""
-    return float(innermost(model).offset_)
+    """Score below which a row is flagged; minus infinity flags none.
+
+    Raises
+    ------
+    DataError
+        If the model has none: some that score rows flag none.
+    """
+    threshold = _wrapped.threshold_of(model)
+    if threshold is None:
+        raise DataError(
+            f"A {type(innermost(model)).__name__} has no threshold. Give it one: `anomalib-gen calibrate`."
+        )
+    return threshold
 
 
 def finite(value: float) -> float | None:

@@ -15,13 +15,17 @@ import pyarrow.parquet as papq
 import pytest
 from filelock import FileLock
 from sklearn.frozen import FrozenEstimator
+from sklearn.neighbors import KernelDensity
 from sklearn.pipeline import make_pipeline, make_union
+from sklearn.preprocessing import StandardScaler
 
 from anomalib_gen import VAEDetector, persistence, save
 from anomalib_gen.calibration import SplitConformalDetector
 from anomalib_gen.images import ChannelsFirst
 from anomalib_gen.scoring import run as running
 from anomalib_gen.scoring import sources
+from anomalib_gen.scoring._errors import DataError
+from anomalib_gen.scoring.rows import threshold_of
 
 
 def read(path):
@@ -749,3 +753,9 @@ def test_mistakes_of_the_night_are_named(run, rows, model, tmp_path):
     result = run("score", tmp_path / "empty.parquet", "-m", model, "-o", tmp_path / "semi.csv" / "s.parquet")
     assert result.exit_code == 2
     assert "is a file where a folder should be" in result.stderr
+
+
+def test_a_model_without_a_threshold_is_no_internal_error():
+    density = KernelDensity().fit(np.zeros((3, 2)))
+    with pytest.raises(DataError, match=r"A KernelDensity has no threshold.*calibrate"):
+        threshold_of(make_pipeline(StandardScaler(), density))
