@@ -29,6 +29,7 @@ Rows are standardised, and compressed beyond five deviations, so that all of thi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -69,6 +70,7 @@ from anomalib_gen.networks import build_network, make_network
 from anomalib_gen.objectives import Denoising, DiffusionTimeEstimation, FlowMatching, ImprovedDDPM
 from anomalib_gen.paths import EDM, PATHS, CosineBetas, Linear, Path
 from anomalib_gen.samplers import SAMPLERS, solve_ode
+from anomalib_gen.samplers.sde import sampler_options
 
 DENOISERS = ("closed-form", "hybrid", "network")
 NETWORKS = ("auto", "convolutional", "energy", "mlp", "residual")
@@ -472,6 +474,7 @@ class DiffusionDetector(GenerativeDetector):
         *,
         sampler: str = "auto",
         n_steps: int = 100,
+        sampler_params: Mapping[str, Any] | None = None,
         random_state: Any = None,
     ) -> npt.NDArray[np.float64]:
         """Draw new rows from the model.
@@ -486,6 +489,10 @@ class DiffusionDetector(GenerativeDetector):
             "rk4" go wrong where levels far above the data are far apart, unless there are several hundred steps.
         n_steps : int, default=100
             Steps from noise to rows; a discrete path has at most its own.
+        sampler_params : dict or None, default=None
+            Further options of the sampler, by the names that its function in `anomalib_gen.samplers` has for them: for
+            example ``{"eta": 0.5}`` of "ddim", or ``{"n_corrections": 2, "signal_to_noise": 0.1}`` of
+            "predictor-corrector".
         random_state : int, RandomState instance or None, default=None
             None draws afresh at each call.
 
@@ -497,7 +504,7 @@ class DiffusionDetector(GenerativeDetector):
         Raises
         ------
         ValueError
-            If `n_samples` or `n_steps` is not a positive integer, or the sampler is unknown.
+            If `n_samples` or `n_steps` is not a positive integer, or the sampler, or an option of it, is unknown.
         """
         n_steps = check_count(n_steps, "n_steps")
         if sampler not in ("auto", *SAMPLERS):
@@ -506,10 +513,17 @@ class DiffusionDetector(GenerativeDetector):
         self._check_denoiser()
         if sampler == "auto":
             sampler = "ddim" if isinstance(self.model_.path, CosineBetas) else "heun"
-        options = {"sampler": sampler, "n_steps": n_steps}
+        options = dict(sampler_params or {})
+        known_options = sampler_options(sampler)
+        for name in options:
+            if name not in known_options:
+                raise ValueError(
+                    f"sampler_params has {name!r}, which sampler={sampler!r} does not take. "
+                    f"It takes: {', '.join(map(repr, known_options))}."
+                )
         if sampler == "ancestral" and getattr(self.model_, "learned_variance", False):
-            options["variance"] = "learned"
-        return self._draw(n_samples, random_state, **options)
+            options.setdefault("variance", "learned")
+        return self._draw(n_samples, random_state, sampler=sampler, n_steps=n_steps, **options)
 
     def _check_denoiser(self) -> None:
         check_is_fitted(self)

@@ -33,6 +33,7 @@ is left there; in (1), (3) and `ddim` that is the limit of a step to level zero.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -585,3 +586,11 @@ SAMPLERS: Mapping[str, Sampler] = {
     "rk4": partial(probability_flow, method="rk4"),
 }
 """Samplers by name, with one call: ``sampler(denoise, x, grid, path=..., generator=...) -> (x, info)``."""
+
+
+def sampler_options(name: str) -> list[str]:
+    """Names of the options that a sampler of `SAMPLERS` takes beside what all of them are given."""
+    given = {"path", "generator", "method", "thin", "verbose"}
+    parameters = inspect.signature(SAMPLERS[name]).parameters.values()
+    options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given]
+    return sorted([*options, "rtol", "atol"] if name == "adaptive" else options)

@@ -158,6 +158,34 @@ def test_samples_by_default_have_the_moments_of_the_rows(rows, path):
     np.testing.assert_allclose(drawn.std(axis=0) / scale, 1, atol=0.06)
 
 
+def test_options_reach_the_sampler(fitted):
+    def drawn(sampler, **options):
+        return fitted.sample(20, sampler=sampler, n_steps=20, sampler_params=options, random_state=0)
+
+    np.testing.assert_array_equal(
+        drawn("ddim"), fitted.sample(20, sampler="ddim", n_steps=20, random_state=0)
+    )
+    different = {
+        "adaptive": {"rtol": 1e-2, "atol": 1e-2},
+        "ancestral": {"variance": 1.0},
+        "annealed-langevin": {"n_steps_per_level": 2, "step_ratio": 0.05},
+        "ddim": {"eta": 0.5},
+        "heun": {"final_denoise": False},
+        "predictor-corrector": {"n_corrections": 2, "predictor": "ancestral", "signal_to_noise": 0.1},
+    }
+    for sampler, options in different.items():
+        for name, value in options.items():
+            assert not np.array_equal(drawn(sampler, **{name: value}), drawn(sampler)), (sampler, name)
+
+
+def test_unknown_options_of_a_sampler_are_named(fitted):
+    for sampler, name in [("heun", "eta"), ("heun", "rtol"), ("ddim", "path"), ("adaptive", "method")]:
+        with pytest.raises(ValueError, match=f"sampler_params has '{name}'.*sampler='{sampler}'.*final_denoise"):
+            fitted.sample(3, sampler=sampler, sampler_params={name: 1})
+    with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\]"):
+        fitted.sample(3, sampler="ddim", sampler_params={"eta": 2})
+
+
 def test_learned_variances_are_drawn_with(rows, monkeypatch):
     detector = make(objective="improved-ddpm").fit(rows)
     asked = []
