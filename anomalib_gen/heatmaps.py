@@ -6,15 +6,17 @@ made of one number a value:
     "residual":     r_j^2, r = x - xhat, what the model would change;
     "score":        s_j^2, s = grad log p(x), how steeply the density rises if the value changes; of a model that
                     is conditional on noise, the mean over a ladder of levels of (s * level)_j^2;
-    "likelihood":   -log p(x_j | z), what an autoencoder's decoder charges for the value.
+    "likelihood":   -log p(x_j | z), what an autoencoder's decoder charges for the value; of a multi-scale flow the
+                    share of each pixel in -log p(x), with the values that its layers give to the place and what they
+                    stretch there (models.glow). These add up to -log p(x).
 
 The first asks for a model that reconstructs (autoencoders and diffusion models), the second for one that is
 differentiable, which all are. As an energy E is -log p up to a constant, the score is minus the energy's gradient. Maps
 are averaged over a window, because single pixels are noise: by default a sixteenth of the side.
 
 What a map tells is where a model's number comes from, not where an anomaly is: a missing part shows where it should
-have been, and gradients are large at edges whether these are odd or not, above all those of a flow, which is fitted
-without noise. `subtract` takes off what is usual at each pixel.
+have been, and gradients are large at edges whether these are odd or not; those of a flow, which is fitted without
+noise, say next to nothing. `subtract` takes off what is usual at each pixel.
 """
 
 from __future__ import annotations
@@ -55,8 +57,9 @@ def explain_images(
         A fitted detector of images, of any family; of a composition its members have maps.
     X : array-like of shape (n_samples, channels, height, width)
     kind : {"auto", "residual", "score", "likelihood"}, default="auto"
-        What is shown, see the module. "auto" takes the residual of an autoencoder or a diffusion model, and the score
-        of a flow or an energy model. "likelihood" is for autoencoders.
+        What is shown, see the module. "auto" takes the residual of an autoencoder or a diffusion model, the likelihood
+        of a multi-scale flow ("glow", the default for images) and the score of an energy model or of any other flow.
+        "likelihood" is for autoencoders and multi-scale flows.
     smooth : int or "auto", default="auto"
         Side of the window over which maps are averaged; 1 for none. "auto" takes a sixteenth of the longer side, an odd
         number and at least 3.
@@ -147,16 +150,20 @@ def resolve_kind(model: Any, kind: str) -> str:
     """
     if kind != "auto":
         return kind
-    return "residual" if hasattr(model, "denoise") or hasattr(model, "reconstruct") else "score"
+    if hasattr(model, "denoise") or hasattr(model, "reconstruct"):
+        return "residual"
+    return "likelihood" if hasattr(getattr(model, "transform", None), "log_prob_by_place") else "score"
 
 
 def _pixels(model: Any, x: torch.Tensor, kind: str) -> torch.Tensor:
-    """The quantity of each value of images ``(B, C, H, W)``, of the same shape."""
+    """The quantity of each value of images ``(B, C, H, W)``, of the same shape, or of each pixel, ``(B, 1, H, W)``."""
     kind = resolve_kind(model, kind)
     try:
         if kind == "residual":
             return _mean(r.square() for r in MultiScaleReconstruction().residuals(model, x))
         if kind == "likelihood":
+            if hasattr(model, "log_prob_by_place"):
+                return -model.log_prob_by_place(x).unsqueeze(1)
             return -model.observation.value_log_probs(x, model.decode(model.encode(x).mean))
         if hasattr(model, "score") and getattr(model, "noise_levels", None) is not None:
             return _mean(

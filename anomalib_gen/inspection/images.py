@@ -16,7 +16,7 @@ from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_scores, ink, s
 UNITS = {
     "residual": "squared residual, in standardised pixels",
     "score": "squared slope of log p, in standardised pixels",
-    "likelihood": "surprise of the decoder, in nats",
+    "likelihood": "surprise, in nats",
 }
 OPACITY = 0.9
 """Of the overlay where a map is at the end of its scale: what is below can still be seen."""

@@ -51,6 +51,7 @@ from torch.nn import functional as F
 
 from anomalib_gen._runtime import check_levels, check_rows, check_shape
 from anomalib_gen.networks import ResidualMLP, compress_tails, expand_tails
+from anomalib_gen.networks.tails import compress_values
 
 SPLINE_BOUND = 6.0
 """Splines act inside this box and are the identity outside."""
@@ -410,6 +411,23 @@ class FlowModel(nn.Module):
         check_shape(log_det, (len(y),), "The transform's log-determinant")
         log_base = -0.5 * (u.flatten(1).square().sum(1) + math.prod(self.event_shape) * math.log(2 * math.pi))
         return log_base + log_det + log_det_tails - self.spread.log().sum()
+
+    def log_prob_by_place(self, x: torch.Tensor) -> torch.Tensor:
+        """Share of each pixel in the log-density of images, where the transform has such shares (`Glow` has).
+
+        Parameters
+        ----------
+        x : Tensor of shape (B, C, H, W)
+
+        Returns
+        -------
+        Tensor of shape (B, H, W)
+            In nats. They add up to `log_prob`.
+        """
+        check_rows(x, self.event_shape)
+        y, log_slope = compress_values(x / self.spread)
+        transform: Any = self.transform
+        return transform.log_prob_by_place(y) + (log_slope - self.spread.log()).sum(1)
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """Minus the log-density at the smallest noise level: the energy of a model whose log Z is 0."""

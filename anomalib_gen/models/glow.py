@@ -14,6 +14,13 @@ at most. What is split off early costs no more layers, and coarse structure is w
 
 *Odd sides.* A last row or column of an odd side is split off first, given the others, so that any size has a squeeze.
 
+*Places.* Layers keep to their place in the image: conditioners look around, but each pixel of each level has its own
+scales. So the log-density is a sum over places,
+
+    log p(x) = sum over levels l and their pixels i of  log N(z_i; 0, 1) + log |det dz_i|,
+
+and a pixel of level l stands for 4^l pixels of the image, among which its share is divided evenly.
+
 *Order.* What `forward` returns has the pixels' shape but not their order: parts as they are split off, one after the
 other. Under a standard normal that makes no difference.
 
@@ -57,6 +64,18 @@ class OneByOneConvolution(nft.OneByOneConvolution):
     inverse_no_cache = LULinear.inverse_no_cache
 
 
+class AffineCoupling(nft.AffineCouplingTransform):
+    """nflows' affine coupling, which also says where its log-determinant comes from."""
+
+    def forward_by_place(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map ``(B, C, h, w)``; and the log-determinant of each place, ``(B, h, w)``."""
+        given, part = x[:, self.identity_features], x[:, self.transform_features]
+        scale, shift = self._scale_and_shift(self.transform_net(given, None))
+        y = torch.empty_like(x)
+        y[:, self.identity_features], y[:, self.transform_features] = given, part * scale + shift
+        return y, scale.log().sum(1)
+
+
 class ConvConditioner(nn.Module):
     """Three convolutions from half of the channels to the parameters of the other half; zero at the start."""
 
@@ -96,10 +115,20 @@ class Split(nn.Module):
         mean, log_scale = self.parameters_given(given)
         return (part - mean) * torch.exp(-log_scale), -log_scale.flatten(1).sum(1)
 
+    def log_prob_by_place(self, part: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """Log-density of the part for a standard normal z, at each place: ``(B, h, w)``."""
+        mean, log_scale = self.parameters_given(given)
+        return _log_normal((part - mean) * torch.exp(-log_scale)) - log_scale.sum(1)
+
     def inverse(self, z: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Undo `forward`."""
         mean, log_scale = self.parameters_given(given)
         return z * torch.exp(log_scale) + mean, log_scale.flatten(1).sum(1)
+
+
+def _log_normal(z: torch.Tensor) -> torch.Tensor:
+    """Log-density of standard normal values ``(B, C, h, w)``, at each place: ``(B, h, w)``."""
+    return -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
 
 
 def squeeze(x: torch.Tensor) -> torch.Tensor:
@@ -163,7 +192,7 @@ class Glow(nn.Module):
             steps: list[nn.Module] = []
             for k in range(n_steps):
                 mask = (torch.arange(channels) < channels // 2).int()
-                coupling = nft.AffineCouplingTransform(
+                coupling = AffineCoupling(
                     mask if k % 2 else 1 - mask, lambda a, b: _conditioner(a, b, hidden_channels)
                 )
                 steps += [ActNorm(channels), OneByOneConvolution(channels), coupling]
@@ -192,6 +221,51 @@ class Glow(nn.Module):
             log_det = log_det + d
         u = torch.cat([*parts, x.flatten(1)], dim=1)
         return u.unflatten(1, self.event_shape), log_det
+
+    def log_prob_by_place(self, x: torch.Tensor) -> torch.Tensor:
+        """Share of each pixel in the log-density of images, for a standard normal u.
+
+        Parameters
+        ----------
+        x : Tensor of shape (B, C, H, W)
+
+        Returns
+        -------
+        Tensor of shape (B, H, W)
+            In nats. They add up to the log-density.
+        """
+        shares = x.new_zeros(len(x), *x.shape[2:])
+        for name in self.edges:
+            given, edge = self._cut(name, x)
+            beside = self._beside(name, given)
+            _, last = self._cut(name, shares[:, : x.shape[2], : x.shape[3]])
+            network: Any = self.edges[name]
+            last += network.log_prob_by_place(edge, beside)
+            x = given
+        # What edges leave has even sides.
+        inner = shares[:, : x.shape[2], : x.shape[3]]
+
+        def add(found: torch.Tensor) -> None:
+            side = inner.shape[1] // found.shape[1]
+            inner.add_(found.repeat_interleave(side, 1).repeat_interleave(side, 2) / side**2)
+
+        for level, steps in enumerate(self.levels):
+            if level:
+                split: Any = self.splits[level - 1]
+                kept = x.shape[1] // 2
+                x, part = x[:, :kept], x[:, kept:]
+                add(split.log_prob_by_place(part, x))
+            x = squeeze(x)
+            layers: Any = steps
+            for step in layers._transforms:
+                if isinstance(step, AffineCoupling):
+                    x, found = step.forward_by_place(x)
+                else:  # the same for all places
+                    x, log_det = step(x)
+                    found = (log_det / x[0, 0].numel())[:, None, None].expand(-1, *x.shape[2:])
+                add(found)
+        add(_log_normal(x))
+        return shares
 
     def inverse(
         self, u: torch.Tensor, context: torch.Tensor | None = None
