@@ -63,7 +63,8 @@ def families(train: np.ndarray, seed: int, quick: bool) -> dict[str, Explain]:
     flow = FlowDetector(**shared).fit(train)
     add("flow", flow, "integrated-gradients")
     add("flow from the mean", flow, "integrated-gradients", background=False)
-    add("flow of one layer", FlowDetector(n_layers=1, **shared).fit(train), "conditional")
+    one_layer = FlowDetector(transform="nsf-autoregressive", n_layers=1, **shared).fit(train)
+    add("flow of one layer", one_layer, "conditional")
     add("autoencoder", VAEDetector(**shared).fit(train), "integrated-gradients", "reconstruction")
     add("energy", EnergyDetector(**shared).fit(train), "score", "integrated-gradients")
     steps = {} if quick else {"max_iter": 1500}

@@ -103,10 +103,10 @@ def families(quick: bool) -> dict[str, Any]:
     return {
         "VAEDetector": VAEDetector(**common),
         "VAEDetector, two draws": VAEDetector(anomaly=NegativeELBO(n_draws=2), **common),
-        "FlowDetector realnvp": FlowDetector(transform="realnvp", **common),
+        "FlowDetector (realnvp)": FlowDetector(**common),
         "FlowDetector maf": FlowDetector(transform="maf", **common),
         "FlowDetector nsf-coupling": FlowDetector(transform="nsf-coupling", **common),
-        "FlowDetector (nsf-autoregressive)": FlowDetector(**common),
+        "FlowDetector nsf-autoregressive": FlowDetector(transform="nsf-autoregressive", **common),
         "EnergyDetector": EnergyDetector(**common),
         "DiffusionDetector (hybrid)": DiffusionDetector(**common),
         "DiffusionDetector closed-form": DiffusionDetector(denoiser="closed-form", **common),

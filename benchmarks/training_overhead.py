@@ -404,7 +404,7 @@ def main(
         if training["largest_weight_difference"] > 1e-5:
             print(f"  the equal loop ends {training['largest_weight_difference']:.2g} away: unequal work!")
         if peer and case.resolve() is FlowDetector and "anomaly" not in dict(case.arguments):
-            transform = dict(case.arguments).get("transform", "nsf-autoregressive")
+            transform = dict(case.arguments).get("transform", "realnvp")
             found["zuko"] = z = measure_zuko(X, transform, 2 if quick else 20, 3 * repeats)
             ours, theirs = (f"{n:,}" for n in z["weights"])
             peer_lines.append(

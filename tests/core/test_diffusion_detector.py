@@ -180,7 +180,9 @@ def test_options_reach_the_sampler(fitted):
 
 def test_unknown_options_of_a_sampler_are_named(fitted):
     for sampler, name in [("heun", "eta"), ("heun", "rtol"), ("ddim", "path"), ("adaptive", "method")]:
-        with pytest.raises(ValueError, match=f"sampler_params has '{name}'.*sampler='{sampler}'.*final_denoise"):
+        with pytest.raises(
+            ValueError, match=f"sampler_params has '{name}'.*sampler='{sampler}'.*final_denoise"
+        ):
             fitted.sample(3, sampler=sampler, sampler_params={name: 1})
     with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\]"):
         fitted.sample(3, sampler="ddim", sampler_params={"eta": 2})
