@@ -86,7 +86,7 @@ def draw_displays(path: Path) -> None:
     benign, malignant = X[y == 1], X[y == 0]
     train, rows = benign[:250], pd.concat([benign[250:], malignant])
     labels = np.where(np.arange(len(rows)) < len(benign) - 250, 1, -1)
-    flow = FlowDetector(transform="realnvp", random_state=0).fit(train)
+    flow = FlowDetector(random_state=0).fit(train)
     conformal = SplitConformalDetector(flow, random_state=0).fit(train)
     pair = ["mean radius", "mean texture"]
     plane = FlowDetector(random_state=0).fit(train[pair])

@@ -280,9 +280,16 @@ def digits_home(tmp_path, monkeypatch):
 def test_image_defects_judges_maps(digits_home):
     out = digits_home / "defects.json"
     assert "pixel AUROC" in run("image_defects.py", "--output", out)
-    figures = json.loads(out.read_text())["figures"]
-    assert set(figures) == {"distance from the mean", "vae"}
-    assert all(0 <= value <= 1 for part in figures.values() for value in part.values())
+    found = json.loads(out.read_text())["collections"]["mnist"]["figures"]
+    assert set(found) == {"distance from the mean", "vae"}
+    figures = {name: part for family in found.values() for name, part in family.items()}
+    assert set(figures) == {"distance from the mean", "vae, residual", "vae, likelihood", "vae, score"}
+    for part in figures.values():
+        assert all(0 <= value <= 1 for name, value in part.items() if name != "fit_seconds")
+    # A second call finds all of it done.
+    before = out.read_text()
+    run("image_defects.py", "--output", out)
+    assert out.read_text() == before
 
 
 @pytest.mark.slow
