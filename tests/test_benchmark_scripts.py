@@ -235,11 +235,11 @@ def test_throughput_is_measured_from_file_to_file(tmp_path):
     out = tmp_path / "throughput.json"
     run("scoring_throughput.py", "--only", "realnvp", "--output", out)
     found = json.loads(out.read_text())["detectors"]
-    assert set(found) == {"FlowDetector realnvp", "IsolationForest (scikit-learn)"}
+    assert set(found) == {"FlowDetector (realnvp)", "IsolationForest (scikit-learn)"}
     for one in found.values():
         assert one["rows_per_second"]["cpu"] > 0
         assert one["overhead"]["clock"]["ratio"] > 0
-    forest, flow = found["IsolationForest (scikit-learn)"], found["FlowDetector realnvp"]
+    forest, flow = found["IsolationForest (scikit-learn)"], found["FlowDetector (realnvp)"]
     assert forest["against_isolation_forest"]["cpu"]["ratio"] == 1
     assert forest["bound"] is None
     assert flow["bound"] > flow["rows_per_second"]["clock"]

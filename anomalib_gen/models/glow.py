@@ -64,18 +64,6 @@ class OneByOneConvolution(nft.OneByOneConvolution):
     inverse_no_cache = LULinear.inverse_no_cache
 
 
-class AffineCoupling(nft.AffineCouplingTransform):
-    """nflows' affine coupling, which also says where its log-determinant comes from."""
-
-    def forward_by_place(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map ``(B, C, h, w)``; and the log-determinant of each place, ``(B, h, w)``."""
-        given, part = x[:, self.identity_features], x[:, self.transform_features]
-        scale, shift = self._scale_and_shift(self.transform_net(given, None))
-        y = torch.empty_like(x)
-        y[:, self.identity_features], y[:, self.transform_features] = given, part * scale + shift
-        return y, scale.log().sum(1)
-
-
 class ConvConditioner(nn.Module):
     """Three convolutions from half of the channels to the parameters of the other half; zero at the start."""
 
@@ -129,6 +117,17 @@ class Split(nn.Module):
 def _log_normal(z: torch.Tensor) -> torch.Tensor:
     """Log-density of standard normal values ``(B, C, h, w)``, at each place: ``(B, h, w)``."""
     return -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
+
+
+def _couple_by_place(
+    coupling: nft.AffineCouplingTransform, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Map ``(B, C, h, w)`` by an affine coupling; and its log-determinant at each place: ``(B, h, w)``."""
+    given, part = x[:, coupling.identity_features], x[:, coupling.transform_features]
+    scale, shift = coupling._scale_and_shift(coupling.transform_net(given, None))
+    y = torch.empty_like(x)
+    y[:, coupling.identity_features], y[:, coupling.transform_features] = given, part * scale + shift
+    return y, scale.log().sum(1)
 
 
 def squeeze(x: torch.Tensor) -> torch.Tensor:
@@ -192,7 +191,7 @@ class Glow(nn.Module):
             steps: list[nn.Module] = []
             for k in range(n_steps):
                 mask = (torch.arange(channels) < channels // 2).int()
-                coupling = AffineCoupling(
+                coupling = nft.AffineCouplingTransform(
                     mask if k % 2 else 1 - mask, lambda a, b: _conditioner(a, b, hidden_channels)
                 )
                 steps += [ActNorm(channels), OneByOneConvolution(channels), coupling]
@@ -258,8 +257,8 @@ class Glow(nn.Module):
             x = squeeze(x)
             layers: Any = steps
             for step in layers._transforms:
-                if isinstance(step, AffineCoupling):
-                    x, found = step.forward_by_place(x)
+                if isinstance(step, nft.AffineCouplingTransform):
+                    x, found = _couple_by_place(step, x)
                 else:  # the same for all places
                     x, log_det = step(x)
                     found = (log_det / x[0, 0].numel())[:, None, None].expand(-1, *x.shape[2:])
