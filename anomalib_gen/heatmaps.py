@@ -64,8 +64,9 @@ def explain_images(
         Side of the window over which maps are averaged; 1 for none. "auto" takes a sixteenth of the longer side, an odd
         number and at least 3.
     subtract : array-like of shape (n_reference, channels, height, width), optional
-        Normal images whose mean map is taken off: pixels that are hard in every image no longer stand out. It helps
-        where images are aligned (digits, parts on a line), and does nothing where they are not.
+        Normal images whose mean map is taken off: pixels that are hard in every image no longer stand out. It is for
+        images that are alike pixel by pixel, such as one part always in the same place. Digits are not: there it
+        makes maps worse, and on photographs it does next to nothing.
 
     Returns
     -------
