@@ -62,6 +62,10 @@ FRAMES = {
     "pandas, arrow": lambda X: pd.DataFrame(X, columns=NAMES).astype("float64[pyarrow]"),
     "polars": lambda X: pl.DataFrame(X, schema=NAMES),
     "pyarrow": lambda X: pa.table({name: X[:, j] for j, name in enumerate(NAMES)}),
+    "pyarrow, chunks": lambda X: pa.concat_tables([FRAMES["pyarrow"](X[:50]), FRAMES["pyarrow"](X[50:])]),
+    "pyarrow, decimals": lambda X: FRAMES["pyarrow"](X).cast(
+        pa.schema([(n, pa.decimal128(38, 33)) for n in NAMES])
+    ),
 }
 
 
@@ -80,6 +84,17 @@ def test_a_frame_of_one_kind_scores_on_one_of_another(tiny, rounded, other):
     given = FRAMES[other](rounded)
     expected = detector.score_samples(FRAMES["pandas"](rounded))
     np.testing.assert_allclose(detector.score_samples(given), expected, rtol=1e-12)
+
+
+def test_frames_of_narwhals_are_those_within(tiny, rounded):
+    narwhals = pytest.importorskip("narwhals")
+    frame = FRAMES["polars"](rounded)
+    expected = tiny().fit(frame).score_samples(frame)
+    given = narwhals.from_native(frame)
+    np.testing.assert_array_equal(tiny().fit(given).score_samples(given), expected)
+    dated = given.with_columns(day=narwhals.lit("2020-01-01").str.to_datetime(format="%Y-%m-%d"))
+    with pytest.raises(TypeError, match=r"column 'day' \(dates or times\)"):
+        tiny().fit(dated)
 
 
 def test_columns_of_unlike_types_mix(tiny):
