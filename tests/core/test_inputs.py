@@ -132,12 +132,13 @@ def test_sparse_rows_work_once_made_dense(tiny, X):
 def mapped(tmp_path, X):
     """Make a read-only memory map of rows."""
 
-    def make(rows):
-        file = np.memmap(tmp_path / "rows.bin", dtype=rows.dtype, mode="w+", shape=rows.shape)
+    def make(rows, order="C"):
+        how = {"dtype": rows.dtype, "shape": rows.shape, "order": order}
+        file = np.memmap(tmp_path / "rows.bin", mode="w+", **how)
         file[:] = rows
         file.flush()
         del file
-        return np.memmap(tmp_path / "rows.bin", dtype=rows.dtype, mode="r", shape=rows.shape)
+        return np.memmap(tmp_path / "rows.bin", mode="r", **how)
 
     return make
 
@@ -151,10 +152,12 @@ def test_memory_mapped_rows_give_the_same_bits(tiny, X, mapped, dtype):
     np.testing.assert_array_equal(tiny().fit(file).score_samples(rows), detector.score_samples(rows))
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_memory_mapped_rows_are_not_copied(fitted, X, mapped, dtype):
-    file = mapped(X.astype(dtype))
+def test_memory_mapped_rows_are_not_copied(fitted, X, mapped, dtype, order):
+    file = mapped(X.astype(dtype), order)
     assert np.shares_memory(fitted._validate(file, reset=False), file)
+    np.testing.assert_array_equal(fitted.score_samples(file), fitted.score_samples(X.astype(dtype)))
     in_memory = X.astype(dtype)
     assert np.shares_memory(fitted._validate(in_memory, reset=False), in_memory)
 
