@@ -776,6 +776,35 @@ def test_silent_by_default(tiny, X, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("n", "batch_size", "max_iter"), [(40, 16, 30), (40, 16, 31), (40, 64, 3), (5, 1, 7)]
+)
+def test_the_bar_ends_where_it_said(n, batch_size, max_iter, monkeypatch):
+    class Bar:
+        def __init__(self, total, **options):
+            self.total, self.n, self.shown, self.closed = total, 0, {}, False
+            bars.append(self)
+
+        def update(self, n):
+            assert not self.closed
+            self.n += n
+
+        def set_postfix(self, shown, refresh):
+            self.shown = shown
+
+        def close(self):
+            self.closed = True
+
+    bars = []
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)  # in a notebook it draws a widget, elsewhere text
+    options = {"batch_size": batch_size, "max_iter": max_iter, "verbose": 1}
+    run(Centre(), distance, make_rows(n), validation=make_rows(3), **options)
+    (bar,) = bars
+    assert bar.n == bar.total
+    assert bar.shown.keys() == {"loss", "validation"}
+    assert bar.closed
+
+
 def test_the_bar_is_closed_when_training_fails(capfd):
     with pytest.raises(ZeroDivisionError):
         run(Centre(), FailAt(3, raise_(ZeroDivisionError())), make_rows(), verbose=1)
