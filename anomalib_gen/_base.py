@@ -56,6 +56,9 @@ def rows_in_use(
     if sample_weight is None:
         return np.arange(len(X)), None
     weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+    # Only ratios count. In units of the largest, by a power of two so that no digit changes, their sum is finite, and a
+    # weight that is nothing beside the others is zero for all who use it.
+    weights = np.ldexp(weights, -int(np.frexp(weights.max())[1]))
     index = np.flatnonzero(weights)
     if len(index) < 2:
         raise ValueError(

@@ -125,8 +125,8 @@ def _holds_times(X: Any) -> bool:
         types: Any = X.dtypes
     elif hasattr(X, "column_names"):
         types = X.schema.types
-    elif hasattr(X, "schema"):
-        types = X.dtypes
+    elif hasattr(X, "schema"):  # polars, and narwhals around any of them
+        types = X.schema.values()
     else:
         types = [X.dtype] if isinstance(X, np.ndarray) and X.ndim == 2 else []
     return any(str(kind).lower().startswith(TIMES) for kind in types)

@@ -61,6 +61,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ValueError(
             f"device={device!r} was asked for, but torch finds no CUDA device. Use device='auto' or 'cpu'."
         )
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={device!r} was asked for, but torch finds {torch.cuda.device_count()} CUDA device(s), counted "
+            "from 0. Use device='auto' or another index."
+        )
     if resolved.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(
             f"device={device!r} was asked for, but torch finds no MPS device. Use device='auto' or 'cpu'."

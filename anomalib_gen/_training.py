@@ -375,8 +375,8 @@ def train(
     Warns
     -----
     UserWarning
-        If memory ran out and the batch was halved, if the objective diverged, or if the user interrupted the
-        training.
+        If memory ran out and the batch, or the block of held-out rows, was halved, if the objective diverged, or if
+        the user interrupted the training.
     """
     generator = _runtime.make_generator(seed, device)
     order = torch.Generator().manual_seed(seed)
@@ -392,6 +392,8 @@ def train(
     result = TrainingResult()
     best_loss, best_weights, since_best = math.inf, None, 0
     batch_size, permutation, cursor = min(options.batch_size, len(rows)), torch.empty(0), 0
+    # Held-out rows at once at most.
+    most_judged = 0 if validation is None else len(validation)
     # Losses not looked at yet, and the rows they are of.
     pending: list[tuple[torch.Tensor, torch.Tensor]] = []
     recent: list[torch.Tensor] = []
@@ -402,6 +404,31 @@ def train(
         if options.schedule:
             rate *= 0.5 * (1 + math.cos(math.pi * step / options.max_iter))
         return rate
+
+    def judge_held_out(validation: Rows) -> float:
+        """Loss of the averaged weights, in blocks of held-out rows that fit into memory."""
+        nonlocal most_judged
+        while True:
+            block = min(most_judged, max(batch_size, options.rows_per_evaluation))
+            # The same noise at every evaluation: a difference is then a difference between weights.
+            noise = _runtime.make_generator(seed + 1, device)
+            try:
+                return evaluate(
+                    average.model,
+                    judge,
+                    validation,
+                    weights=validation_weights,
+                    rows_per_block=block,
+                    generator=noise,
+                )
+            except Exception as error:
+                if not _runtime.is_out_of_memory(error) or block == 1:
+                    raise
+                most_judged = block // 2
+                warn_user(
+                    f"Out of memory at step {result.n_iter}: held-out rows are judged {most_judged} at a time."
+                )
+                _runtime.release_memory(device)
 
     def evaluate_and_keep() -> bool:
         """Add a point to the curves and keep the weights if they are the best; return whether to stop."""
@@ -415,15 +442,7 @@ def train(
                 best_weights = average.state()
             return False
         average.follow_buffers()
-        loss = evaluate(
-            average.model,
-            judge,
-            validation,
-            weights=validation_weights,
-            rows_per_block=max(batch_size, options.rows_per_evaluation),
-            # The same noise at every evaluation: a difference is then a difference between weights.
-            generator=_runtime.make_generator(seed + 1, device),
-        )
+        loss = judge_held_out(validation)
         result.validation_curve.append(loss)
         if loss < best_loss:
             best_loss, best_weights, since_best = loss, average.state(), 0
@@ -515,6 +534,8 @@ def train(
         result.interrupted = True
         if best_weights is None:
             result.best_iter = result.n_iter
+        if recent and not result.loss_curve:
+            result.loss_curve.append(float(torch.stack(recent).mean()))
         warn_user(
             f"Training was interrupted after {result.n_iter} steps. The detector keeps the weights of step "
             f"{result.best_iter}, the best so far, and is usable.",

@@ -44,7 +44,16 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from _measure import environment, ratio, save, scoring_blocks, show, show_ratio, watch_training
+from _measure import (
+    environment,
+    markdown,
+    ratio,
+    save,
+    scoring_blocks,
+    show,
+    show_ratio,
+    watch_training,
+)
 from torch import nn
 
 from anomalib_gen import EnergyDetector, FlowDetector, VAEDetector
@@ -358,6 +367,63 @@ def measure_zuko(X: np.ndarray, transform: str, steps: int, repeats: int) -> dic
     }
 
 
+# Tables -----------------------------------------------------------------------------------------------------
+
+
+def tables_of(found: dict[str, dict[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and lines of each table of the figures by detector."""
+    training, scoring, flows = [], [], []
+    for name, figures in found.items():
+        trained, scored = figures["training"], figures["scoring"]
+        ratios = [
+            trained["minimal"],
+            trained["equal"],
+            figures["training_held_out"]["minimal"],
+            trained["whole_fit"],
+        ]
+        training.append([name, *map(show_ratio, ratios), str(trained["epochs_in_fit"])])
+        scoring.append([name, *(show_ratio(scored[key]) for key in ("float64", "float32", "one_row"))])
+        if "zuko" in figures:
+            z = figures["zuko"]
+            weights = [f"{n:,}" for n in z["weights"]]
+            ratios = [z["training_step"], z["log_prob"]]
+            flows.append([name, str(z["layers"]), *weights, *map(show_ratio, ratios)])
+    epochs = [
+        "epoch / minimal",
+        "epoch / equal",
+        "held-out rows / minimal",
+        "whole fit / minimal",
+        "of epochs",
+    ]
+    target = f"median (quartiles), target {TARGET:.2f}"
+    tables = [
+        (f"An epoch of training / that of a bare loop: {target}", ["detector", *epochs], training),
+        (
+            f"score_samples / the model alone: {target}",
+            ["detector", "float64", "float32", "one row"],
+            scoring,
+        ),
+    ]
+    if flows:
+        header = ["detector", "layers", "weights", "zuko's", "training step", "log_prob"]
+        tables.append(("Our transforms / zuko's: median (quartiles)", header, flows))
+    return tables
+
+
+def to_markdown(figures: dict[str, Any]) -> str:
+    """All tables, below a line on where they are from."""
+    setting, where = figures["setting"], figures["environment"]
+    options = " ".join(f"--{name} {setting[name]}" for name in ("rows", "columns", "epochs", "repeats"))
+    about = (
+        f"Measured with `python benchmarks/training_overhead.py {options}`, torch {where['packages']['torch']}, "
+        f"{where['torch_threads']} of {where['cpus']} cores ({where['processor']}, load {where['load_average']:.1f}).\n"
+        "Ratios of times, below 1 where ours is faster; the script says of what. Its targets are for whole epochs,\n"
+        "and for float64, in which scores are computed."
+    )
+    tables = [markdown(*table) for table in tables_of(figures["detectors"])]
+    return "\n".join(["# What detectors cost beside bare torch and zuko", "", about, "", *tables])
+
+
 def main(
     rows: Annotated[int, typer.Option(help="Rows to train on and to score.")] = 20_000,
     columns: Annotated[int, typer.Option(help="Columns of the rows.")] = 10,
@@ -381,7 +447,6 @@ def main(
         "setting": {"rows": rows, "columns": columns, "epochs": epochs, "repeats": repeats, "quick": quick},
         "detectors": {},
     }
-    lines, peer_lines = [], []
     for case in map(parse_detector, detector or every_detector()):
         name = case.name
         print(f"measuring {name} ...", flush=True)
@@ -390,39 +455,15 @@ def main(
             "training_held_out": measure_training(X, case, epochs, repeats, held_out=True),
             "scoring": measure_scoring(X, case, 3 * repeats),
         }
-        training, held_out, scoring = found["training"], found["training_held_out"], found["scoring"]
-        fit = f"a whole fit of {training['epochs_in_fit']} epochs / minimal loop"
-        lines += [
-            [name, "epoch / minimal loop", show_ratio(training["minimal"]), f"{TARGET:.2f}"],
-            [name, "epoch / equal loop", show_ratio(training["equal"]), f"{TARGET:.2f}"],
-            [name, "epoch with held-out rows / minimal loop", show_ratio(held_out["minimal"]), ""],
-            [name, fit, show_ratio(training["whole_fit"]), ""],
-            [name, "score_samples / model, float64", show_ratio(scoring["float64"]), f"{TARGET:.2f}"],
-            [name, "score_samples / model, float32", show_ratio(scoring["float32"]), ""],
-            [name, "score_samples / model, one row", show_ratio(scoring["one_row"]), ""],
-        ]
-        if training["largest_weight_difference"] > 1e-5:
-            print(f"  the equal loop ends {training['largest_weight_difference']:.2g} away: unequal work!")
+        if (gap := found["training"]["largest_weight_difference"]) > 1e-5:
+            print(f"  the equal loop ends {gap:.2g} away: unequal work!")
         if peer and case.resolve() is FlowDetector and "anomaly" not in dict(case.arguments):
             transform = dict(case.arguments).get("transform", "realnvp")
-            found["zuko"] = z = measure_zuko(X, transform, 2 if quick else 20, 3 * repeats)
-            ours, theirs = (f"{n:,}" for n in z["weights"])
-            peer_lines.append(
-                [
-                    name,
-                    str(z["layers"]),
-                    ours,
-                    theirs,
-                    show_ratio(z["training_step"]),
-                    show_ratio(z["log_prob"]),
-                ]
-            )
-    show("Detector / bare torch: median (quartiles)", ["detector", "what", "ratio", "target"], lines)
-    if peer_lines:
-        header = ["detector", "layers", "weights", "zuko's", "training step", "log_prob"]
-        show("Our transforms / zuko's: median (quartiles)", header, peer_lines)
+            found["zuko"] = measure_zuko(X, transform, 2 if quick else 20, 3 * repeats)
+    for table in tables_of(figures["detectors"]):
+        show(*table)
     if output is not None:
-        save(output, figures)
+        save(output, figures, to_markdown(figures))
 
 
 if __name__ == "__main__":

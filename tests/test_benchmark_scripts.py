@@ -42,6 +42,7 @@ def test_training_overhead_does_the_same_work_as_the_bare_loop(tmp_path):
     assert found["training"]["equal"]["ratio"] > 0
     assert found["scoring"]["float64"]["ratio"] > 0
     assert min(found["zuko"]["weights"]) > 0
+    assert out.with_suffix(".md").read_text().count("\n| FlowDetector") == 3
 
 
 @pytest.mark.slow

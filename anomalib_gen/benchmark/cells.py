@@ -93,16 +93,32 @@ def describe_success(cell: Cell, split: Split, result: Evaluation) -> dict[str, 
 
 def describe_failure(cell: Cell, kind: str, reason: str | BaseException) -> dict[str, Any]:
     """Make the record of a failed cell from a sentence or an exception."""
-    raised = isinstance(reason, BaseException)
+    if isinstance(reason, BaseException):
+        error, trace = f"{type(reason).__name__}: {_words(reason)}", _traceback(reason)
+    else:
+        error, trace = reason, ""
     return {
         "format": FORMAT,
         "cell": asdict(cell),
         "status": "failed",
         "failure": kind,
-        "error": f"{type(reason).__name__}: {reason}" if raised else reason,
-        "traceback": _traceback(reason) if isinstance(reason, BaseException) else "",
+        "error": _encodable(error),
+        "traceback": _encodable(trace),
         "versions": _versions(),
     }
+
+
+def _words(error: BaseException) -> str:
+    """Message of an exception, whose own code makes it and may fail."""
+    try:
+        return str(error)
+    except Exception as failure:
+        return f"<its message cannot be made: {type(failure).__name__}>"
+
+
+def _encodable(text: str) -> str:
+    """Text that files can hold: messages may name bytes that are no text, which Python keeps as lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _traceback(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from anomalib_gen.inspection._inline import new_figure, to_svg
 
 from ._extra import require_benchmark_extra
-from .cells import Job, result_row, results_frame
+from .cells import Cell, Job, result_row, results_frame
 from .detectors import Detector
 from .evaluation import Evaluation
 from .protocols import Split
@@ -85,17 +85,18 @@ def run_demo(
             for detector in detectors:
                 cell = make_cell("clean", dataset.removeprefix("builtin:"), X, y, detector, seed)
                 todo.append(Job(cell, detector, dataset, None, 1))
-    records: dict[Job, dict[str, Any]] = {}
+    records: dict[Cell, dict[str, Any]] = {}
     with progress_bar("demo", len(todo)) as advance:
 
         def keep(job: Job, record: dict[str, Any]) -> None:
-            records[job] = record
+            records[job.cell] = record
             advance(record)
 
         # One thread a worker: networks this small gain nothing from a second, and lose much on a busy machine.
         run_jobs(todo, _run_and_draw, keep, folder=page.parent, jobs=min(cores, len(todo)))
-    rows = [result_row(job.detector.name, records[job]) for job in todo]
-    panels = [records[job]["panel"] for job in todo if job.cell.seed == seeds[0] and "panel" in records[job]]
+    rows = [result_row(job.detector.name, records[job.cell]) for job in todo]
+    first = [records[job.cell] for job in todo if job.cell.seed == seeds[0]]
+    panels = [record["panel"] for record in first if "panel" in record]
     results = results_frame(rows)
     print_summary(summarise(results), console=console)
     title = "Anomaly detection on built-in tables"

@@ -219,7 +219,7 @@ def _interval_figure(table: pd.DataFrame) -> str:
     if rows["auroc_low"].notna().all():
         axes.hlines(y, rows["auroc_low"], rows["auroc_high"], color="#3b82f6", linewidth=5, alpha=0.45)
     axes.plot(rows["mean_auroc"], y, "o", color="#2563eb", markersize=6)
-    axes.set_yticks(y, rows.index)
+    axes.set_yticks(y, rows.index, parse_math=False)  # names are no formulas
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel("mean AUROC over data sets")
     axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.6)
@@ -265,7 +265,7 @@ def critical_difference(auroc: pd.DataFrame) -> tuple[str, str]:
         ax=axes,
         label_fmt_left="{label} ({rank:.2f}) ",
         label_fmt_right=" ({rank:.2f}) {label}",
-        label_props={"fontsize": 9},
+        label_props={"fontsize": 9, "parse_math": False},
         elbow_props={"color": INK, "linewidth": 0.8},
         marker_props={"color": "#2563eb", "s": 22},
         crossbar_props={"color": "#2563eb", "linewidth": 3},

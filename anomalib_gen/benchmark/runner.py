@@ -207,7 +207,7 @@ def run_jobs(
     if not todo:
         return
     waiting = deque(list(group) for _, group in groupby(todo, fit_identity))
-    broken: dict[Job, int] = {}
+    broken: dict[Cell, int] = {}
     # A pool for each worker, because a pool does not let one say who does what.
     pools = [_start_pool(folder) for _ in range(min(jobs, len(waiting)))]
     running: dict[Future[Any], tuple[Job, int]] = {}
@@ -224,8 +224,8 @@ def run_jobs(
                     record = _record(job.cell, future, time_limit)
                 except BrokenProcessPool:
                     # The pool itself has failed, usually through a worker that died between two cells.
-                    broken[job] = broken.get(job, 0) + 1
-                    if broken[job] < 3:
+                    broken[job.cell] = broken.get(job.cell, 0) + 1
+                    if broken[job.cell] < 3:
                         waiting.appendleft([job])
                         continue
                     reason = "the worker processes died three times"
@@ -288,6 +288,7 @@ def _start_pool(folder: Path) -> Any:
 def progress_bar(label: str, total: int, done: int = 0, *, shown: bool | None = None) -> Iterator[Any]:
     """Show progress on standard error; the value is called with the record of each finished cell."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -324,7 +325,7 @@ def progress_bar(label: str, total: int, done: int = 0, *, shown: bool | None = 
                 task,
                 advance=1,
                 failed=f"[red]{failed} failed" if failed else "",
-                last=record["cell"]["dataset"],
+                last=escape(record["cell"]["dataset"]),
             )
 
         yield advance

@@ -6,10 +6,12 @@ the entropy H, so the statistic is
 
     e = | 1/M sum_m -log p(x_m) - H |,
 
-and its distribution under the null is estimated from batches of M rows drawn, with replacement, from normal rows that
-the model has not been trained on. H is itself an estimate from those rows; so each resampled batch is compared with an
-H of its own, drawn from the normal distribution of that estimate. (The paper compares with one H; with few normal
-rows beside the batch that test rejects too often.)
+and its distribution under the null is estimated from batches of M rows drawn, with replacement, from N normal rows
+that the model has not been trained on. H is itself an estimate from those rows; so each resampled batch is compared
+with an H of its own, drawn from the normal distribution of that estimate. The deviation of -log p over the rows is an
+estimate too, as in Student's test; so the difference is multiplied by sqrt((N - 1) / chi2), with a chi2 of N - 1
+degrees of freedom, and in it the part of the resampled batch by sqrt(N / (N - 1)), by which resampling falls short.
+(The paper compares with one H, and takes the rows for all there is; with few normal rows that test rejects too often.)
 """
 
 from __future__ import annotations
@@ -55,8 +57,8 @@ def typicality_test(
     X : array-like of shape (n_batch, n_features)
         The batch; the test is about it as a whole.
     X_reference : array-like of shape (n_reference, n_features)
-        Normal rows that the detector was not fitted to. The p-value is only as good as these are representative,
-        and hundreds are needed.
+        Normal rows that the detector was not fitted to. The p-value is only as good as these are representative. With
+        few of them the test finds little.
     n_resamples : int, default=9999
         Batches drawn for the null distribution; the smallest possible p-value is ``1 / (n_resamples + 1)``.
     random_state : int, RandomState instance or None, default=None
@@ -104,10 +106,13 @@ def typicality_test(
     statistic = abs(float(batch.mean()) - entropy)
     random = check_random_state(random_state)
     at_least = 0
-    standard_error = float(reference.std(ddof=1)) / np.sqrt(len(reference))
-    entropies = entropy + standard_error * random.normal(size=int(n_resamples))
+    N = len(reference)
+    standard_error = float(reference.std(ddof=1)) / np.sqrt(N)
+    errors = standard_error * random.normal(size=int(n_resamples))
+    scales = np.sqrt((N - 1) / random.chisquare(N - 1, size=int(n_resamples)))
     for rows in row_blocks(int(n_resamples), max(1, RESAMPLED_VALUES // len(batch))):
         n = rows.stop - rows.start
-        means = reference[random.randint(len(reference), size=(n, len(batch)))].mean(axis=1)
-        at_least += int((np.abs(means - entropies[rows]) >= statistic).sum())
+        means = reference[random.randint(N, size=(n, len(batch)))].mean(axis=1)
+        distances = np.abs((means - entropy) * np.sqrt(N / (N - 1)) - errors[rows]) * scales[rows]
+        at_least += int((distances >= statistic).sum())
     return TypicalityResult(statistic, (1 + at_least) / (1 + int(n_resamples)), entropy)

@@ -21,6 +21,25 @@ class Raises(_Detector):
         raise RuntimeError("no <b>luck</b> today")
 
 
+class Garbled(_Detector):
+    """Names a file whose name is no text."""
+
+    def fit(self, X, y=None):
+        raise OSError("no file " + os.fsdecode(b"caf\xe9"))
+
+
+class Mute(_Detector):
+    """Raises an error that cannot say what it is."""
+
+    def fit(self, X, y=None):
+        raise _Mute
+
+
+class _Mute(Exception):
+    def __str__(self):
+        return self.code
+
+
 class Sleeps(_Detector):
     def __init__(self, *, seconds=60.0):
         self.seconds = seconds

@@ -22,6 +22,7 @@ def test_demo_compares_and_draws_without_network(tmp_path, monkeypatch, helpers)
     detectors = parse_detectors(
         [
             "forest=sklearn.ensemble.IsolationForest(n_estimators=10)",
+            "mixture=sklearn.mixture.GaussianMixture(weights_init=[1.0], reg_covar=1e-3)",
             "kNN=anomalib_gen.benchmark.KNNDistance()",
             "broken=misbehaving_detectors.Raises",
         ]
@@ -33,7 +34,7 @@ def test_demo_compares_and_draws_without_network(tmp_path, monkeypatch, helpers)
     assert str(page) in text
     assert "no cell finished: broken" in re.sub(r"\s+", " ", text)
     html = page.read_text(encoding="utf-8")
-    assert html.count("Histogram of scores") == 6
+    assert html.count("Histogram of scores") == 9
     assert "digits: forest" in html
     assert "Below the detector&#39;s threshold" in html
     assert "This detector sets no threshold" in html

@@ -161,3 +161,19 @@ def test_detector_names_cannot_break_the_page():
     console = Console(width=100, record=True)
     print_summary(summarise(cells({"<x>": {"[red]a": [0.9], "<b>": [0.8]}})), console=console)
     assert "[red]a" in console.export_text()
+
+
+ODD_NAMES = ["$_$", r"$\frac$", "a\nb", "{label}", "%s", "a|b", "back\\", "_hidden", "", "x" * 60]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_any_name_of_a_detector_makes_a_report(name):
+    data = {f"d{i}": {name: [0.9 - 0.01 * i], "b": [0.8], "c": [0.7]} for i in range(6)}
+    html = page(data)
+    assert html.count("<svg") == 2
+    if "$" in name:  # in the figures as it is, and no formula
+        figures = "".join(re.findall("<svg.*?</svg>", html, flags=re.DOTALL))
+        assert len(re.findall(rf">[^<]*{re.escape(name)}[^<]*</text>", figures)) == 2
+    for line in to_markdown(summarise(cells(data))).splitlines():
+        if line.startswith("| b"):
+            assert len(re.findall(r"(?<!\\)\|", line)) in (5, 11)

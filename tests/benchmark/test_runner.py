@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 pytest.importorskip("pebble", reason="the benchmark extra is not installed")
 
-from anomalib_gen.benchmark import DataError, load_results, run_benchmark
+from anomalib_gen.benchmark import DataError, load_results, run_benchmark, runner
 
 KNN = "kNN=anomalib_gen.benchmark.KNNDistance(n_neighbors=1)"
 FOREST = "forest=sklearn.ensemble.IsolationForest(n_estimators=10)"
@@ -51,6 +52,8 @@ def test_every_kind_of_failure_is_recorded(tables, tmp_path, helpers):
     results = run_benchmark(
         [
             f"{bad}.Raises",
+            f"{bad}.Garbled",
+            f"{bad}.Mute",
             f"{bad}.Exits",
             f"{bad}.Exits(code=0)",
             f"{bad}.Killed",
@@ -68,6 +71,8 @@ def test_every_kind_of_failure_is_recorded(tables, tmp_path, helpers):
     ).set_index("detector")
     assert results["failure"].to_dict() == {
         "Raises": "exception",
+        "Garbled": "exception",
+        "Mute": "exception",
         "Exits": "worker died",
         "Exits(code=0)": "worker died",
         "Killed": "worker died",
@@ -79,6 +84,9 @@ def test_every_kind_of_failure_is_recorded(tables, tmp_path, helpers):
     assert results.loc["Raises", "error"] == "RuntimeError: no <b>luck</b> today"
     assert "in fit" in results.loc["Raises", "traceback"]
     assert helpers not in results.loc["Raises", "traceback"]
+    assert results.loc["Garbled", "error"] == r"OSError: no file caf\udce9"
+    assert results.loc["Mute", "error"] == "_Mute: <its message cannot be made: AttributeError>"
+    assert "in fit" in results.loc["Mute", "traceback"]
     assert results.loc["Sleeps", "error"] == "time limit of 4 s exceeded"
     assert "exit code 3" in results.loc["Exits", "error"]
     assert "SIGKILL" in results.loc["Killed", "error"]
@@ -87,6 +95,28 @@ def test_every_kind_of_failure_is_recorded(tables, tmp_path, helpers):
     # A detector that overwrites its input leaves the next one's alone.
     alone = run_benchmark([KNN], suite="clean", datasets=tables[:1], seeds=(0,), output=tmp_path / "alone")
     assert results.loc["kNN", "auroc"] == alone["auroc"][0]
+
+
+@pytest.mark.parametrize(("times", "failure"), [(2, ""), (3, "worker died")])
+def test_a_broken_pool_is_tried_again_and_then_given_up(tables, tmp_path, monkeypatch, times, failure):
+    record, broken = runner._record, []
+
+    def breaks(*arguments):
+        if len(broken) < times:
+            broken.append(1)
+            raise BrokenProcessPool
+        return record(*arguments)
+
+    monkeypatch.setattr(runner, "_record", breaks)
+    # (Lists among the arguments cannot be hashed.)
+    results = run_benchmark(
+        ["mixture=sklearn.mixture.GaussianMixture(weights_init=[1.0])"],
+        suite="clean",
+        datasets=tables[:1],
+        seeds=(0,),
+        output=tmp_path / "out",
+    )
+    assert results["failure"].tolist() == [failure]
 
 
 def test_failed_cells_run_again_only_when_asked(tables, tmp_path, helpers):

@@ -273,6 +273,23 @@ def test_only_the_ratio_of_weights_counts(tiny, X):
     np.testing.assert_allclose(one.score_samples(X), other.score_samples(X), rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [2.0**-1074, 2.0**-1000, 2.0**1000, 2.0**1023])
+def test_the_size_of_weights_does_not_matter(tiny, X, size):
+    weighted = tiny().fit(X, sample_weight=np.full(200, size))
+    np.testing.assert_array_equal(weighted.score_samples(X), tiny().fit(X).score_samples(X))
+
+
+def test_weights_that_are_nothing_beside_others_leave_rows_out(tiny, X):
+    weights = np.repeat([1e300, 1e-300], 100)
+    expected = tiny().fit(X, sample_weight=np.repeat([1.0, 0.0], 100))
+    np.testing.assert_array_equal(tiny().fit(X, sample_weight=weights).loss_curve_, expected.loss_curve_)
+    with pytest.raises(ValueError, match="sample_weight leaves 1 rows with a positive weight"):
+        tiny().fit(X, sample_weight=np.where(np.arange(200) == 3, 1e300, 1e-300))
+    # Light ones are left in, and may be all that is held out.
+    light = tiny().fit(X, sample_weight=np.where(np.arange(200) < 20, 1.0, 1e-250))
+    assert np.isfinite(light.validation_curve_ + light.loss_curve_).all()
+
+
 def test_heavy_rows_get_more_density(tiny):
     rng = np.random.default_rng(0)
     X = np.concatenate([rng.normal(-2, 1, size=(150, 2)), rng.normal(2, 1, size=(150, 2))])
@@ -505,6 +522,15 @@ def test_a_detector_from_a_gpu_works_on_a_cpu_and_says_so(tiny, X):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         copied.set_params(device="auto").score_samples(X)
+
+
+def test_a_detector_from_the_second_gpu_works_on_a_machine_with_fewer(tiny, X, monkeypatch):
+    detector = tiny().fit(X).set_params(device="cuda:1")
+    expected = tiny().fit(X).score_samples(X)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.warns(UserWarning, match="device='cuda:1' is not available here; scoring on the CPU"):
+        np.testing.assert_array_equal(detector.score_samples(X), expected)
 
 
 # Failures -------------------------------------------------------------------------------------------------

@@ -62,6 +62,10 @@ FRAMES = {
     "pandas, arrow": lambda X: pd.DataFrame(X, columns=NAMES).astype("float64[pyarrow]"),
     "polars": lambda X: pl.DataFrame(X, schema=NAMES),
     "pyarrow": lambda X: pa.table({name: X[:, j] for j, name in enumerate(NAMES)}),
+    "pyarrow, chunks": lambda X: pa.concat_tables([FRAMES["pyarrow"](X[:50]), FRAMES["pyarrow"](X[50:])]),
+    "pyarrow, decimals": lambda X: FRAMES["pyarrow"](X).cast(
+        pa.schema([(n, pa.decimal128(38, 33)) for n in NAMES])
+    ),
 }
 
 
@@ -80,6 +84,17 @@ def test_a_frame_of_one_kind_scores_on_one_of_another(tiny, rounded, other):
     given = FRAMES[other](rounded)
     expected = detector.score_samples(FRAMES["pandas"](rounded))
     np.testing.assert_allclose(detector.score_samples(given), expected, rtol=1e-12)
+
+
+def test_frames_of_narwhals_are_those_within(tiny, rounded):
+    narwhals = pytest.importorskip("narwhals")
+    frame = FRAMES["polars"](rounded)
+    expected = tiny().fit(frame).score_samples(frame)
+    given = narwhals.from_native(frame)
+    np.testing.assert_array_equal(tiny().fit(given).score_samples(given), expected)
+    dated = given.with_columns(day=narwhals.lit("2020-01-01").str.to_datetime(format="%Y-%m-%d"))
+    with pytest.raises(TypeError, match=r"column 'day' \(dates or times\)"):
+        tiny().fit(dated)
 
 
 def test_columns_of_unlike_types_mix(tiny):
@@ -117,12 +132,13 @@ def test_sparse_rows_work_once_made_dense(tiny, X):
 def mapped(tmp_path, X):
     """Make a read-only memory map of rows."""
 
-    def make(rows):
-        file = np.memmap(tmp_path / "rows.bin", dtype=rows.dtype, mode="w+", shape=rows.shape)
+    def make(rows, order="C"):
+        how = {"dtype": rows.dtype, "shape": rows.shape, "order": order}
+        file = np.memmap(tmp_path / "rows.bin", mode="w+", **how)
         file[:] = rows
         file.flush()
         del file
-        return np.memmap(tmp_path / "rows.bin", dtype=rows.dtype, mode="r", shape=rows.shape)
+        return np.memmap(tmp_path / "rows.bin", mode="r", **how)
 
     return make
 
@@ -136,10 +152,12 @@ def test_memory_mapped_rows_give_the_same_bits(tiny, X, mapped, dtype):
     np.testing.assert_array_equal(tiny().fit(file).score_samples(rows), detector.score_samples(rows))
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_memory_mapped_rows_are_not_copied(fitted, X, mapped, dtype):
-    file = mapped(X.astype(dtype))
+def test_memory_mapped_rows_are_not_copied(fitted, X, mapped, dtype, order):
+    file = mapped(X.astype(dtype), order)
     assert np.shares_memory(fitted._validate(file, reset=False), file)
+    np.testing.assert_array_equal(fitted.score_samples(file), fitted.score_samples(X.astype(dtype)))
     in_memory = X.astype(dtype)
     assert np.shares_memory(fitted._validate(in_memory, reset=False), in_memory)
 

@@ -260,6 +260,18 @@ def test_auto_takes_the_best_device_there_is(monkeypatch, cuda, mps, expected):
     assert _runtime.resolve_device(torch.device("cpu")) == CPU
 
 
+def test_the_index_of_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("cuda", "cuda:0", "cuda:1"):
+        assert _runtime.resolve_device(device) == torch.device(device)
+    for device in ("cuda:2", torch.device("cuda:7")):
+        with pytest.raises(
+            ValueError, match=r"torch finds 2 CUDA device\(s\).*device='auto' or another index"
+        ):
+            _runtime.resolve_device(device)
+
+
 def test_scores_are_in_float64_where_there_is_float64():
     assert _runtime.scoring_dtype(CPU) == _runtime.scoring_dtype(torch.device("cuda")) == torch.float64
     assert _runtime.scoring_dtype(torch.device("mps")) == torch.float32

@@ -521,6 +521,7 @@ def test_an_interrupt_keeps_the_weights_so_far():
     ):
         result = run(model, FailAt(12, raise_(KeyboardInterrupt())), make_rows(), schedule=False)
     run(reference, distance, make_rows(), schedule=False, max_iter=12)
+    assert len(result.loss_curve) == 1  # though no evaluation was due
     np.testing.assert_array_equal(model.centre.detach(), reference.centre.detach())
     assert (result.n_iter, result.best_iter, result.interrupted) == (12, 12, True)
     assert not model.training
@@ -719,6 +720,31 @@ def test_memory_that_runs_out_in_the_gradient_counts_too():
 
 
 @pytest.mark.filterwarnings("ignore:Out of memory")
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda e: f"{type(e).__name__} {str(e)[:10]}")
+def test_held_out_rows_are_judged_in_blocks_that_fit(error):
+    class Judged(FailAt):
+        rows_that_fit = 30
+
+        def validate(self, model, x, generator):
+            if len(x) > self.rows_that_fit:
+                raise error
+            return distance(model, x, generator)
+
+    objective, curves = Judged(-1, None), []
+    with pytest.warns(UserWarning, match="held-out rows") as caught:
+        curves.append(run(Centre(), objective, make_rows(), validation=make_rows(100), eval_every=10))
+    assert [str(w.message) for w in caught] == [
+        f"Out of memory at step 10: held-out rows are judged {n} at a time." for n in (50, 25)
+    ]
+    objective.rows_that_fit = 100
+    curves.append(run(Centre(), objective, make_rows(), validation=make_rows(100), eval_every=10))
+    assert curves[0].validation_curve == pytest.approx(curves[1].validation_curve)
+    objective.rows_that_fit = 0
+    with pytest.warns(UserWarning, match="1 at a time"), pytest.raises(type(error)):
+        run(Centre(), objective, make_rows(), validation=make_rows(100))
+
+
+@pytest.mark.filterwarnings("ignore:Out of memory")
 def test_one_row_that_does_not_fit_is_the_end():
     objective = needs_memory(0, torch.OutOfMemoryError("CUDA out of memory."))
     with pytest.raises(torch.OutOfMemoryError):
@@ -774,6 +800,35 @@ def test_silent_by_default(tiny, X, capfd):
     detector.predict(X)
     detector.sample(3)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "max_iter"), [(40, 16, 30), (40, 16, 31), (40, 64, 3), (5, 1, 7)]
+)
+def test_the_bar_ends_where_it_said(n, batch_size, max_iter, monkeypatch):
+    class Bar:
+        def __init__(self, total, **options):
+            self.total, self.n, self.shown, self.closed = total, 0, {}, False
+            bars.append(self)
+
+        def update(self, n):
+            assert not self.closed
+            self.n += n
+
+        def set_postfix(self, shown, refresh):
+            self.shown = shown
+
+        def close(self):
+            self.closed = True
+
+    bars = []
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)  # in a notebook it draws a widget, elsewhere text
+    options = {"batch_size": batch_size, "max_iter": max_iter, "verbose": 1}
+    run(Centre(), distance, make_rows(n), validation=make_rows(3), **options)
+    (bar,) = bars
+    assert bar.n == bar.total
+    assert bar.shown.keys() == {"loss", "validation"}
+    assert bar.closed
 
 
 def test_the_bar_is_closed_when_training_fails(capfd):

@@ -55,7 +55,7 @@ def test_no_single_row_need_be_unusual_for_the_batch_to_be():
 
 
 def test_pvalue_by_hand():
-    """With reference rows of -log p = 0 or 1, the mean of a batch of two is 0, 1/2 or 1.
+    """With many reference rows of -log p = 0 or 1, the mean of a batch of two is 0, 1/2 or 1.
 
     The entropy drawn beside it is above or below 1/2 equally often, so of the halves of batches at 0 and at 1 one
     half is as far away.
@@ -65,7 +65,7 @@ def test_pvalue_by_hand():
         def log_prob(self, X):
             return -np.asarray(X, dtype=float)[:, 0]
 
-    reference = [[0], [1]] * 50
+    reference = [[0], [1]] * 2000
     far = typicality_test(Coin(), [[1], [1]], reference, n_resamples=20_000, random_state=0)
     assert far.statistic == far.entropy == 0.5
     assert far.pvalue == pytest.approx(0.25, abs=0.02)
@@ -93,17 +93,21 @@ def test_errors_say_what_is_needed():
         typicality_test(StandardNormal(), rows, rows[:1])
 
 
-def test_few_reference_rows_do_not_reject_too_often():
-    random = np.random.default_rng(0)
+@pytest.mark.parametrize("n_batch", [1, 40])
+@pytest.mark.parametrize("n_reference", [2, 5, 60])
+def test_few_reference_rows_do_not_reject_too_often(n_reference, n_batch):
+    random = np.random.default_rng(n_reference)
     pvalues = [
         typicality_test(
             StandardNormal(),
-            random.normal(size=(40, 3)),
-            random.normal(size=(60, 3)),
+            random.normal(size=(n_batch, 3)),
+            random.normal(size=(n_reference, 3)),
             n_resamples=199,
             random_state=k,
         ).pvalue
         for k in range(400)
     ]
-    # At most 5 % in truth; three deviations of a share over 400 repetitions on top.
-    assert np.mean(np.array(pvalues) <= 0.05) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
+    # 5 % in truth, were log-densities normal. Those of three columns are skewed, which five rows do not show. (Taking
+    # the rows for all there is rejects 30 % with two, and 15 % with five.)
+    skew = 0 if n_reference == 60 else 0.025
+    assert np.mean(np.array(pvalues) <= 0.05) <= 0.05 + skew + 3 * np.sqrt(0.05 * 0.95 / 400)
