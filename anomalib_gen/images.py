@@ -442,7 +442,7 @@ class ImageReader(_ImageTransformer):
         try:
             # A stream: files that Pillow knows by name it maps into memory, and then garbles turned grey TIFF files.
             with open(path, "rb") as stream, Image.open(stream) as file:
-                if file.mode[0] in "IF" or ";16" in str(file.tile):
+                if file.mode[0] in "IF" or any(map(_is_deep, file.tile)):
                     # Pillow would cut what is beyond 255, and fractions; of colours it would drop the lower 8 bits.
                     raise ValueError(
                         f"more than 8 bits a value, mode {file.mode!r}; convert it to 8 bits, or read it into an array "
@@ -462,6 +462,14 @@ class ImageReader(_ImageTransformer):
             image = image.resize((event_shape[2], event_shape[1]), Image.Resampling.BILINEAR)
         pixels = np.asarray(image, dtype=np.uint8)
         return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
+
+
+def _is_deep(tile: Any) -> bool:
+    """Whether a part of a file has more than 8 bits a value: by the name of its layout, or the largest value of PPM."""
+    name, _, _, arguments = tile
+    if name.startswith("ppm") and isinstance(arguments, tuple):
+        return bool(arguments[1] > 255)
+    return ";16" in str(arguments)
 
 
 def _remove(path: str) -> None:

@@ -220,6 +220,19 @@ def test_colours_of_sixteen_bits_are_not_cut_either(tmp_path, mode, kind, channe
         ImageReader(mode=mode, size=8).fit_transform(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["P3", "P6"])
+def test_nor_are_those_of_ppm(tmp_path, kind):
+    """Whose largest value is a number in the file, and not in the name of its layout."""
+    values = np.linspace(0, 65535, 8 * 8 * 3).astype(">u2")
+    for name, pixels, largest in (("deep", values, 65535), ("plain", values % 16, 15)):
+        raw = pixels.astype(">u2" if largest > 255 else "u1").tobytes()
+        body = raw if kind == "P6" else " ".join(map(str, pixels)).encode()
+        (tmp_path / f"{name}.ppm").write_bytes(f"{kind}\n8 8\n{largest}\n".encode() + body)
+    (tmp_path / "binary.ppm").write_bytes(b"P1\n8 8\n" + b"0 1 " * 32)
+    with pytest.raises(ValueError, match=r"1 of 3 files .*deep\.ppm \(more than 8 bits a value"):
+        ImageReader(size=8).fit_transform(tmp_path)
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
 def test_images_stand_as_a_viewer_shows_them(tmp_path, suffix):
     pixels = np.zeros((16, 24), dtype=np.uint8)
