@@ -12,7 +12,7 @@ import contextlib
 import os
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -362,7 +362,7 @@ class ImageReader(_ImageTransformer):
         Parameters
         ----------
         X : path of a folder, or sequence of paths of files
-            A folder is read with all below it, in the order of the paths.
+            A folder is read with all below it, in the order of the paths; `list_images` says which files are taken.
 
         Returns
         -------
@@ -483,6 +483,9 @@ def list_images(X: Any) -> list[str]:
     Parameters
     ----------
     X : path of a folder, or sequence of paths of files
+        The images of a folder are its files that end in .bmp, .gif, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff or
+        .webp, in either case. Links to other folders are followed, and each folder is read once. Files that are listed
+        may have any ending.
 
     Returns
     -------
@@ -494,6 +497,8 @@ def list_images(X: Any) -> list[str]:
         If there are none.
     TypeError
         If X holds something else than paths.
+    OSError
+        If a folder below X may not be read.
     """
     if isinstance(X, str | os.PathLike):
         folder = Path(X)
@@ -501,11 +506,7 @@ def list_images(X: Any) -> list[str]:
             raise ValueError(
                 f"X={os.fspath(X)!r} is no folder. Give a folder, or a list of the paths of files."
             )
-        paths = sorted(
-            str(path)
-            for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES and not path.is_dir()  # a link to nothing is to be named
-        )
+        paths = sorted(str(path) for path in _walk(folder) if path.suffix.lower() in SUFFIXES)
         if not paths:
             raise ValueError(f"There are no image files ({', '.join(SUFFIXES)}) in {folder}.")
         return paths
@@ -520,6 +521,23 @@ def list_images(X: Any) -> list[str]:
     if not paths:
         raise ValueError("X names no files.")
     return paths
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files in a folder and below it; a link to nothing is one, and is to be named later."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for place, below, files in os.walk(folder, followlinks=True, onerror=refuse):
+        below.sort()  # of two ways to a folder always the same one is taken
+        real = os.path.realpath(place)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, file) for file in files)
 
 
 def _named(names: Sequence[str]) -> str:

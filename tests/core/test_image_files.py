@@ -1,6 +1,7 @@
 """Reading image files, layouts, and bits per dimension."""
 
 import gc
+import os
 import struct
 import warnings
 import zlib
@@ -20,7 +21,7 @@ from anomalib_gen.calibration import (
     SplitConformalDetector,
     ThresholdDetector,
 )
-from anomalib_gen.images import ChannelsFirst, ImageReader, bits_per_dimension, list_images
+from anomalib_gen.images import SUFFIXES, ChannelsFirst, ImageReader, bits_per_dimension, list_images
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
@@ -269,6 +270,37 @@ def test_folders_with_the_name_of_a_file_are_none(folder):
     assert {"Größe.PNG", "gone.jpg"} <= set(paths)
     with pytest.raises(ValueError, match=r"1 of 14 files cannot be read: .*gone\.jpg"):
         ImageReader().fit_transform(folder)
+
+
+def test_links_to_folders_are_followed_once(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    Image.new("RGB", (12, 10)).save(elsewhere / "far.png")
+    (folder / "c").symlink_to(elsewhere)
+    (folder / "d").symlink_to(elsewhere)
+    (folder / "a" / "round").symlink_to(folder)
+    paths = list_images(folder)
+    assert len(paths) == 13
+    assert paths[-1] == str(folder / "c" / "far.png")
+    link = folder / "b" / "all"
+    link.symlink_to(folder)
+    assert len(list_images(link)) == 13
+
+
+def test_folders_that_may_not_be_read_are_not_passed_over(folder, monkeypatch):
+    scan = os.scandir
+
+    def forbid(path):
+        if str(path).endswith("a"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)
+    with pytest.raises(PermissionError, match=f"{folder}/a"):
+        list_images(folder)
+
+
+def test_the_endings_are_those_that_are_documented():
+    assert all(suffix in list_images.__doc__ for suffix in SUFFIXES)
 
 
 def test_readers_are_fitted_first_and_take_paths(folder):
