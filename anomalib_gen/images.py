@@ -9,6 +9,7 @@ which is told what it gets and guesses nothing: `ChannelsFirst` for arrays with 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 import weakref
@@ -35,6 +36,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".t
 SHOWN = 5
 """Files named in a message; the others are counted."""
 CHANNELS = {"L": 1, "RGB": 3}
+MODES = {channels: mode for mode, channels in CHANNELS.items()}
 UNREADABLE = (OSError, ValueError, SyntaxError)
 """What Pillow raises for damaged files."""
 
@@ -143,7 +145,8 @@ def likelihood_ratio(
     TypeError
         If `detector` is none of this package.
     ValueError
-        If X are images unlike those that it was fitted on, or `rate` does not lie between 0 and 1.
+        If it was fitted on a table, X are images unlike those that it was fitted on, or `rate` does not lie between 0
+        and 1.
 
     References
     ----------
@@ -158,6 +161,11 @@ def likelihood_ratio(
             f"Likelihood ratios are of detectors of anomalib_gen with a density, got {type(detector).__name__}.{hint}"
         )
     check_is_fitted(detector)
+    if len(detector.event_shape_) != 3:
+        raise ValueError(
+            "Likelihood ratios against mutated pixels are of detectors of images; this "
+            f"{type(detector).__name__} was fitted on rows of shape {detector.event_shape_}."
+        )
     X = detector._validate(X, reset=False, min_rows=2)
     background = clone(detector).fit(mutate_pixels(X, rate=rate, random_state=random_state))
     return ComposedDetector([("normal", detector), ("background", background)], weights=[1, -1]).fit(X)
@@ -371,6 +379,8 @@ class ImageReader(_ImageTransformer):
 
         Raises
         ------
+        OSError
+            If a folder below X may not be read, or the result is to be mapped and the disk lacks the space.
         ValueError
             If files cannot be read, or have another size where none was asked for, and `on_error` is "raise"; if none
             can be read.
@@ -425,13 +435,25 @@ class ImageReader(_ImageTransformer):
             return np.empty(shape, dtype=np.uint8)
         # The file keeps its name as long as it is mapped: by it joblib's processes find the data.
         descriptor, path = tempfile.mkstemp(prefix="anomalib_gen-", suffix=".images")
-        os.close(descriptor)
+        try:
+            _reserve(descriptor, int(np.prod(shape)))
+        except OSError as error:
+            _remove(path)
+            raise OSError(
+                error.errno,
+                f"{n} images of shape {self.event_shape_} need {np.prod(shape) / 2**30:.1f} GiB on disk "
+                f"({error.strerror}). Set the environment variable TMPDIR to a folder with more space, or lower size",
+                tempfile.gettempdir(),
+            ) from error
+        finally:
+            os.close(descriptor)
         images = np.memmap(path, dtype=np.uint8, mode="w+", shape=shape)
         weakref.finalize(images.base, _remove, path)  # the mapping, which views of the array hold, too
         return images
 
     def _decode(self, path: str, event_shape: tuple[int, int, int] | None) -> npt.NDArray[np.uint8]:
-        """One file as ``(channels, height, width)``."""
+        """One file as ``(channels, height, width)``; in the mode of `fit`, if that is over."""
+        mode = self.mode if event_shape is None else MODES[event_shape[0]]
         try:
             from PIL import Image, ImageOps, UnidentifiedImageError
         except ImportError as error:  # pragma: no cover
@@ -449,7 +471,7 @@ class ImageReader(_ImageTransformer):
                         "of real numbers"
                     )
                 file.info.pop("transparency", None)  # of some forms of it the conversion would warn
-                image = ImageOps.exif_transpose(file).convert(self.mode)
+                image = ImageOps.exif_transpose(file).convert(mode)
         except UnidentifiedImageError as error:
             raise ValueError("no image that Pillow can read") from error
         except Image.DecompressionBombError as error:
@@ -462,6 +484,17 @@ class ImageReader(_ImageTransformer):
             image = image.resize((event_shape[2], event_shape[1]), Image.Resampling.BILINEAR)
         pixels = np.asarray(image, dtype=np.uint8)
         return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the space of a file now: a mapped file that finds the disk full later ends the process."""
+    if not hasattr(os, "posix_fallocate"):  # pragma: no cover
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot do it
+            raise
 
 
 def _is_deep(tile: Any) -> bool:

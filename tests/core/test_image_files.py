@@ -1,8 +1,10 @@
 """Reading image files, layouts, and bits per dimension."""
 
+import errno
 import gc
 import os
 import struct
+import tempfile
 import warnings
 import zlib
 from pathlib import Path
@@ -75,6 +77,36 @@ def test_mapped_images_reach_other_processes_and_leave_no_file(folder):
     del view
     gc.collect()
     assert not path.exists()
+
+
+def test_a_disk_without_the_space_is_said_so_before_it_is_written_to(folder, monkeypatch, tmp_path_factory):
+    """A mapped file that cannot grow ends the process by a signal."""
+    place = tmp_path_factory.mktemp("full")
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+
+    def refuse(descriptor, start, size):
+        assert size == 12 * 3 * 10 * 12
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(
+        OSError, match=rf"12 images of shape \(3, 10, 12\) .*No space left.* TMPDIR .*{place}"
+    ):
+        ImageReader(max_bytes=1000).fit_transform(folder)
+    assert not list(place.iterdir())
+
+    def cannot(descriptor, start, size):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", cannot)
+    assert ImageReader(max_bytes=1000).fit_transform(folder).shape == (12, 3, 10, 12)
+
+
+def test_a_fitted_reader_keeps_its_channels(folder):
+    reader = ImageReader().fit(folder)
+    images = reader.transform(folder)
+    np.testing.assert_array_equal(reader.set_params(mode="L").transform(folder), images)
+    assert reader.fit_transform(folder).shape == (12, 1, 10, 12)
 
 
 def test_files_that_cannot_be_read_are_named(folder):
