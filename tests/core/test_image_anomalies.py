@@ -235,11 +235,15 @@ def test_a_likelihood_ratio_is_the_difference_of_two_energies(digits):
 
 def test_what_has_no_likelihood_ratio_is_refused_before_training(digits, monkeypatch):
     detector, plain = small(FlowDetector).fit(digits), small(FlowDetector)
+    of_table = small(FlowDetector).fit(np.random.default_rng(0).normal(size=(50, 3)))
     monkeypatch.setattr(FlowDetector, "fit", lambda *_: pytest.fail("trained in vain"))
     with pytest.raises(NotFittedError):
         likelihood_ratio(plain, digits)
     with pytest.raises(ValueError, match="uint8 images, 0 to 255, and X is float64"):
         likelihood_ratio(detector, digits / 255)
+    table = np.random.default_rng(0).normal(size=(50, 3))
+    with pytest.raises(ValueError, match=r"this FlowDetector was fitted on rows of shape \(3,\)"):
+        likelihood_ratio(of_table, table)
     with pytest.raises(TypeError, match=r"got Pipeline\. Take the last step"):
         likelihood_ratio(make_pipeline(ChannelsFirst(), detector), digits[:, 0])
 
