@@ -26,6 +26,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from anomalib_gen._base import GenerativeDetector
+from anomalib_gen._inputs import stack_images
 from anomalib_gen._runtime import row_blocks
 from anomalib_gen._scaling import rows_per_block
 from anomalib_gen._warnings import warn_user
@@ -232,7 +233,7 @@ class ChannelsFirst(_ImageTransformer):
         Raises
         ------
         ValueError
-            If X has neither three nor four dimensions.
+            If X has neither three nor four dimensions, or is a list of images of different shapes.
         """
         X = self._check(X)
         return X[:, None] if X.ndim == 3 else np.moveaxis(X, 3, 1)
@@ -255,7 +256,7 @@ class ChannelsFirst(_ImageTransformer):
 
     @staticmethod
     def _check(X: Any) -> npt.NDArray[Any]:
-        X = np.asarray(X)
+        X = stack_images(X)
         if X.ndim not in (3, 4):
             raise ValueError(
                 "Images (n, height, width, channels) or (n, height, width) are needed, got an array of shape "
