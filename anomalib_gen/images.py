@@ -1,9 +1,9 @@
 """Images on their way to and from detectors: layout, files, and bits per dimension.
 
 Detectors take arrays ``(n, channels, height, width)`` and nothing else: of uint8, which stand for whole numbers from 0
-to 255, or of floating-point numbers. What comes otherwise is brought into that form by one of two transformers, each of
-which is told what it gets and guesses nothing: `ChannelsFirst` for arrays with the channels at the end or without any,
-`ImageReader` for files. Both drop into a pipeline.
+to 255, or of other types, which stand for real numbers. What comes otherwise is brought into that form by one of two
+transformers, each of which is told what it gets and guesses nothing: `ChannelsFirst` for arrays with the channels at
+the end or without any, `ImageReader` for files. Both drop into a pipeline.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ def bits_per_dimension(log_prob: Any, event_shape: Sequence[int]) -> npt.NDArray
     Parameters
     ----------
     log_prob : array-like of shape (n_samples,)
-        In nats, in units of grey levels. A detector fitted on images scaled to [0, 1] reports larger densities: take
-        ``log(255)`` off for each value first.
+        In nats, in units of grey levels. A detector fitted on images divided by 255 reports larger densities: take
+        ``log(255)`` off for each value first. It has taken them for real numbers and not spread them over cells: the
+        result bounds no code.
     event_shape : sequence of int
         Shape of one image, the detector's `event_shape_`.
 
@@ -86,7 +87,7 @@ def mutate_pixels(X: npt.NDArray[Any], *, rate: float = 0.2, random_state: Any =
     Returns
     -------
     ndarray of shape (n_samples, channels, height, width)
-        A copy, in the type of X.
+        A copy in memory, in the type of X.
 
     Raises
     ------
