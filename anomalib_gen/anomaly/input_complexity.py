@@ -42,7 +42,7 @@ WEIGHT_IMAGES = 512
 def _cell(model: Any) -> float:
     """Distance between the levels of discrete images, in the units of the model's input; 0 where there are none."""
     cell = float(getattr(model, "cell", 0.0))
-    observation = getattr(model, "observation", None)
+    observation: Any = getattr(model, "observation", None)
     if cell == 0 and hasattr(observation, "cell"):
         # One that gives the mass of a cell by itself: its images are not spread over theirs.
         cell = float((observation.cell * observation.spread).max())
