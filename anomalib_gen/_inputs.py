@@ -43,7 +43,7 @@ def validate_rows(detector: Any, X: Any, *, reset: bool, min_rows: int) -> npt.N
     refuse_hidden(X)
     images = count_dimensions(X) == 4
     if images:
-        X = np.asarray(X)
+        X = stack_images(X)
         check_images(detector, X, reset=reset)
     elif not reset and len(getattr(detector, "event_shape_", ())) == 3:
         wanted = ", ".join(str(size) for size in detector.event_shape_)
@@ -169,6 +169,27 @@ def count_dimensions(X: Any) -> int:
             return n
         X, n = X[0], n + 1
     return n + int(X.ndim)
+
+
+def stack_images(X: Any) -> npt.NDArray[Any]:
+    """Images as one array.
+
+    Raises
+    ------
+    ValueError
+        If they are a list of arrays of different shapes, naming the first that differs.
+    """
+    try:
+        return np.asarray(X)
+    except ValueError as error:
+        shapes = [getattr(image, "shape", None) for image in X]
+        k = next((k for k, shape in enumerate(shapes) if shape != shapes[0]), None)
+        if k is None:
+            raise
+        raise ValueError(
+            f"X holds images of different shapes: {shapes[0]}, and {shapes[k]} at position {k}. Resize or convert them "
+            "alike; anomalib_gen.images.ImageReader(size=...) does so with files."
+        ) from error
 
 
 def check_images(detector: Any, X: npt.NDArray[Any], *, reset: bool) -> None:

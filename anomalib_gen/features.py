@@ -22,6 +22,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from anomalib_gen import _runtime
+from anomalib_gen._inputs import stack_images
 
 
 class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -102,7 +103,7 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         Raises
         ------
         ValueError
-            If X holds no images.
+            If X holds no images, or numbers that are neither uint8 nor floating-point.
         TypeError
             If the network does not return rows or maps of features.
         """
@@ -142,11 +143,16 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
 
     @staticmethod
     def _check(X: Any) -> npt.NDArray[Any]:
-        X = np.asarray(X)
+        X = stack_images(X)
         if X.ndim != 4 or not len(X):
             raise ValueError(
                 "Images (n, channels, height, width) are needed, at least one, got an array of shape "
                 f"{X.shape}. See anomalib_gen.images for other layouts and for files."
+            )
+        if X.dtype != np.uint8 and X.dtype.kind != "f":
+            raise ValueError(
+                f"X is {X.dtype}: images are uint8, which are divided by 255, or floating-point numbers, which are "
+                "passed on as they are. Say which by X.astype(numpy.uint8) or X.astype(numpy.float32)."
             )
         return X
 

@@ -8,7 +8,7 @@ made of one number a value:
                     is conditional on noise, the mean over a ladder of levels of (s * level)_j^2;
     "likelihood":   -log p(x_j | z), what an autoencoder's decoder charges for the value; of a multi-scale flow the
                     share of each pixel in -log p(x), with the values that its layers give to the place and what they
-                    stretch there (models.glow). These add up to -log p(x).
+                    stretch there (models.glow). Before they are averaged these add up to -log p(x).
 
 The first asks for a model that reconstructs (autoencoders and diffusion models), the second for one that is
 differentiable, which all are. As an energy E is -log p up to a constant, the score is minus the energy's gradient. Maps

@@ -1,18 +1,19 @@
 """Images on their way to and from detectors: layout, files, and bits per dimension.
 
 Detectors take arrays ``(n, channels, height, width)`` and nothing else: of uint8, which stand for whole numbers from 0
-to 255, or of floating-point numbers. What comes otherwise is brought into that form by one of two transformers, each of
-which is told what it gets and guesses nothing: `ChannelsFirst` for arrays with the channels at the end or without any,
-`ImageReader` for files. Both drop into a pipeline.
+to 255, or of other types, which stand for real numbers. What comes otherwise is brought into that form by one of two
+transformers, each of which is told what it gets and guesses nothing: `ChannelsFirst` for arrays with the channels at
+the end or without any, `ImageReader` for files. Both drop into a pipeline.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -25,6 +26,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from anomalib_gen._base import GenerativeDetector
+from anomalib_gen._inputs import stack_images
 from anomalib_gen._runtime import row_blocks
 from anomalib_gen._scaling import rows_per_block
 from anomalib_gen._warnings import warn_user
@@ -35,6 +37,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".t
 SHOWN = 5
 """Files named in a message; the others are counted."""
 CHANNELS = {"L": 1, "RGB": 3}
+MODES = {channels: mode for mode, channels in CHANNELS.items()}
 UNREADABLE = (OSError, ValueError, SyntaxError)
 """What Pillow raises for damaged files."""
 
@@ -49,8 +52,9 @@ def bits_per_dimension(log_prob: Any, event_shape: Sequence[int]) -> npt.NDArray
     Parameters
     ----------
     log_prob : array-like of shape (n_samples,)
-        In nats, in units of grey levels. A detector fitted on images scaled to [0, 1] reports larger densities: take
-        ``log(255)`` off for each value first.
+        In nats, in units of grey levels. A detector fitted on images divided by 255 reports larger densities: take
+        ``log(255)`` off for each value first. It has taken them for real numbers and not spread them over cells: the
+        result bounds no code.
     event_shape : sequence of int
         Shape of one image, the detector's `event_shape_`.
 
@@ -83,7 +87,7 @@ def mutate_pixels(X: npt.NDArray[Any], *, rate: float = 0.2, random_state: Any =
     Returns
     -------
     ndarray of shape (n_samples, channels, height, width)
-        A copy, in the type of X.
+        A copy in memory, in the type of X.
 
     Raises
     ------
@@ -143,7 +147,8 @@ def likelihood_ratio(
     TypeError
         If `detector` is none of this package.
     ValueError
-        If X are images unlike those that it was fitted on, or `rate` does not lie between 0 and 1.
+        If it was fitted on a table, X are images unlike those that it was fitted on, or `rate` does not lie between 0
+        and 1.
 
     References
     ----------
@@ -158,6 +163,11 @@ def likelihood_ratio(
             f"Likelihood ratios are of detectors of anomalib_gen with a density, got {type(detector).__name__}.{hint}"
         )
     check_is_fitted(detector)
+    if len(detector.event_shape_) != 3:
+        raise ValueError(
+            "Likelihood ratios against mutated pixels are of detectors of images; this "
+            f"{type(detector).__name__} was fitted on rows of shape {detector.event_shape_}."
+        )
     X = detector._validate(X, reset=False, min_rows=2)
     background = clone(detector).fit(mutate_pixels(X, rate=rate, random_state=random_state))
     return ComposedDetector([("normal", detector), ("background", background)], weights=[1, -1]).fit(X)
@@ -224,7 +234,7 @@ class ChannelsFirst(_ImageTransformer):
         Raises
         ------
         ValueError
-            If X has neither three nor four dimensions.
+            If X has neither three nor four dimensions, or is a list of images of different shapes.
         """
         X = self._check(X)
         return X[:, None] if X.ndim == 3 else np.moveaxis(X, 3, 1)
@@ -247,7 +257,7 @@ class ChannelsFirst(_ImageTransformer):
 
     @staticmethod
     def _check(X: Any) -> npt.NDArray[Any]:
-        X = np.asarray(X)
+        X = stack_images(X)
         if X.ndim not in (3, 4):
             raise ValueError(
                 "Images (n, height, width, channels) or (n, height, width) are needed, got an array of shape "
@@ -362,7 +372,7 @@ class ImageReader(_ImageTransformer):
         Parameters
         ----------
         X : path of a folder, or sequence of paths of files
-            A folder is read with all below it, in the order of the paths.
+            A folder is read with all below it, in the order of the paths; `list_images` says which files are taken.
 
         Returns
         -------
@@ -371,6 +381,8 @@ class ImageReader(_ImageTransformer):
 
         Raises
         ------
+        OSError
+            If a folder below X may not be read, or the result is to be mapped and the disk lacks the space.
         ValueError
             If files cannot be read, or have another size where none was asked for, and `on_error` is "raise"; if none
             can be read.
@@ -425,13 +437,25 @@ class ImageReader(_ImageTransformer):
             return np.empty(shape, dtype=np.uint8)
         # The file keeps its name as long as it is mapped: by it joblib's processes find the data.
         descriptor, path = tempfile.mkstemp(prefix="anomalib_gen-", suffix=".images")
-        os.close(descriptor)
+        try:
+            _reserve(descriptor, int(np.prod(shape)))
+        except OSError as error:
+            _remove(path)
+            raise OSError(
+                error.errno,
+                f"{n} images of shape {self.event_shape_} need {np.prod(shape) / 2**30:.1f} GiB on disk "
+                f"({error.strerror}). Set the environment variable TMPDIR to a folder with more space, or lower size",
+                tempfile.gettempdir(),
+            ) from error
+        finally:
+            os.close(descriptor)
         images = np.memmap(path, dtype=np.uint8, mode="w+", shape=shape)
         weakref.finalize(images.base, _remove, path)  # the mapping, which views of the array hold, too
         return images
 
     def _decode(self, path: str, event_shape: tuple[int, int, int] | None) -> npt.NDArray[np.uint8]:
-        """One file as ``(channels, height, width)``."""
+        """One file as ``(channels, height, width)``; in the mode of `fit`, if that is over."""
+        mode = self.mode if event_shape is None else MODES[event_shape[0]]
         try:
             from PIL import Image, ImageOps, UnidentifiedImageError
         except ImportError as error:  # pragma: no cover
@@ -442,14 +466,14 @@ class ImageReader(_ImageTransformer):
         try:
             # A stream: files that Pillow knows by name it maps into memory, and then garbles turned grey TIFF files.
             with open(path, "rb") as stream, Image.open(stream) as file:
-                if file.mode[0] in "IF" or ";16" in str(file.tile):
+                if file.mode[0] in "IF" or any(map(_is_deep, file.tile)):
                     # Pillow would cut what is beyond 255, and fractions; of colours it would drop the lower 8 bits.
                     raise ValueError(
                         f"more than 8 bits a value, mode {file.mode!r}; convert it to 8 bits, or read it into an array "
                         "of real numbers"
                     )
                 file.info.pop("transparency", None)  # of some forms of it the conversion would warn
-                image = ImageOps.exif_transpose(file).convert(self.mode)
+                image = ImageOps.exif_transpose(file).convert(mode)
         except UnidentifiedImageError as error:
             raise ValueError("no image that Pillow can read") from error
         except Image.DecompressionBombError as error:
@@ -464,6 +488,25 @@ class ImageReader(_ImageTransformer):
         return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
 
 
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the space of a file now: a mapped file that finds the disk full later ends the process."""
+    if not hasattr(os, "posix_fallocate"):  # pragma: no cover
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot do it
+            raise
+
+
+def _is_deep(tile: Any) -> bool:
+    """Whether a part of a file has more than 8 bits a value: by the name of its layout, or the largest value of PPM."""
+    name, _, _, arguments = tile
+    if name.startswith("ppm") and isinstance(arguments, tuple):
+        return bool(arguments[1] > 255)
+    return ";16" in str(arguments)
+
+
 def _remove(path: str) -> None:
     with contextlib.suppress(OSError):
         os.remove(path)
@@ -475,6 +518,9 @@ def list_images(X: Any) -> list[str]:
     Parameters
     ----------
     X : path of a folder, or sequence of paths of files
+        The images of a folder are its files that end in .bmp, .gif, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff or
+        .webp, in either case. Links to other folders are followed, and each folder is read once. Files that are listed
+        may have any ending.
 
     Returns
     -------
@@ -486,6 +532,8 @@ def list_images(X: Any) -> list[str]:
         If there are none.
     TypeError
         If X holds something else than paths.
+    OSError
+        If a folder below X may not be read.
     """
     if isinstance(X, str | os.PathLike):
         folder = Path(X)
@@ -493,11 +541,7 @@ def list_images(X: Any) -> list[str]:
             raise ValueError(
                 f"X={os.fspath(X)!r} is no folder. Give a folder, or a list of the paths of files."
             )
-        paths = sorted(
-            str(path)
-            for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES and not path.is_dir()  # a link to nothing is to be named
-        )
+        paths = sorted(str(path) for path in _walk(folder) if path.suffix.lower() in SUFFIXES)
         if not paths:
             raise ValueError(f"There are no image files ({', '.join(SUFFIXES)}) in {folder}.")
         return paths
@@ -512,6 +556,23 @@ def list_images(X: Any) -> list[str]:
     if not paths:
         raise ValueError("X names no files.")
     return paths
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files in a folder and below it; a link to nothing is one, and is to be named later."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for place, below, files in os.walk(folder, followlinks=True, onerror=refuse):
+        below.sort()  # of two ways to a folder always the same one is taken
+        real = os.path.realpath(place)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, file) for file in files)
 
 
 def _named(names: Sequence[str]) -> str:

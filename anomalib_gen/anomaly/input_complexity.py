@@ -39,6 +39,16 @@ WEIGHT_IMAGES = 512
 """Normal images from which a weight is learned."""
 
 
+def _cell(model: Any) -> float:
+    """Distance between the levels of discrete images, in the units of the model's input; 0 where there are none."""
+    cell = float(getattr(model, "cell", 0.0))
+    observation: Any = getattr(model, "observation", None)
+    if cell == 0 and hasattr(observation, "cell"):
+        # One that gives the mass of a cell by itself: its images are not spread over theirs.
+        cell = float((observation.cell * observation.spread).max())
+    return cell
+
+
 class InputComplexity(Component):
     """Minus the log-density of an image less its code length, in nats (equation 1).
 
@@ -67,8 +77,9 @@ class InputComplexity(Component):
         Value of the darkest grey level and distance between levels, in the units of the model's input: 256 levels
         between the least and the largest value of normal images, to which other values are clamped.
     eight_bit_ : bool
-        Whether images have 8 bits. Then levels are their own, and those darker than in any normal image count modulo
-        256, as the differences between pixels do that a codec looks at.
+        Whether images have 8 bits, or lie on a grid of at most 256 levels that the model knows. Then levels are their
+        own, and those darker than in any normal image count modulo 256, as the differences between pixels do that a
+        codec looks at.
 
     Raises
     ------
@@ -101,10 +112,10 @@ class InputComplexity(Component):
             missing = WEIGHT_IMAGES - sum(map(len, kept))
             if self.weight == "learned" and missing > 0:
                 kept.append(x[:missing])
-        cell = float(getattr(model, "cell", 0.0))
+        cell = _cell(model)
         self.low_ = low
-        self.eight_bit_ = cell > 0
-        self.width_ = cell if cell > 0 else max(high - low, 1e-12) / (GREY_LEVELS - 1)
+        self.eight_bit_ = cell > 0 and high - low < GREY_LEVELS * cell
+        self.width_ = cell if self.eight_bit_ else max(high - low, 1e-12) / (GREY_LEVELS - 1)
         self.weight_ = self._slope(model, kept, generator) if kept else float(self.weight)
 
     def _slope(self, model: Any, blocks: Iterable[torch.Tensor], generator: torch.Generator) -> float:

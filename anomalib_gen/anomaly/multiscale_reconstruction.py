@@ -38,7 +38,8 @@ class MultiScaleReconstruction(Component):
     Parameters
     ----------
     n_scales : int, default=4
-        Scales K; no more than the image can be halved.
+        Scales K; no more than the image can be halved. Where a side is odd, the last row or column is left out of the
+        coarser scales.
     n_levels : int, default=3
         Noise levels of a diffusion model to start from. This and the next two are not used with an autoencoder.
     n_steps : int, default=3

@@ -85,6 +85,7 @@ def aupro(masks: ArrayLike, maps: ArrayLike, *, max_fpr: float = 0.3) -> float:
     # Pixels of one value cross the threshold together.
     last = np.append(values[1:] != values[:-1], True)
     pro, fpr = np.append(0.0, pro[last]), np.append(0.0, fpr[last])
-    end = np.interp(max_fpr, fpr, pro)
-    inside = fpr < max_fpr
-    return float(trapezoid(np.append(pro[inside], end), np.append(fpr[inside], max_fpr)) / max_fpr)
+    # The first threshold beyond f: of several with one FPR it is where the curve comes in, and not where it leaves.
+    k = int(np.argmax(fpr >= max_fpr))
+    end = pro[k - 1] + (pro[k] - pro[k - 1]) * (max_fpr - fpr[k - 1]) / (fpr[k] - fpr[k - 1])
+    return float(trapezoid(np.append(pro[:k], end), np.append(fpr[:k], max_fpr)) / max_fpr)

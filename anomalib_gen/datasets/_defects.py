@@ -1,6 +1,7 @@
 r"""Defects in images, drawn at random, with masks that say where they are.
 
-    "scratch"   a line of one to three pixels across part of the image, darker or brighter than what it covers;
+    "scratch"   a line of one to three pixels across part of the image (wider above 32 x 32), dark on a bright image and
+                bright on a dark one;
     "blob"      an ellipse of another grey, with soft edges;
     "missing"   a rectangle filled with the image's commonest value, as if a part of it were not there.
 

@@ -52,6 +52,17 @@ def test_random_maps_are_at_chance():
     assert aupro(masks, maps, max_fpr=1.0) == pytest.approx(0.5, abs=0.05)
 
 
+def test_what_comes_in_at_the_end_of_the_range_does_not_count():
+    """Of ten sound pixels three lie above the region, so that its pixels are found where FPR is 0.3 already."""
+    masks = np.zeros((1, 1, 12), dtype=bool)
+    masks[..., :2] = True
+    maps = np.zeros(masks.shape)
+    maps[..., 0], maps[..., 1], maps[..., 2:5] = 4, 2, 3
+    assert aupro(masks, maps, max_fpr=3 / 10) == pytest.approx(0.5)
+    assert aupro(masks, maps, max_fpr=1.0) == pytest.approx(0.3 * 0.5 + 0.7)
+    assert aupro(masks, -masks.astype(float), max_fpr=1.0) == 0
+
+
 def test_bad_input_is_refused():
     masks = two_regions()
     for other, message in (

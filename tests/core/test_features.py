@@ -102,6 +102,9 @@ def test_what_cannot_work_is_said(digits, network):
     for bad, found in ((lambda x: x.mean(), r"\(\)"), (lambda x: [x], "list"), (lambda x: x[:, 0], "8, 8")):
         with pytest.raises(TypeError, match=f"for 64 images, got .*{found}"):
             FeatureExtractor(bad, device="cpu").fit(images)
+    for kind in (np.int64, bool, object):
+        with pytest.raises(ValueError, match=rf"X is {np.dtype(kind)}: images are uint8, .* divided by 255"):
+            FeatureExtractor(network, device="cpu").fit(images.astype(kind))
     whole = FeatureExtractor(network, device="cpu").fit(images.astype(np.uint8))
     with pytest.raises(ValueError, match="X is float64, but uint8 images, 0 to 255 were fitted"):
         whole.transform(images.astype(np.float64))

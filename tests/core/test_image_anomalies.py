@@ -118,9 +118,10 @@ def test_complexity_is_the_likelihood_less_the_code(flow, nature):
     np.testing.assert_allclose(corrected.score_samples(normal), expected, atol=8 * math.log(2) * 4)
 
 
-def test_images_darker_than_any_in_training_keep_their_detail(digits):
+@pytest.mark.parametrize("observation", ["gaussian", "discretised-logistic"])
+def test_images_darker_than_any_in_training_keep_their_detail(digits, observation):
     bright = digits // 2 + 100  # from 100 to 207: what is darker has never been seen
-    detector = small(VAEDetector, anomaly="input_complexity").fit(bright)
+    detector = small(VAEDetector, observation=observation, anomaly="input_complexity").fit(bright)
     complexity, z = detector.anomaly_, detector._scaler.transform
     lengths = [complexity.code_lengths(torch.from_numpy(z(images))) for images in (bright, bright - 90)]
     flat = complexity.code_lengths(torch.from_numpy(z(np.full_like(bright[:1], 10))))
@@ -143,6 +144,16 @@ def test_code_lengths(codec, channels):
     # Noise cannot be compressed.
     assert float(lengths[2]) >= 0.95 * channels * 256 * math.log(256)
     np.testing.assert_array_equal(anomaly.code_lengths(levels[2:]), lengths[2:])
+
+
+def test_real_numbers_off_any_grid_have_256_levels_under_a_discretised_observation(digits):
+    images = np.random.default_rng(0).random((40, 1, 8, 8))
+    parameters = {"observation": "discretised-logistic", "anomaly": "input_complexity"}
+    complexity = small(VAEDetector, **parameters).fit(images).anomaly_
+    assert not complexity.eight_bit_
+    whole, scaled = (small(VAEDetector, **parameters).fit(X).anomaly_ for X in (digits, digits / 255))
+    assert whole.eight_bit_
+    assert scaled.eight_bit_
 
 
 def test_levels_of_real_numbers_are_256():
@@ -235,11 +246,15 @@ def test_a_likelihood_ratio_is_the_difference_of_two_energies(digits):
 
 def test_what_has_no_likelihood_ratio_is_refused_before_training(digits, monkeypatch):
     detector, plain = small(FlowDetector).fit(digits), small(FlowDetector)
+    of_table = small(FlowDetector).fit(np.random.default_rng(0).normal(size=(50, 3)))
     monkeypatch.setattr(FlowDetector, "fit", lambda *_: pytest.fail("trained in vain"))
     with pytest.raises(NotFittedError):
         likelihood_ratio(plain, digits)
     with pytest.raises(ValueError, match="uint8 images, 0 to 255, and X is float64"):
         likelihood_ratio(detector, digits / 255)
+    table = np.random.default_rng(0).normal(size=(50, 3))
+    with pytest.raises(ValueError, match=r"this FlowDetector was fitted on rows of shape \(3,\)"):
+        likelihood_ratio(of_table, table)
     with pytest.raises(TypeError, match=r"got Pipeline\. Take the last step"):
         likelihood_ratio(make_pipeline(ChannelsFirst(), detector), digits[:, 0])
 

@@ -12,6 +12,8 @@ from sklearn.datasets import load_digits
 from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
 from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain
 from anomalib_gen.anomaly import DiffusionELBO, LikelihoodRegret, ODELikelihood
+from anomalib_gen.features import FeatureExtractor
+from anomalib_gen.images import ChannelsFirst
 from anomalib_gen.objectives._smoothing import dequantise
 
 FAMILIES = [DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector]
@@ -196,6 +198,23 @@ def test_channels_at_the_end_are_pointed_out():
         FlowDetector().fit(np.zeros((4, 1, 4, 32), np.uint8))
     with pytest.raises(ValueError, match="dim 3"):
         FlowDetector().fit(np.zeros((4, 32, 32), np.uint8))
+
+
+def test_images_of_different_shapes_are_named(trained, digits):
+    images = [digits[0], digits[1], np.zeros((1, 9, 8), np.uint8)]
+    for refuse in (
+        FlowDetector().fit,
+        trained(FlowDetector).score_samples,
+        FeatureExtractor(torch.nn.Flatten()).fit,
+        ChannelsFirst().fit,
+    ):
+        with pytest.raises(
+            ValueError, match=r"different shapes: \(1, 8, 8\), and \(1, 9, 8\) at position 2\. Resize"
+        ):
+            refuse(images)
+    np.testing.assert_array_equal(
+        trained(FlowDetector).score_samples(list(digits[:3])), trained(FlowDetector).score_samples(digits[:3])
+    )
 
 
 def test_missing_pixels_are_named():

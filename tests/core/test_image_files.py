@@ -1,7 +1,10 @@
 """Reading image files, layouts, and bits per dimension."""
 
+import errno
 import gc
+import os
 import struct
+import tempfile
 import warnings
 import zlib
 from pathlib import Path
@@ -20,7 +23,7 @@ from anomalib_gen.calibration import (
     SplitConformalDetector,
     ThresholdDetector,
 )
-from anomalib_gen.images import ChannelsFirst, ImageReader, bits_per_dimension, list_images
+from anomalib_gen.images import SUFFIXES, ChannelsFirst, ImageReader, bits_per_dimension, list_images
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
@@ -74,6 +77,36 @@ def test_mapped_images_reach_other_processes_and_leave_no_file(folder):
     del view
     gc.collect()
     assert not path.exists()
+
+
+def test_a_disk_without_the_space_is_said_so_before_it_is_written_to(folder, monkeypatch, tmp_path_factory):
+    """A mapped file that cannot grow ends the process by a signal."""
+    place = tmp_path_factory.mktemp("full")
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+
+    def refuse(descriptor, start, size):
+        assert size == 12 * 3 * 10 * 12
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(
+        OSError, match=rf"12 images of shape \(3, 10, 12\) .*No space left.* TMPDIR .*{place}"
+    ):
+        ImageReader(max_bytes=1000).fit_transform(folder)
+    assert not list(place.iterdir())
+
+    def cannot(descriptor, start, size):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", cannot)
+    assert ImageReader(max_bytes=1000).fit_transform(folder).shape == (12, 3, 10, 12)
+
+
+def test_a_fitted_reader_keeps_its_channels(folder):
+    reader = ImageReader().fit(folder)
+    images = reader.transform(folder)
+    np.testing.assert_array_equal(reader.set_params(mode="L").transform(folder), images)
+    assert reader.fit_transform(folder).shape == (12, 1, 10, 12)
 
 
 def test_files_that_cannot_be_read_are_named(folder):
@@ -220,6 +253,19 @@ def test_colours_of_sixteen_bits_are_not_cut_either(tmp_path, mode, kind, channe
         ImageReader(mode=mode, size=8).fit_transform(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["P3", "P6"])
+def test_nor_are_those_of_ppm(tmp_path, kind):
+    """Whose largest value is a number in the file, and not in the name of its layout."""
+    values = np.linspace(0, 65535, 8 * 8 * 3).astype(">u2")
+    for name, pixels, largest in (("deep", values, 65535), ("plain", values % 16, 15)):
+        raw = pixels.astype(">u2" if largest > 255 else "u1").tobytes()
+        body = raw if kind == "P6" else " ".join(map(str, pixels)).encode()
+        (tmp_path / f"{name}.ppm").write_bytes(f"{kind}\n8 8\n{largest}\n".encode() + body)
+    (tmp_path / "binary.ppm").write_bytes(b"P1\n8 8\n" + b"0 1 " * 32)
+    with pytest.raises(ValueError, match=r"1 of 3 files .*deep\.ppm \(more than 8 bits a value"):
+        ImageReader(size=8).fit_transform(tmp_path)
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
 def test_images_stand_as_a_viewer_shows_them(tmp_path, suffix):
     pixels = np.zeros((16, 24), dtype=np.uint8)
@@ -256,6 +302,37 @@ def test_folders_with_the_name_of_a_file_are_none(folder):
     assert {"Größe.PNG", "gone.jpg"} <= set(paths)
     with pytest.raises(ValueError, match=r"1 of 14 files cannot be read: .*gone\.jpg"):
         ImageReader().fit_transform(folder)
+
+
+def test_links_to_folders_are_followed_once(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    Image.new("RGB", (12, 10)).save(elsewhere / "far.png")
+    (folder / "c").symlink_to(elsewhere)
+    (folder / "d").symlink_to(elsewhere)
+    (folder / "a" / "round").symlink_to(folder)
+    paths = list_images(folder)
+    assert len(paths) == 13
+    assert paths[-1] == str(folder / "c" / "far.png")
+    link = folder / "b" / "all"
+    link.symlink_to(folder)
+    assert len(list_images(link)) == 13
+
+
+def test_folders_that_may_not_be_read_are_not_passed_over(folder, monkeypatch):
+    scan = os.scandir
+
+    def forbid(path):
+        if str(path).endswith("a"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)
+    with pytest.raises(PermissionError, match=f"{folder}/a"):
+        list_images(folder)
+
+
+def test_the_endings_are_those_that_are_documented():
+    assert all(suffix in list_images.__doc__ for suffix in SUFFIXES)
 
 
 def test_readers_are_fitted_first_and_take_paths(folder):
