@@ -11,6 +11,7 @@ import copy
 import itertools
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -214,6 +215,10 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     def _note_rows(self, X: npt.NDArray[Any], index: npt.NDArray[np.integer]) -> None:
         """Set what else a family tells of the rows at `index` that it was just fitted to."""
 
+    def _exact_in_bfloat16(self, model: nn.Module) -> bool:
+        """Whether the loss and its gradient are exact enough if the network computes in bfloat16."""
+        return False
+
     def _training_options(self, n_rows: int, *, one_pass: bool) -> TrainingOptions:
         """How to train on `n_rows` rows; once over them if `one_pass`."""
         images = len(self.event_shape_) > 1
@@ -330,13 +335,16 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
             return None if weights is None else torch.from_numpy(weights[positions])
 
         result = TrainingResult()
+        options = self._training_options(len(rows), one_pass=one_pass)
+        if self._exact_in_bfloat16(model) and _runtime.is_fast_in_bfloat16(device):
+            options = replace(options, mixed_precision=True)
         if any(parameter.requires_grad for parameter in model.parameters()):
             with _runtime.forked_rng(seeds[2], device):
                 result = train(
                     model,
                     objective,
                     rows,
-                    options=self._training_options(len(rows), one_pass=one_pass),
+                    options=options,
                     seed=seeds[2],
                     device=device,
                     weights=pick(train_index),

@@ -32,6 +32,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
+def is_fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device has units for products in bfloat16."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def resolve_device(device: str | torch.device) -> torch.device:
     """Turn a user's `device` into a `torch.device` that is there.
 

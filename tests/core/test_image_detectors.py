@@ -351,3 +351,37 @@ def test_pixels_share_a_variance_by_default(trained, digits):
     assert own.model_.observation.log_deviation.shape == (1, 8, 8)
     table = small(VAEDetector).fit(digits.reshape(80, -1).astype(float))
     assert table.model_.observation.log_deviation.shape == (64,)
+
+
+@pytest.mark.parametrize("objective", ["denoising", "flow-matching", "improved-ddpm"])
+def test_bfloat16_is_exact_enough_for_diffusion_of_images(monkeypatch, objective):
+    """As on a CUDA device with units for it: the held-out loss of networks that computed in either precision."""
+    images = (load_digits().images[:400, None] * 15).astype(np.uint8)
+
+    def fit():
+        return DiffusionDetector(
+            objective=objective, max_iter=100, hidden_features=16, random_state=0, device="cpu"
+        ).fit(images)
+
+    single = fit()
+    monkeypatch.setattr("anomalib_gen._runtime.is_fast_in_bfloat16", lambda device: True)
+    half = fit()
+    assert all(weight.dtype == torch.float32 for weight in half.model_.parameters())
+    assert half.validation_curve_ != single.validation_curve_
+    fallen = max(single.validation_curve_) - min(single.validation_curve_)
+    assert min(half.validation_curve_) == pytest.approx(min(single.validation_curve_), abs=0.05 * fallen)
+
+
+def test_what_bfloat16_is_too_rough_for_stays_in_single_precision(monkeypatch):
+    images = (load_digits().images[:60, None] * 15).astype(np.uint8)
+    table = images.reshape(60, -1).astype(float)
+    shared = {"max_iter": 3, "hidden_features": 8, "random_state": 0, "device": "cpu"}
+    cases = [
+        (DiffusionDetector(**shared), table),
+        (DiffusionDetector(network="energy", **shared), images),
+        (DiffusionDetector(denoiser="hybrid", **shared), images),
+        *((cls(**shared), images) for cls in (EnergyDetector, FlowDetector, VAEDetector)),
+    ]
+    before = [clone(detector).fit(X).loss_curve_ for detector, X in cases]
+    monkeypatch.setattr("anomalib_gen._runtime.is_fast_in_bfloat16", lambda device: True)
+    assert [detector.fit(X).loss_curve_ for detector, X in cases] == before
