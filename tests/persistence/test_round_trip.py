@@ -342,6 +342,7 @@ def test_a_detector_of_a_better_machine_scores_on_the_cpu(X, tmp_path, monkeypat
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_detector_fitted_on_cuda_scores_on_the_cpu(X, tmp_path):
     detector = small(FlowDetector).set_params(device="cuda").fit(X)
     detector.save(tmp_path / "model")
