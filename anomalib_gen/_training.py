@@ -421,7 +421,7 @@ def train(
                     rows_per_block=block,
                     generator=noise,
                 )
-            except Exception as error:
+            except Exception as error:  # as below
                 if not _runtime.is_out_of_memory(error) or block == 1:
                     raise
                 most_judged = block // 2

@@ -449,7 +449,7 @@ class ImageReader(_ImageTransformer):
             ) from error
         finally:
             os.close(descriptor)
-        images = np.memmap(path, dtype=np.uint8, mode="w+", shape=shape)
+        images = np.memmap(path, dtype=np.uint8, mode="r+", shape=shape)  # "w+" would give the space back
         weakref.finalize(images.base, _remove, path)  # the mapping, which views of the array hold, too
         return images
 

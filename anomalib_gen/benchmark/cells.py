@@ -112,7 +112,7 @@ def _words(error: BaseException) -> str:
     """Message of an exception, whose own code makes it and may fail."""
     try:
         return str(error)
-    except Exception as failure:
+    except Exception as failure:  # it is the detector's code, which raises what it likes
         return f"<its message cannot be made: {type(failure).__name__}>"
 
 

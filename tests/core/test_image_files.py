@@ -102,6 +102,20 @@ def test_a_disk_without_the_space_is_said_so_before_it_is_written_to(folder, mon
     assert ImageReader(max_bytes=1000).fit_transform(folder).shape == (12, 3, 10, 12)
 
 
+def test_the_space_of_a_mapped_file_is_kept_until_it_is_written(folder, monkeypatch, tmp_path_factory):
+    place = tmp_path_factory.mktemp("mapped")
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    taken, decode = [], ImageReader._decode
+
+    def look(reader, path, event_shape):
+        taken.extend(file.stat().st_blocks * 512 for file in place.iterdir())
+        return decode(reader, path, event_shape)
+
+    monkeypatch.setattr(ImageReader, "_decode", look)
+    images = ImageReader(max_bytes=1000).fit_transform(folder)
+    assert taken[0] >= images.nbytes > 4096  # a file with one byte at its end has a block of that size
+
+
 def test_a_fitted_reader_keeps_its_channels(folder):
     reader = ImageReader().fit(folder)
     images = reader.transform(folder)
