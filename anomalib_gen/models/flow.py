@@ -34,6 +34,8 @@ This is the only module that imports nflows (0.14, the last release). What is wo
   seen by anything, and the first column never learns of the context; here degrees are spread evenly and start at 0;
 - `AffineCouplingTransform` has scales of sigmoid(a + 2) + 0.001, which shrink. Linear maps between the layers stretch
   in their place; without them no density could rise above the peak of a standard normal, so scales are up to 2 there;
+- `MaskedAffineAutoregressiveTransform` has scales without a bound, with which the training on few wide rows runs away;
+  without linear maps between the layers, which is where rows are wide, they are up to 2 as well;
 - `BatchNorm` starts with a running variance of zero and is not used.
 """
 
@@ -177,6 +179,15 @@ class StretchingAffineCoupling(nft.AffineCouplingTransform):
         return 2 * torch.sigmoid(scale) + 1e-3, shift
 
 
+class BoundedAffineAutoregressive(nft.MaskedAffineAutoregressiveTransform):
+    """nflows' affine autoregressive layer with the scales of `StretchingAffineCoupling`."""
+
+    def _unconstrained_scale_and_shift(self, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale, shift = super()._unconstrained_scale_and_shift(parameters)
+        # nflows takes softplus of this and adds 0.001, beside which what is cut off is nothing.
+        return torch.expm1(2 * torch.sigmoid(scale.clamp(min=-15))).log(), shift
+
+
 class SplineCoupling(nft.PiecewiseRationalQuadraticCouplingTransform):
     """nflows' spline coupling over our spline."""
 
@@ -234,6 +245,8 @@ def _autoregressive(
     hidden_features: int,
     n_blocks: int,
     n_bins: int,
+    *,
+    mixed: bool,
 ) -> nn.Module:
     arguments: dict[str, Any] = {
         "features": features,
@@ -245,7 +258,9 @@ def _autoregressive(
     if spline:
         layer = SplineAutoregressive(**arguments, num_bins=n_bins, tails="linear", tail_bound=SPLINE_BOUND)
     else:
-        layer = nft.MaskedAffineAutoregressiveTransform(**arguments)
+        layer = (nft.MaskedAffineAutoregressiveTransform if mixed else BoundedAffineAutoregressive)(
+            **arguments
+        )
     _repair_made(layer.autoregressive_net, features)
     layer.autoregressive_net = BoundedConditioner(layer.autoregressive_net)
     return layer
@@ -338,7 +353,10 @@ def make_flow_transform(
                 layers.append(nft.ReversePermutation(features))
             if mix:
                 layers.append(LULinear(features))
-        layers.append(_coupling(*sizes, odd=bool(k % 2), mixed=mix) if coupled else _autoregressive(*sizes))
+        if coupled:
+            layers.append(_coupling(*sizes, odd=bool(k % 2), mixed=mix))
+        else:
+            layers.append(_autoregressive(*sizes, mixed=mix))
     return nft.CompositeTransform(layers)
 
 

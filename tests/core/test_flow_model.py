@@ -158,6 +158,18 @@ def test_flow_without_mixing_and_with_few_bins_is_a_bijection(name, features):
     assert_close(log_det_of_jacobian(lambda x: transform(x)[0], x), transform(x)[1].detach())
 
 
+@pytest.mark.parametrize("name", ["maf", "realnvp"])
+def test_affine_scales_without_mixing_are_bounded(name):
+    layer = flow(name, 6, False, mix=False, n_layers=1).transform
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(50)
+        slopes = torch.autograd.functional.jacobian(lambda x: layer(x)[0].sum(0), ordinary_rows(50, 6))
+    own = slopes.diagonal(dim1=0, dim2=2)
+    assert 1.5 < float(own.max()) <= 2.0011
+    assert float(own.min()) >= 0.0009
+
+
 @each_transform
 @each_width
 def test_map_starts_close_to_the_identity(name, features):
