@@ -458,7 +458,7 @@ def main(
         if (gap := found["training"]["largest_weight_difference"]) > 1e-5:
             print(f"  the equal loop ends {gap:.2g} away: unequal work!")
         if peer and case.resolve() is FlowDetector and "anomaly" not in dict(case.arguments):
-            transform = dict(case.arguments).get("transform", "realnvp")
+            transform = FlowDetector(**dict(case.arguments))._resolve_transform()
             found["zuko"] = measure_zuko(X, transform, 2 if quick else 20, 3 * repeats)
     for table in tables_of(figures["detectors"]):
         show(*table)
