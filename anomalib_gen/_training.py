@@ -5,7 +5,9 @@ Rows come as index batches from data that are resident on the device where they 
     loss -> gradient -> clip -> AdamW -> exponential moving average of the weights,
 
 all of which but the first two work on the weights laid end to end (`_FlatWeights`): as many calls as there are weights
-would take a tenth of the time of a small network's step. Every `eval_every` steps the averaged weights are judged on
+would take a tenth of the time of a small network's step. On a CUDA device the first two are recorded once and replayed
+(`_RecordedStep`), where the objective says that it does the same at every step: one launch in place of hundreds, which
+take longer than what they launch. Every `eval_every` steps the averaged weights are judged on
 held-out rows; the best ones seen are kept.
 The averaging follows Polyak and Juditsky (1992, doi:10.1137/0330046) in its exponential form, with a decay that
 grows as min(decay, (1 + t) / (10 + t)), so that the first steps are soon forgotten.
@@ -28,6 +30,8 @@ from anomalib_gen._warnings import warn_user
 
 CHECK_EVERY = {"cpu": 1, "cuda": 20, "mps": 20}
 """Steps between looks at the loss. On a GPU each look waits for the queue to drain."""
+RECORD_AFTER = 10
+"""Steps after which one is recorded: by then libraries have chosen their kernels and layers have seen data."""
 
 
 class Rows(Protocol):
@@ -72,6 +76,9 @@ class TrainingOptions:
         Whether the step size falls; if not, it stays at its peak after the warm-up.
     mixed_precision : bool
         Run the forward pass in bfloat16 autocast. For models whose loss is exact enough so.
+    recorded : bool
+        Record a step on a CUDA device and replay it. For objectives and models that do the same at every step, whatever
+        the values; where recording fails, steps go on one by one.
     verbose : int
         1 shows a progress bar.
     rows_per_evaluation : int
@@ -89,6 +96,7 @@ class TrainingOptions:
     warmup: int = 50
     schedule: bool = True
     mixed_precision: bool = False
+    recorded: bool = False
     verbose: int = 0
     rows_per_evaluation: int = 1024
 
@@ -287,6 +295,47 @@ class _MovingAverage:
         return [p.clone() for p in self.average], [b.clone() for b in self.buffers]
 
 
+class _RecordedStep:
+    """Loss and gradient of a batch as a CUDA graph.
+
+    Parameters
+    ----------
+    gradient : callable
+        ``gradient(x, weights) -> loss``; leaves the gradient where the parameters keep it.
+    x : Tensor of shape (B, *E)
+        A batch on the device; those that follow have its shape.
+    weights : Tensor of shape (B,) or None
+    generator : torch.Generator
+        What the objective draws from. Replays go on in it where other draws have left it.
+
+    Raises
+    ------
+    RuntimeError
+        If a step does what cannot be recorded, such as looking at a value. The generator is unusable then.
+    """
+
+    def __init__(
+        self,
+        gradient: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+        x: torch.Tensor,
+        weights: torch.Tensor | None,
+        generator: torch.Generator,
+    ) -> None:
+        self.x, self.weights = x.clone(), None if weights is None else weights.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(generator)
+        # Other threads of the process may go on using the device meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.loss = gradient(self.x, self.weights)
+
+    def __call__(self, x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        self.x.copy_(x)
+        if self.weights is not None and weights is not None:
+            self.weights.copy_(weights)
+        self.graph.replay()
+        return self.loss.clone()
+
+
 def _non_finite_message(step: int, lr: float, x: torch.Tensor) -> str:
     largest = float(x.abs().max())
     if not math.isfinite(largest):
@@ -348,7 +397,8 @@ def train(
         judges the held-out rows. Where it has ``set_progress(fraction)``, it is told before each step what share of
         `max_iter` has passed, from 0 to below 1; not so without a `schedule`, as in a stream of passes. Where it has
         ``diverged() -> str | None``, that is asked whenever the loss is looked at; a reason ends the training, and
-        the best weights before that are kept.
+        the best weights before that are kept. Whether it may be recorded is the caller's to say, see
+        `TrainingOptions`; those that may have a true ``recordable``.
     rows, validation : Rows
         Training rows and, optionally, held-out rows.
     options : TrainingOptions
@@ -476,6 +526,31 @@ def train(
             raise FloatingPointError(_non_finite_message(step, learning_rate(step), x))
         pending.clear()
 
+    def gradient(x: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
+        """Leave the gradient in the flat weights and return the loss."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.mixed_precision):
+            losses = objective(model, x, generator)
+        if w is not None:
+            losses = losses * w.to(losses)
+        loss = losses.mean()
+        flat.forget()
+        loss.backward()
+        return loss.detach()
+
+    def record(x: torch.Tensor, w: torch.Tensor | None) -> _RecordedStep | None:
+        """Record a step, or return None and leave things as they were."""
+        nonlocal generator
+        state = generator.get_state()
+        try:
+            return _RecordedStep(gradient, x, w, generator)
+        except RuntimeError:
+            generator = _runtime.make_generator(seed, device)
+            generator.set_state(state)
+            _runtime.release_memory(device)
+            return None
+
+    recorded: _RecordedStep | None = None
+    to_record = options.recorded and device.type == "cuda" and options.max_iter >= 3 * RECORD_AFTER
     model.train()
     try:
         while result.n_iter < options.max_iter:
@@ -487,13 +562,11 @@ def train(
                 set_progress(result.n_iter / options.max_iter)
             try:
                 x = rows.take(index)
-                with torch.autocast(device.type, torch.bfloat16, enabled=options.mixed_precision):
-                    losses = objective(model, x, generator)
-                if weights is not None:
-                    losses = losses * weights[index].to(losses)
-                loss = losses.mean()
-                flat.forget()
-                loss.backward()
+                w = None if weights is None else weights[index].to(x)
+                if to_record and result.n_iter >= RECORD_AFTER and len(index) == batch_size:
+                    recorded, to_record = record(x, w), False
+                same = recorded is not None and recorded.x.shape == x.shape
+                loss = recorded(x, w) if recorded is not None and same else gradient(x, w)
             except Exception as error:  # devices differ in what they raise when memory runs out
                 if not _runtime.is_out_of_memory(error) or batch_size == 1:
                     raise
@@ -503,7 +576,7 @@ def train(
                     f"Set batch_size={batch_size} to start there.",
                 )
                 # Let go of the graph before asking for memory again.
-                losses = loss = x = torch.empty(0)
+                recorded, loss, x = None, torch.empty(0), torch.empty(0)
                 _runtime.release_memory(device)
                 continue
             flat.clip(options.max_grad_norm)
@@ -511,8 +584,8 @@ def train(
             average.update(result.n_iter)
             cursor += len(index)
             result.n_iter += 1
-            pending.append((loss.detach(), index))
-            recent.append(loss.detach())
+            pending.append((loss, index))
+            recent.append(loss)
             if len(pending) >= check_every or result.n_iter == options.max_iter:
                 if reason := diverged():
                     keep_after_divergence(reason)

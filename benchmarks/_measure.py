@@ -24,11 +24,20 @@ RESULTS = Path(__file__).resolve().parent / "results"
 class Watched:
     """A detector's own objective or anomaly that calls `look(part, model, x, generator)` before it works.
 
-    Only calls with gradients count as training steps; dry runs and validation pass unseen.
+    Only calls with gradients count as training steps; dry runs and validation pass unseen. A step that was recorded and
+    is replayed makes no call; `count` runs before all steps.
     """
 
-    def __init__(self, part: Any, look: Callable[..., None], *, training: bool) -> None:
-        self.part, self.look, self.training = part, look, training
+    def __init__(
+        self, part: Any, look: Callable[..., None], *, training: bool, count: Callable[[], None] | None = None
+    ) -> None:
+        self.part, self.look, self.training, self.count = part, look, training, count
+
+    def set_progress(self, fraction: float) -> None:
+        if self.count is not None:
+            self.count()
+        if hasattr(self.part, "set_progress"):
+            self.part.set_progress(fraction)
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if torch.is_grad_enabled() == self.training:
@@ -37,16 +46,21 @@ class Watched:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watched:
         # The dry run works on a copy of the part; who looks stays the same.
-        return Watched(copy.deepcopy(self.part, memo), self.look, training=self.training)
+        return Watched(copy.deepcopy(self.part, memo), self.look, training=self.training, count=self.count)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.part, name)
 
 
-def watch_training(detector: Any, look: Callable[..., None]) -> Any:
-    """Let `look(objective, model, x, generator)` run at the start of every training step of `detector.fit`."""
+def watch_training(
+    detector: Any, look: Callable[..., None], *, count: Callable[[], None] | None = None
+) -> Any:
+    """Let `look(objective, model, x, generator)` run at the start of the training steps of `detector.fit`.
+
+    That is of all of them on a CPU, and of those that are not replayed on a GPU; `count` runs before all of them.
+    """
     make = detector._resolve_objective
-    detector._resolve_objective = lambda: Watched(make(), look, training=True)
+    detector._resolve_objective = lambda: Watched(make(), look, training=True, count=count)
     return detector
 
 

@@ -46,7 +46,12 @@ FAMILIES = {
 }
 PRESETS: dict[str, tuple[int | None, int, int, dict[str, Any]]] = {
     "small": (4000, 128, 50, {}),
-    "full": (None, 1000, 200, {"hidden_features": 256, "batch_size": 256, "max_iter": 4000}),
+    "full": (
+        None,
+        1000,
+        200,
+        {"hidden_features": 256, "batch_size": 256, "max_iter": 2000, "validation_fraction": 0.02},
+    ),
     "dry": (60, 10, 4, {"hidden_features": 8, "max_iter": 2}),
 }
 """Training images, test images, steps of the diffusion model's bound, and parameters of every family."""

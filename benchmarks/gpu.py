@@ -3,10 +3,11 @@
 One call, below ten minutes. It first runs the tests that need a GPU (``pytest -m gpu``) and then, for each family,
 number of columns or size of images, number of rows and batch size:
 
-- *train*: rows a second through the training steps of `fit` (the first ones are left out), and the ratio of its
-  time to those of two bare loops with the same network, objective and batch (forward, backward, AdamW; neither
-  clipping nor averaging): one over ``torch.utils.data.DataLoader(TensorDataset(...))``, as one would write it, and
-  one over rows that lie on the device already;
+- *train*: rows a second through the training steps of `fit` (the first ones are left out; most families replay a
+  recorded step after them), and the ratio of its time to those of two bare loops with the same network, objective and
+  batch (forward, backward, AdamW, kernel by kernel; neither clipping nor averaging): one over
+  ``torch.utils.data.DataLoader(TensorDataset(...))``, as one would write it, and one over rows that lie on the device
+  already;
 - *fit*: the share of the whole `fit` that its training steps take; the rest reads, standardises and sets the
   threshold;
 - *score*: rows a second through `score_samples`, numpy to numpy, and the ratio of its time to the model alone on
@@ -37,6 +38,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +146,10 @@ class Clock:
         self.model: Any = None
 
     def __call__(self, objective: Any, model: Any, x: torch.Tensor, generator: torch.Generator) -> None:
-        if self.step == 0:
+        if self.model is None:
             self.model = copy.deepcopy(model)
+
+    def count(self) -> None:
         # A look that waits for the device at every step would measure the waiting, hence only at both ends.
         if self.step == self.first:
             synchronise(self.device)
@@ -208,7 +212,7 @@ def measure(
         batch_size=batch, max_iter=warm_up + steps + 1, validation_fraction=0.0, random_state=0, device=device
     )
     clock = Clock(device, warm_up, steps)
-    watch_training(detector, clock)
+    watch_training(detector, clock, count=clock.count)
     start = time.perf_counter()
     detector.fit(X)
     synchronise(device)
@@ -255,11 +259,16 @@ def measure(
 
 
 def run_gpu_tests(timeout: float) -> dict[str, Any]:
-    """Run ``pytest -m gpu`` and count what happened."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors"]
+    """Run ``pytest -m gpu`` on the files that have such tests, and count what happened."""
+    files = sorted(
+        str(path) for path in ROOT.glob("tests/**/test_*.py") if "mark.gpu" in path.read_text("utf-8")
+    )
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q"]
+    if find_spec("xdist") is not None:
+        command += ["-n", "4"]
     try:
         done = subprocess.run(
-            [*command, "tests"], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+            [*command, *files], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
         )
     except subprocess.TimeoutExpired:
         return {"outcome": f"not finished after {timeout:.0f} s"}
@@ -315,16 +324,17 @@ def main(arguments: list[str] | None = None) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda was asked for, but torch finds no CUDA device")
 
-    # (shape of a row, rows, batch): few batches of many rows, and many batches of few.
-    tables: list[Setting] = [((c,), n, b) for c in (10, 100) for n, b in ((10**5, 256), (10**6, 8192))]
-    images: list[Setting] = [(shape, 20_000, b) for shape in ((1, 28, 28), (3, 32, 32)) for b in (64, 256)]
+    # (shape of a row, rows, batch): large batches, with which scoring is measured, and then small ones.
+    tables: list[Setting] = [((c,), 10**5, b) for b in (4096, 256) for c in (10, 100)]
+    images: list[Setting] = [(shape, 20_000, b) for b in (256, 64) for shape in ((3, 32, 32), (1, 28, 28))]
     steps, warm_up = options.steps, WARM_UP
     if device.type == "cpu":
-        tables = [((c,), 10**4, b) for c in (10, 100) for b in (256, 2048)]
+        tables = [((c,), 10**4, b) for b in (2048, 256) for c in (10, 100)]
         images, steps = [((1, 28, 28), 200, 64)], min(steps, 20)
     if options.quick:
         tables, images, steps, warm_up = [((10,), 1000, 256)], [((1, 8, 8), 64, 16)], 3, 2
-    settings = {"images": images, "tables": tables}.get(options.only, tables + images)
+    both = [setting for pair in zip(tables, images, strict=False) for setting in pair]
+    settings = {"images": images, "tables": tables}.get(options.only, both)
     tests = None
     if not options.skip_tests:
         tests = run_gpu_tests(timeout=60 if options.quick else 0.4 * options.budget)
@@ -337,6 +347,24 @@ def main(arguments: list[str] | None = None) -> None:
         measure(family, rng.normal(size=(1000, 10)), 256, 1, 1, device, scored=True)
     cases: list[dict[str, Any]] = []
     skipped: list[str] = []
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    title = f"Detectors on {where}"
+
+    def keep() -> None:
+        """Write what there is; a run that is cut off leaves it."""
+        if options.output is None:
+            return
+        figures = {
+            "environment": {**environment(), "device": where},
+            "setting": {"steps": steps, "warm_up": warm_up, "quick": options.quick},
+            "gpu_tests": tests,
+            "cases": cases,
+            "skipped": skipped,
+        }
+        slug = re.sub(r"[^a-z0-9]+", "-", where.lower()).strip("-")
+        lines = [line_of(case) for case in cases]
+        save(options.output / f"gpu-{slug}.json", figures, markdown(title, HEADER, lines))
+
     for shape, n_rows, batch in settings:
         if len(shape) == 1:
             X = (rng.normal(size=(n_rows, *shape)) @ rng.normal(size=2 * shape)).astype(np.float32)
@@ -357,24 +385,13 @@ def main(arguments: list[str] | None = None) -> None:
                 case["failed"] = str(error).split("\n")[0]
                 print(f"{name}: {case['failed']}", flush=True)
             cases.append(case)
+            keep()
             print(f"{time.perf_counter() - begin:4.0f} s  {name}", flush=True)
 
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    lines = [line_of(case) for case in cases]
-    title = f"Detectors on {where}"
-    show(title, HEADER, lines)
+    keep()
+    show(title, HEADER, [line_of(case) for case in cases])
     for name in skipped:
         print(f"skipped, out of time: {name}")
-    if options.output is not None:
-        figures = {
-            "environment": {**environment(), "device": where},
-            "setting": {"steps": steps, "warm_up": warm_up, "quick": options.quick},
-            "gpu_tests": tests,
-            "cases": cases,
-            "skipped": skipped,
-        }
-        slug = re.sub(r"[^a-z0-9]+", "-", where.lower()).strip("-")
-        save(options.output / f"gpu-{slug}.json", figures, markdown(title, HEADER, lines))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ Three parts are ours:
 
 This is the only module that imports nflows (0.14, the last release). What is worked around here:
 
-- `LULinear` inverts with `torch.triangular_solve`, which torch is about to remove;
+- `LULinear` inverts with `torch.triangular_solve`, which torch is about to remove, and fills its triangles at places
+  that lie on the host: a wait for the device at each;
 - the unconstrained spline gathers the inside values with a boolean mask: a synchronisation a layer on a GPU,
   and tensor shapes that depend on the data; here values are clamped and selected instead;
 - `MADE` gives hidden unit k the degree 1 + k mod (D - 1): with fewer units than columns the later columns are never
@@ -82,16 +83,39 @@ class CompressedTails(nft.Transform):
         return expand_tails(y)
 
 
-class LULinear(nft.LULinear):
-    """nflows' invertible linear layer with an inverse that current torch supports."""
+class LUParts:
+    """For nflows' linear layers: triangles filled on the device, and an inverse that current torch supports."""
+
+    features: int
+    lower_places: torch.Tensor
+    upper_places: torch.Tensor
+
+    def __init__(self, features: int, **options: Any) -> None:
+        super().__init__(features, **options)  # type: ignore[call-arg]
+        module: Any = self
+        for name, (row, column) in (("lower", module.lower_indices), ("upper", module.upper_indices)):
+            places = torch.from_numpy(row * features + column)
+            module.register_buffer(f"{name}_places", places, persistent=False)
+
+    def _create_lower_upper(self) -> tuple[torch.Tensor, torch.Tensor]:
+        module: Any = self
+        lower, upper = torch.ones_like(module.upper_diag).diag(), module.upper_diag.diag()
+        lower = lower.flatten().index_copy(0, self.lower_places, module.lower_entries)
+        upper = upper.flatten().index_copy(0, self.upper_places, module.upper_entries)
+        return lower.view(self.features, self.features), upper.view(self.features, self.features)
 
     def inverse_no_cache(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Solve the two triangular systems for ``(B, D)``."""
+        module: Any = self
         lower, upper = self._create_lower_upper()
-        columns = (inputs - self.bias).t()
+        columns = (inputs - module.bias).t()
         columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
         columns = torch.linalg.solve_triangular(upper, columns, upper=True)
-        return columns.t(), -self.logabsdet() * inputs.new_ones(len(inputs))
+        return columns.t(), -module.logabsdet() * inputs.new_ones(len(inputs))
+
+
+class LULinear(LUParts, nft.LULinear):
+    """nflows' invertible linear layer."""
 
 
 class BoundedConditioner(nn.Module):

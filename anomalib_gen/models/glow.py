@@ -25,6 +25,7 @@ and a pixel of level l stands for 4^l pixels of the image, among which its share
 other. Under a standard normal that makes no difference.
 
 nflows' actnorm divides by a deviation that is 0 for a channel that is constant in the first batch; here it has a floor.
+It also looks at a flag on the device at every step; here it remembers what it saw.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from nflows import transforms as nft
 from torch import nn
 from torch.nn import functional as F
 
-from anomalib_gen.models.flow import BoundedConditioner, LULinear
+from anomalib_gen.models.flow import BoundedConditioner, LUParts
 
 MAX_LEVELS = 3
 MIN_DEVIATION = 1e-2
@@ -49,6 +50,26 @@ LOG_SCALE = 2.0
 class ActNorm(nft.ActNorm):
     """nflows' actnorm with a floor under the deviations of its first batch."""
 
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self._seen_initialized = False
+
+    def forward(
+        self, inputs: torch.Tensor, context: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift ``(B, C, H, W)`` by channel; also the log-determinant ``(B,)``."""
+        if self.training and not self._seen_initialized:
+            if not self.initialized:
+                self._initialize(inputs)
+            self._seen_initialized = True
+        scale, shift = self._broadcastable_scale_shift(inputs)
+        log_det = inputs.shape[2] * inputs.shape[3] * self.log_scale.sum()
+        return scale * inputs + shift, log_det * inputs.new_ones(len(inputs))
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._seen_initialized = False
+
     @torch.no_grad()
     def _initialize(self, inputs: torch.Tensor) -> None:
         values = inputs.transpose(0, 1).flatten(1)
@@ -58,10 +79,8 @@ class ActNorm(nft.ActNorm):
         self.initialized.fill_(True)
 
 
-class OneByOneConvolution(nft.OneByOneConvolution):
-    """nflows' invertible 1 x 1 convolution with an inverse that current torch supports."""
-
-    inverse_no_cache = LULinear.inverse_no_cache
+class OneByOneConvolution(LUParts, nft.OneByOneConvolution):
+    """nflows' invertible 1 x 1 convolution."""
 
 
 class ConvConditioner(nn.Module):

@@ -72,6 +72,8 @@ class Denoising(Component):
     arXiv:2202.00512.
     """
 
+    recordable = True
+
     def __init__(
         self,
         *,

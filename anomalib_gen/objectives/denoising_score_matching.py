@@ -50,6 +50,8 @@ class DenoisingScoreMatching(Component):
     uses_noise_levels = True
     """It trains a model that is conditional on noise at all of its levels."""
 
+    recordable = True
+
     def __init__(self, *, data_noise: float = 0.1) -> None:
         self.data_noise = data_noise
 

@@ -63,6 +63,11 @@ class EvidenceLowerBound(Component):
         self.free_bits = free_bits
         self.n_draws = n_draws
 
+    @property
+    def recordable(self) -> bool:
+        """Whether steps are alike, as they are without a warm-up."""
+        return self.warmup == 0
+
     def set_progress(self, fraction: float) -> None:
         """Take note of the share of training that has passed, from 0 to 1."""
         self.progress_ = fraction

@@ -43,6 +43,8 @@ class MaximumLikelihood(Component):
     normalizing flow on manifolds. NeurIPS. arXiv:2006.04604.
     """
 
+    recordable = True
+
     def __init__(self, *, noise: float = 0.0) -> None:
         self.noise = noise
 
