@@ -340,7 +340,8 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
             options = replace(options, mixed_precision=True)
         # A user's own network may do one thing in one step and another in the next.
         own = any(callable(v) and not isinstance(v, Component) for v in self.get_params(deep=False).values())
-        options = replace(options, recorded=getattr(objective, "recordable", False) and not own)
+        alike = getattr(objective, "recordable", False) and getattr(model, "recordable", True)
+        options = replace(options, recorded=alike and not own)
         if any(parameter.requires_grad for parameter in model.parameters()):
             with _runtime.forked_rng(seeds[2], device):
                 result = train(

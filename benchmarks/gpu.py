@@ -272,12 +272,12 @@ def run_gpu_tests(timeout: float) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         return {"outcome": f"not finished after {timeout:.0f} s"}
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    summary = lines[-1] if lines else ""
+    lines = done.stdout.strip().splitlines()
+    summary = next((line for line in reversed(lines) if re.search(r"\d+ \w+.* in [\d.]+s", line)), "")
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", summary)}
     outcome = {0: "passed", 1: "failed", 5: "no test needs a GPU"}.get(done.returncode, "could not run")
     if done.returncode not in (0, 5):
-        print("\n".join(lines[-25:]))
+        print("\n".join([*lines[-25:], *done.stderr.strip().splitlines()[-5:]]))
     return {"outcome": outcome, "summary": summary.strip("= "), **counts}
 
 

@@ -42,6 +42,7 @@ This is the only module that imports nflows (0.14, the last release). What is wo
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -83,26 +84,24 @@ class CompressedTails(nft.Transform):
         return expand_tails(y)
 
 
+@functools.lru_cache(maxsize=128)
+def _triangles(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places below and above the diagonal of a flattened square matrix, row by row."""
+    with torch.inference_mode(False):  # they are for training too, whoever asks first
+        row, column = torch.arange(size).unsqueeze(1), torch.arange(size)
+        parts = ((row > column), (row < column))
+        return tuple(part.flatten().nonzero().squeeze(1).to(device) for part in parts)  # type: ignore[return-value]
+
+
 class LUParts:
     """For nflows' linear layers: triangles filled on the device, and an inverse that current torch supports."""
 
-    features: int
-    lower_places: torch.Tensor
-    upper_places: torch.Tensor
-
-    def __init__(self, features: int, **options: Any) -> None:
-        super().__init__(features, **options)  # type: ignore[call-arg]
-        module: Any = self
-        for name, (row, column) in (("lower", module.lower_indices), ("upper", module.upper_indices)):
-            places = torch.from_numpy(row * features + column)
-            module.register_buffer(f"{name}_places", places, persistent=False)
-
     def _create_lower_upper(self) -> tuple[torch.Tensor, torch.Tensor]:
         module: Any = self
+        below, above = _triangles(module.features, module.bias.device)
         lower, upper = torch.ones_like(module.upper_diag).diag(), module.upper_diag.diag()
-        lower = lower.flatten().index_copy(0, self.lower_places, module.lower_entries)
-        upper = upper.flatten().index_copy(0, self.upper_places, module.upper_entries)
-        return lower.view(self.features, self.features), upper.view(self.features, self.features)
+        lower = lower.flatten().index_copy(0, below, module.lower_entries).view_as(lower)
+        return lower, upper.flatten().index_copy(0, above, module.upper_entries).view_as(upper)
 
     def inverse_no_cache(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Solve the two triangular systems for ``(B, D)``."""

@@ -50,9 +50,7 @@ LOG_SCALE = 2.0
 class ActNorm(nft.ActNorm):
     """nflows' actnorm with a floor under the deviations of its first batch."""
 
-    def __init__(self, features: int) -> None:
-        super().__init__(features)
-        self._seen_initialized = False
+    _seen_initialized = False
 
     def forward(
         self, inputs: torch.Tensor, context: torch.Tensor | None = None

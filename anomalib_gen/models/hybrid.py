@@ -180,6 +180,8 @@ class HybridDenoiser(ClosedFormDenoiser):
     """
 
     profile: torch.Tensor
+    recordable = False
+    """Leaving rows out depends on which rows a batch has."""
 
     def __init__(
         self,

@@ -119,7 +119,6 @@ def recordings(monkeypatch):
         *((FlowDetector, {"transform": name}) for name in TRANSFORMS),
         (VAEDetector, {}),
         (EnergyDetector, {}),
-        (DiffusionDetector, {}),
         (DiffusionDetector, {"denoiser": "network"}),
     ],
 )
