@@ -33,7 +33,7 @@ from torch import nn
 from anomalib_gen._runtime import check_shape, expand_as_rows, normal_like, row_blocks, scoring_dtype
 from anomalib_gen.models._stored import Stored, row_keys
 from anomalib_gen.models.denoiser import NETWORK_BOUND, Denoiser, embed_levels, output_shape
-from anomalib_gen.models.memory import Memory
+from anomalib_gen.models.memory import make_memory
 from anomalib_gen.models.neighbors import neighbor_scale, values_per_block
 from anomalib_gen.paths import Path, Prediction
 
@@ -104,7 +104,7 @@ class ClosedFormDenoiser(Denoiser):
 
     def __init__(self, path: Path, event_shape: Sequence[int], grain: torch.Tensor) -> None:
         super().__init__(path, event_shape)
-        self.memory = Memory(math.prod(event_shape))
+        self.memory = make_memory(event_shape)
         self.kernel = KernelRows(math.prod(event_shape))
         self.register_buffer("grain", grain)
         self.register_buffer("spread", (1 + grain.square()).sqrt())

@@ -18,18 +18,23 @@ and the local-linear one, whose residual is what the 20 nearest rows, combined l
 x (equation 4 there, with lambda = 0.3). (1) sees how far the next rows are; the second, whether x lies on the surface
 that they lie on. These six numbers are put on one scale by the residuals of stored rows that were left out: each goes
 through `tail_surprise`.
+
+Pixels are no columns with shapes of their own. Images are looked at as they are, as histograms of their gradients, and
+as those without their contrast (models.gradients): pixels see brightness and colour, gradients see what is drawn.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 import torch
 
 from anomalib_gen._runtime import row_blocks, scoring_dtype
 from anomalib_gen.models._stored import Stored
 from anomalib_gen.models.empirical import local_residual
+from anomalib_gen.models.gradients import gradient_histograms, without_contrast
 from anomalib_gen.models.neighbors import nearest_rows, neighbor_scale, values_per_block
 from anomalib_gen.models.tail import tail_surprise
 from anomalib_gen.networks import TAIL_START, compress_tails, expand_tails
@@ -46,6 +51,8 @@ EXTREME_KNOTS = 100
 """Of these the least and the greatest values, this many each, which are far apart where ranks differ most."""
 FARTHEST = 1e15
 """Bound on standardised values, whose squares single precision still has room for."""
+STORED_AT_ONCE = 1024
+"""Images whose histograms are computed at once."""
 LEAST_VARIANCE = 1e-5
 """Keeps the local-linear solve defined where neighbours are equal."""
 
@@ -87,6 +94,11 @@ class Memory(Stored):
     def __len__(self) -> int:
         return self.rows.shape[1]
 
+    @property
+    def views(self) -> Sequence[torch.Tensor]:
+        """The stored rows in each of the coordinates, ``(N, D_v)``."""
+        return list(self.rows)
+
     @torch.no_grad()
     def remember(self, blocks: Iterable[torch.Tensor], *, keep: bool = False) -> None:
         """Store rows.
@@ -104,21 +116,25 @@ class Memory(Stored):
         rows = torch.cat(parts)
         rows = rows[:: -(-len(rows) // MAX_STORED_ROWS)]
         precise = scoring_dtype(rows.device)
-        self.knots, self.scores = _column_ranks(rows.to(precise))
-        self.rows = self.coordinates(rows.to(precise)).float()
-        scales = [neighbor_scale(part.to(precise)) for part in self.rows]
+        self._store(rows.to(precise))
+        scales = [neighbor_scale(part.to(precise)) for part in self.views]
         self.bandwidths = torch.tensor(scales, dtype=precise, device=rows.device)
         n = min(len(rows), REFERENCE_ROWS)
         positions = torch.arange(n, device=rows.device) * len(rows) // n
         self.reference = self.residuals(rows[positions].to(precise), exclude=positions).sort(dim=1).values
 
-    def coordinates(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows ``(B, D)`` in all coordinates, ``(3, B, D)``."""
+    def _store(self, rows: torch.Tensor) -> None:
+        """Keep rows ``(N, D)`` in all coordinates."""
+        self.knots, self.scores = _column_ranks(rows)
+        self.rows = torch.stack(list(self.coordinates(rows))).float()
+
+    def coordinates(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Rows ``(B, D)`` in all coordinates, each ``(B, D_v)``; the first is that of the data."""
         standard = expand_tails(x)[0].clamp(-FARTHEST, FARTHEST)
         # The same beyond the range of floating-point numbers: arsinh(z) goes to log 2 z.
         beyond = x.sign() * (x.abs() - TAIL_START + math.log(2))
         arsinh = torch.where(standard.abs() < FARTHEST, standard.asinh(), beyond)
-        return torch.stack([standard, arsinh, self._normal_scores(x)])
+        return [standard, arsinh, self._normal_scores(x)]
 
     def _normal_scores(self, x: torch.Tensor) -> torch.Tensor:
         knots, scores = self.knots.to(x), self.scores.to(x)
@@ -157,14 +173,14 @@ class Memory(Stored):
             In float64, where the device has it.
         """
         seen = len(self) - (exclude is not None)
-        n, size = len(COORDINATES), x.shape[1]
+        n = len(self.views)
         x = x.to(scoring_dtype(x.device))
         out = x.new_zeros(2 * n, len(x))
         if seen == 0:  # the only stored row cannot be compared with itself
             return out
         k = min(KERNEL_NEIGHBORS, seen)
-        for v, y in enumerate(self.coordinates(x)):
-            rows = self.rows[v]
+        for v, (y, rows) in enumerate(zip(self.coordinates(x), self.views, strict=True)):
+            size = y.shape[1]
             found = nearest_rows(y, rows, k, exclude=exclude)
             precision = 0.5 / self.bandwidths[v].to(y).square()
             for block in row_blocks(len(y), max(1, values_per_block(x.device) // (k * size))):
@@ -182,6 +198,65 @@ class Memory(Stored):
     def surprise(self, x: torch.Tensor) -> torch.Tensor:
         """Surprise at the residuals of rows ``(B, D)`` among those of stored rows, ``(6, B)``, in nats."""
         return tail_surprise(self.residuals(x), self.reference)
+
+
+class ImageMemory(Memory):
+    """Stored images: their pixels, histograms of their gradients, and those without contrast.
+
+    Parameters
+    ----------
+    event_shape : tuple of int
+        ``(channels, height, width)``. Rows are flattened images.
+
+    Attributes
+    ----------
+    rows : Tensor of shape (1, N, D)
+        The stored images.
+    gradients : Tensor of shape (2, N, D_2)
+        Their histograms, with and without contrast.
+    bandwidths, reference
+        As of `Memory`.
+    """
+
+    gradients: torch.Tensor
+
+    def __init__(self, event_shape: Sequence[int]) -> None:
+        super().__init__(math.prod(event_shape))
+        self.event_shape = tuple(event_shape)
+        size = gradient_histograms(torch.zeros(1, *self.event_shape)).numel()
+        self.rows = self.rows[:1]
+        self.register_buffer("gradients", torch.zeros(2, 0, size))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        other = super().__deepcopy__(memo)
+        other.event_shape = self.event_shape
+        return other
+
+    @property
+    def views(self) -> Sequence[torch.Tensor]:
+        """The stored images in each of the coordinates."""
+        return [*self.rows, *self.gradients]
+
+    def _store(self, rows: torch.Tensor) -> None:
+        self.rows, self.gradients = (
+            expand_tails(rows)[0].float().unsqueeze(0),
+            torch.empty(2, len(rows), self.gradients.shape[2], device=rows.device),
+        )
+        # In blocks: histograms in double precision take several times what is kept of them.
+        for block in row_blocks(len(rows), STORED_AT_ONCE):
+            for kept, found in zip(self.gradients, self.coordinates(rows[block])[1:], strict=True):
+                kept[block] = found
+
+    def coordinates(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Flattened images ``(B, D)`` in all coordinates."""
+        pixels = expand_tails(x)[0].clamp(-FARTHEST, FARTHEST)
+        histograms = gradient_histograms(pixels.unflatten(1, self.event_shape))
+        return [pixels, histograms.flatten(1), without_contrast(histograms).flatten(1)]
+
+
+def make_memory(event_shape: Sequence[int]) -> Memory:
+    """Make what holds rows, or images, of a shape."""
+    return ImageMemory(event_shape) if len(event_shape) == 3 else Memory(math.prod(event_shape))
 
 
 def _column_ranks(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
