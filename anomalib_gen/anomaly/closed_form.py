@@ -2,7 +2,8 @@ r"""Closed form: a row is as anomalous as it is far from what its neighbours mak
 
     a(x) = 1/6 sum_k u_k(r_k(x)),                                                                    (1)
 
-where r_k are the residuals of the kernel and of the local-linear denoiser, each in three coordinates (models.memory),
+where r_k are the residuals of the kernel and of the local-linear denoiser, each in three coordinates (models.memory;
+of images pixels, gradients, and gradients without contrast),
 and u_k is the surprise at r_k among the residuals that stored rows have when they are left out (models.tail). Nothing
 is trained.
 

@@ -106,8 +106,9 @@ class DiffusionDetector(GenerativeDetector):
           nothing is trained, and parameters of network, objective and training are not used;
         - ``"hybrid"``: a network that learns what the closed form leaves; the closed form rules where rows are few.
 
-        None takes "hybrid"; for images, where distances between pixels say little, and with ``network="energy"``, whose
-        score has to be the gradient of one network, it takes "network".
+        None takes "hybrid"; for images, and with ``network="energy"``, whose score has to be the gradient of one
+        network, it takes "network". Of images "closed-form" has told abnormal ones much better so far: it compares
+        their gradients, too, not pixels alone (`anomalib_gen.models.ImageMemory`).
     network : {"auto", "residual", "mlp", "convolutional", "energy"} or callable, default="auto"
         The network. "convolutional", for images only, is a residual U-Net with attention, with an eighth of
         `hidden_features` as channels at its finest level; "auto" takes it for images, and "residual" for tables.
@@ -134,7 +135,8 @@ class DiffusionDetector(GenerativeDetector):
         "diffusion-time" ``DiffusionTime(estimator="learned")``.
 
         - ``"combined"``: the weighted mean of "closed_form" and of the noise that the model finds, on one scale;
-        - ``"closed_form"``: distance from what the nearest stored rows make of a row, in three coordinates;
+        - ``"closed_form"``: distance from what the nearest stored rows make of a row, in three coordinates; of images,
+          these are pixels, histograms of gradients, and those without contrast;
         - ``"score_norm"``: norms of the score over a ladder of noise levels;
         - ``"reconstruction"``: distance to the row after a way to noise and back;
         - ``"denoising_error"``: error of one step of denoising over a ladder of noise levels;
@@ -214,7 +216,8 @@ class DiffusionDetector(GenerativeDetector):
     held-out rows say so, the network starts at zero on top of the closed form and has a share in the anomaly that grows
     with the number of rows, and the closed form's bandwidths are the spacing of the rows.
 
-    A detector with stored rows keeps three copies of the training rows in single precision, of a million rows at most;
+    A detector with stored rows keeps three copies of the training rows (images, and two histograms of each) in single
+    precision, of a million rows at most;
     its kernel denoiser sums over 2,048 of them at most. Stored rows count alike, whatever their `sample_weight`, which
     is for the scaling and the network; only a weight of zero leaves a row out.
 

@@ -20,7 +20,7 @@ from anomalib_gen.models.likelihood import (
     elbo_terms,
     ode_log_prob,
 )
-from anomalib_gen.models.memory import Memory
+from anomalib_gen.models.memory import ImageMemory, Memory
 from anomalib_gen.models.neighbors import Neighbors, nearest_rows, neighbor_scale
 from anomalib_gen.models.noise import NOISES, GaussianNoise, MarginalNoise, NoiseBase, fit_noise
 from anomalib_gen.models.observation import OBSERVATIONS, Observation
@@ -42,6 +42,7 @@ __all__ = [
     "GaussianMixtureEnergy",
     "GaussianNoise",
     "HybridDenoiser",
+    "ImageMemory",
     "InverseGammaTime",
     "KernelDenoiser",
     "LocalLinearDenoiser",
