@@ -113,7 +113,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     contamination: float | str
     device: Any
     ema_decay: float
-    learning_rate: float
+    learning_rate: float | str
     max_grad_norm: float
     max_iter: int | str
     n_iter_no_change: int
@@ -219,6 +219,9 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         """Whether the loss and its gradient are exact enough if the network computes in bfloat16."""
         return False
 
+    def _resolve_learning_rate(self) -> float:
+        return float(self.learning_rate)
+
     def _training_options(self, n_rows: int, *, one_pass: bool) -> TrainingOptions:
         """How to train on `n_rows` rows; once over them if `one_pass`."""
         images = len(self.event_shape_) > 1
@@ -241,7 +244,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
             max_iter=max_iter,
             batch_size=batch_size,
             rows_per_evaluation=batch_size if images else 1024,
-            learning_rate=self.learning_rate,
+            learning_rate=self._resolve_learning_rate(),
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
             ema_decay=self.ema_decay,

@@ -49,6 +49,9 @@ ACTIVE_VARIANCE = 0.01
 MAX_AUTO_COMPONENTS = 32
 """``n_components="auto"`` stops here."""
 
+LEARNING_RATE, DEFAULT_WIDTH = 1e-2, 128
+"""Step size of networks up to a width."""
+
 
 class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeDetector):
     """Outlier detection by the evidence lower bound of a variational autoencoder.
@@ -106,8 +109,10 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         - ``"typicality"``: how far the bound is from its mean over normal rows, on either side; for anomalies that are
           simpler than normal images, to which the bound gives the highest densities of all.
         - ``"input_complexity"``, ``"multiscale_reconstruction"``: for images only, see `anomalib_gen.anomaly`.
-    learning_rate : float, default=1e-2
-        Peak step size of AdamW, after a short warm-up and before a cosine decay.
+    learning_rate : float or "auto", default="auto"
+        Peak step size of AdamW, after a short warm-up and before a cosine decay. "auto" takes 0.01, and for networks
+        wider than 128 so much less as they are wider: with the same step, a sum of more weights moves farther (Yang
+        et al. 2022, arXiv:2203.03466), and the loss of a decoder of images runs away.
     weight_decay : float, default=1e-4
         AdamW's decoupled weight decay, on weight matrices only.
     batch_size : int or "auto", default="auto"
@@ -225,6 +230,7 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         "hidden_features": [Interval(Integral, 1, None, closed="left")],
         "n_blocks": [Interval(Integral, 0, None, closed="left")],
         "objective": [str, Component, None],
+        "learning_rate": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
     }
 
     def __init__(
@@ -237,11 +243,11 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         noise: float = 0.02,
         encoder: Any = "auto",
         decoder: Any = "auto",
-        hidden_features: int = 128,
+        hidden_features: int = DEFAULT_WIDTH,
         n_blocks: int = 1,
         objective: Any = None,
         anomaly: Any = "elbo",
-        learning_rate: float = 1e-2,
+        learning_rate: float | str = "auto",
         weight_decay: float = 1e-4,
         batch_size: int | str = "auto",
         max_iter: int | str = "auto",
@@ -506,6 +512,11 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
     def _cell(self, scaler: Standardizer) -> float:
         # A discretised observation gives the mass of a cell by itself, spread evenly over the cell.
         return 0.0 if self.observation == "discretised-logistic" else super()._cell(scaler)
+
+    def _resolve_learning_rate(self) -> float:
+        if self.learning_rate != "auto":
+            return float(self.learning_rate)
+        return LEARNING_RATE * min(1.0, DEFAULT_WIDTH / self.hidden_features)
 
     def _auto_max_iter(self, steps_per_pass: int) -> int:
         return min(max(min(200 * steps_per_pass, 2000), 2 * steps_per_pass, 500), 10_000)

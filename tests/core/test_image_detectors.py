@@ -385,3 +385,13 @@ def test_what_bfloat16_is_too_rough_for_stays_in_single_precision(monkeypatch):
     before = [clone(detector).fit(X).loss_curve_ for detector, X in cases]
     monkeypatch.setattr("anomalib_gen._runtime.is_fast_in_bfloat16", lambda device: True)
     assert [detector.fit(X).loss_curve_ for detector, X in cases] == before
+
+
+@pytest.mark.parametrize(
+    ("width", "rate", "expected"), [(64, "auto", 0.01), (512, "auto", 0.0025), (512, 0.01, 0.01)]
+)
+def test_the_steps_of_wide_autoencoders_are_smaller(digits, width, rate, expected):
+    detector = VAEDetector(
+        hidden_features=width, learning_rate=rate, max_iter=2, random_state=0, device="cpu"
+    ).fit(digits)
+    assert detector._training_options(100, one_pass=False).learning_rate == expected
