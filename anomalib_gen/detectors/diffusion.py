@@ -217,9 +217,9 @@ class DiffusionDetector(GenerativeDetector):
     with the number of rows, and the closed form's bandwidths are the spacing of the rows.
 
     A detector with stored rows keeps three copies of the training rows (images, and two histograms of each) in single
-    precision, of a million rows at most;
-    its kernel denoiser sums over 2,048 of them at most. Stored rows count alike, whatever their `sample_weight`, which
-    is for the scaling and the network; only a weight of zero leaves a row out.
+    precision, of a million rows and two gigabytes at most, an even choice of more; so does its model folder. Its kernel
+    denoiser sums over 2,048 of them at most. Stored rows count alike, whatever their `sample_weight`, which is for the
+    scaling and the network; only a weight of zero leaves a row out.
 
     Densities are those of rows with noise of the path's smallest level, or, where they are bounded, of sqrt(2) times
     that, in nats and in the units of X: a model cannot tell finer.
@@ -593,7 +593,11 @@ class DiffusionDetector(GenerativeDetector):
     ) -> None:
         if isinstance(model, ClosedFormDenoiser):
             block = _runtime.scoring_block_rows(math.prod(rows.take(torch.arange(1)).shape), rows.device)
-            model.remember(rows.blocks(block), generator, keep=more)
+            # What is not kept is left out here: all rows together may not fit into memory.
+            apart = -(-len(rows) // model.memory.capacity)
+            starts = range(0, len(rows), block)
+            kept = (x[-start % apart :: apart] for start, x in zip(starts, rows.blocks(block), strict=True))
+            model.remember(kept, generator, keep=more)
 
     def _exact_in_bfloat16(self, model: nn.Module) -> bool:
         # Noise of the level itself hides the network's rounding, and the denoiser weighs its output by the level.

@@ -43,8 +43,8 @@ COORDINATES = ("standard", "arsinh", "rank")
 KERNEL_NEIGHBORS, LINEAR_NEIGHBORS, SHRINKAGE = 50, 20, 0.3
 REFERENCE_ROWS = 2000
 """Stored rows whose left-out residuals say what is usual, at most."""
-MAX_STORED_ROWS = 1_000_000
-"""Rows kept; of more, an even choice."""
+MAX_STORED_ROWS, MAX_STORED_VALUES = 1_000_000, 2**29
+"""Rows kept, and numbers kept in all coordinates (two gigabytes); of more, an even choice."""
 RANK_KNOTS = 1000
 """Values of a column that its ranks are kept for, at most; between them they are interpolated."""
 EXTREME_KNOTS = 100
@@ -99,6 +99,11 @@ class Memory(Stored):
         """The stored rows in each of the coordinates, ``(N, D_v)``."""
         return list(self.rows)
 
+    @property
+    def capacity(self) -> int:
+        """Rows kept at most: a million, or fewer wide ones."""
+        return max(2, min(MAX_STORED_ROWS, MAX_STORED_VALUES // sum(view.shape[1] for view in self.views)))
+
     @torch.no_grad()
     def remember(self, blocks: Iterable[torch.Tensor], *, keep: bool = False) -> None:
         """Store rows.
@@ -106,7 +111,7 @@ class Memory(Stored):
         Parameters
         ----------
         blocks : iterable of Tensor of shape (B, D)
-            Rows, on the module's device. Of more than a million, every second, third, ... is stored.
+            Rows, on the module's device. Of more than `capacity`, every second, third, ... is stored.
         keep : bool, default=False
             Whether the rows stored so far are kept.
         """
@@ -114,7 +119,7 @@ class Memory(Stored):
         if keep:
             parts.insert(0, compress_tails(self.rows[0].to(scoring_dtype(self.rows.device)))[0].float())
         rows = torch.cat(parts)
-        rows = rows[:: -(-len(rows) // MAX_STORED_ROWS)]
+        rows = rows[:: -(-len(rows) // self.capacity)]
         precise = scoring_dtype(rows.device)
         self._store(rows.to(precise))
         scales = [neighbor_scale(part.to(precise)) for part in self.views]

@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
+from anomalib_gen import DiffusionDetector, _runtime
 from anomalib_gen.models import KernelDenoiser, LocalLinearDenoiser, Memory
 from anomalib_gen.models import memory as module
 from anomalib_gen.models._stored import row_keys
@@ -123,6 +124,25 @@ def test_more_rows_are_added_or_take_the_place_of_others(monkeypatch):
     monkeypatch.setattr(module, "MAX_STORED_ROWS", 25)
     memory.remember([draw(60, 2)])
     assert len(memory) == 20  # every third
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 8, 8)])
+def test_wide_rows_are_fewer(shape, monkeypatch):
+    rows = np.random.default_rng(0).normal(size=(190, *shape))
+    per_row = 12 if len(shape) == 1 else 64 + 2 * 108
+    monkeypatch.setattr(module, "MAX_STORED_VALUES", 50 * per_row)
+    monkeypatch.setattr(
+        _runtime, "scoring_block_rows", lambda *_: 7
+    )  # blocks of another size than the choice
+    detector = DiffusionDetector(
+        denoiser="closed-form", validation_fraction=0.0, random_state=0, device="cpu"
+    )
+    memory = detector.fit(rows).model_.memory
+    assert memory.capacity == 50
+    assert len(memory) == 48  # every fourth
+    monkeypatch.setattr(module, "MAX_STORED_VALUES", 2**29)
+    every = detector.fit(rows).model_.memory.rows
+    torch.testing.assert_close(memory.rows[0], every[0, ::4])
 
 
 def test_copies_share_what_is_stored_and_can_be_told_anew_apart():
