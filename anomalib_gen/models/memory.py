@@ -243,14 +243,13 @@ class ImageMemory(Memory):
         return [*self.rows, *self.gradients]
 
     def _store(self, rows: torch.Tensor) -> None:
-        self.rows, self.gradients = (
-            expand_tails(rows)[0].float().unsqueeze(0),
-            torch.empty(2, len(rows), self.gradients.shape[2], device=rows.device),
-        )
+        pixels = self.rows.new_empty((1, *rows.shape))
+        gradients = self.gradients.new_empty((2, len(rows), self.gradients.shape[2]))
         # In blocks: histograms in double precision take several times what is kept of them.
         for block in row_blocks(len(rows), STORED_AT_ONCE):
-            for kept, found in zip(self.gradients, self.coordinates(rows[block])[1:], strict=True):
+            for kept, found in zip([*pixels, *gradients], self.coordinates(rows[block]), strict=True):
                 kept[block] = found
+        self.rows, self.gradients = pixels, gradients
 
     def coordinates(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Flattened images ``(B, D)`` in all coordinates."""

@@ -125,6 +125,19 @@ def test_the_memory_of_images(digits):
     assert (memory.residuals(images[:9]) < memory.residuals(images[:9], exclude=torch.arange(9))).all()
 
 
+@pytest.mark.parametrize("far", [60.0, 100.0, math.inf])
+def test_pixels_of_any_size_can_be_stored(far):
+    images = noise(40, 64)
+    images[3, 5] = far  # with compressed tails: exp(far - 5) deviations or so
+    memory = ImageMemory((1, 8, 8))
+    memory.remember([images])
+    assert all(torch.isfinite(view).all() for view in memory.views)
+    assert torch.isfinite(memory.reference).all()
+    assert (memory.residuals(images[3:4]) < memory.residuals(images[3:4], exclude=torch.tensor([3]))).all()
+    memory.remember([noise(5, 64, seed=1)], keep=True)
+    assert torch.isfinite(memory.surprise(noise(5, 64, seed=2))).all()
+
+
 def test_pixels_see_brightness_and_gradients_do_not(digits):
     images = torch.from_numpy(digits[0][:100] / 100.0).flatten(1)
     memory = ImageMemory((1, 8, 8))
