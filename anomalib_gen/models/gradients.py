@@ -29,6 +29,7 @@ import torch
 from torch.nn import functional as F
 
 from anomalib_gen._runtime import row_blocks
+from anomalib_gen.models.neighbors import values_per_block
 
 ORIENTATIONS = 9
 CELL, MOST_CELLS = 4, 8
@@ -36,6 +37,7 @@ CELL, MOST_CELLS = 4, 8
 LEAST_CONTRAST = 1e-2
 """eps of equation 2, in deviations of the data: a flat image has no directions."""
 IMAGES_AT_ONCE = 64
+"""Images whose directions are held at once, at most: fewer large ones, as they take 18 numbers a pixel."""
 
 
 def gradient_histograms(x: torch.Tensor) -> torch.Tensor:
@@ -51,9 +53,10 @@ def gradient_histograms(x: torch.Tensor) -> torch.Tensor:
         Of cells of four pixels a side, eight of them a side at most.
     """
     rows, columns = _windows(x.shape[2], x), _windows(x.shape[3], x)
-    blocks = row_blocks(len(x), IMAGES_AT_ONCE)
-    parts = [torch.einsum("ih,bkhw,jw->bkij", rows, _directions(x[block]), columns) for block in blocks]
-    signed = torch.cat(parts)
+    signed = x.new_empty(len(x), 2 * ORIENTATIONS, len(rows), len(columns))
+    fitting = values_per_block(x.device) // (2 * ORIENTATIONS * x.shape[2] * x.shape[3])
+    for block in row_blocks(len(x), max(1, min(IMAGES_AT_ONCE, fitting))):
+        signed[block] = torch.einsum("ih,bkhw,jw->bkij", rows, _directions(x[block]), columns)
     return torch.cat([signed, signed[:, :ORIENTATIONS] + signed[:, ORIENTATIONS:]], dim=1)
 
 

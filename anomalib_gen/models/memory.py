@@ -52,7 +52,7 @@ EXTREME_KNOTS = 100
 FARTHEST = 1e15
 """Bound on standardised values, whose squares single precision still has room for."""
 STORED_AT_ONCE = 1024
-"""Images whose histograms are computed at once."""
+"""Images whose histograms are computed at once, at most."""
 LEAST_VARIANCE = 1e-5
 """Keeps the local-linear solve defined where neighbours are equal."""
 
@@ -246,7 +246,8 @@ class ImageMemory(Memory):
         pixels = self.rows.new_empty((1, *rows.shape))
         gradients = self.gradients.new_empty((2, len(rows), self.gradients.shape[2]))
         # In blocks: histograms in double precision take several times what is kept of them.
-        for block in row_blocks(len(rows), STORED_AT_ONCE):
+        at_once = max(1, min(STORED_AT_ONCE, values_per_block(rows.device) // rows.shape[1]))
+        for block in row_blocks(len(rows), at_once):
             for kept, found in zip([*pixels, *gradients], self.coordinates(rows[block]), strict=True):
                 kept[block] = found
         self.rows, self.gradients = pixels, gradients

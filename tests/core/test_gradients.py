@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
 from anomalib_gen import DiffusionDetector, load
+from anomalib_gen.models import gradients
 from anomalib_gen.models.gradients import ORIENTATIONS, gradient_histograms, without_contrast
 from anomalib_gen.models.memory import ImageMemory, Memory, make_memory
 
@@ -92,6 +93,27 @@ def test_every_size_has_cells(size, cells):
     found = gradient_histograms(noise(70, 1, *size))
     assert found.shape == (70, ALL, *cells)
     torch.testing.assert_close(gradient_histograms(noise(70, 1, *size)[65:66]), found[65:66])
+
+
+def test_large_images_are_looked_at_few_at_once(monkeypatch):
+    seen, directions = [], gradients._directions
+    monkeypatch.setattr(gradients, "_directions", lambda x: seen.append(x.shape) or directions(x))
+    x = noise(5, 1, 128, 200)
+    found = gradient_histograms(x)
+    assert max(2 * ORIENTATIONS * shape[0] * shape[2] * shape[3] for shape in seen) <= 2**20
+    torch.testing.assert_close(found[4:], gradient_histograms(x[4:]))
+    seen.clear()
+    gradient_histograms(noise(130, 1, 8, 8))
+    assert [shape[0] for shape in seen] == [64, 64, 2]
+    # One image with more than a block's values still goes.
+    assert gradient_histograms(noise(2, 1, 300, 300)).shape == (2, ALL, 8, 8)
+
+
+def test_no_images_have_no_histograms():
+    assert gradient_histograms(noise(0, 1, 8, 8)).shape == (0, ALL, 2, 2)
+    memory = ImageMemory((1, 8, 8))
+    memory.remember([noise(20, 64)])
+    assert memory.surprise(noise(0, 64)).shape == (6, 0)
 
 
 def test_what_holds_images_is_told_from_what_holds_rows():
