@@ -16,6 +16,7 @@ grows as min(decay, (1 + t) / (10 + t)), so that the first steps are soon forgot
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -311,7 +312,8 @@ class _RecordedStep:
     Raises
     ------
     RuntimeError
-        If a step does what cannot be recorded, such as looking at a value. The generator is unusable then.
+        If a step does what cannot be recorded, such as looking at a value. The generator is unusable then; the
+        thread's current device and stream are what they were.
     """
 
     def __init__(
@@ -324,8 +326,15 @@ class _RecordedStep:
         self.x, self.weights = x.clone(), None if weights is None else weights.clone()
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(generator)
-        # Other threads of the process may go on using the device meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        device = x.device
+        with (
+            # What runs on another device than the stream's is no part of a recording.
+            torch.cuda.device(device),
+            # If one fails, torch leaves its stream the current one.
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            # Other threads of the process may go on using the device meanwhile.
+            torch.cuda.graph(self.graph, stream=_recording_stream(device), capture_error_mode="thread_local"),
+        ):
             self.loss = gradient(self.x, self.weights)
 
     def __call__(self, x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -334,6 +343,12 @@ class _RecordedStep:
             self.weights.copy_(weights)
         self.graph.replay()
         return self.loss.clone()
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Stream on which steps are recorded: one a device, as libraries keep memory for each that they have met."""
+    return torch.cuda.Stream(device)
 
 
 def _non_finite_message(step: int, lr: float, x: torch.Tensor) -> str:

@@ -152,9 +152,20 @@ def test_what_cannot_be_recorded_goes_on_step_by_step(tiny, X, recordings, monke
     plain = on_cuda(tiny, max_iter=40).fit(X)
     assert len(recordings) == 1
     monkeypatch.setattr(MaximumLikelihood, "__call__", looking)
+    stream = torch.cuda.current_stream()
     detector = on_cuda(tiny, max_iter=40).fit(X)
     assert len(recordings) == 1
+    assert torch.cuda.current_stream() == stream
+    assert torch.isfinite(torch.rand(3, device="cuda")).all()
     np.testing.assert_allclose(detector.loss_curve_, plain.loss_curve_, rtol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_steps_are_recorded_on_a_device_that_is_not_the_current_one(tiny, X, recordings):
+    first, second = (tiny(device=device, max_iter=60).fit(X) for device in ("cuda:0", "cuda:1"))
+    assert len(recordings) == 2
+    assert torch.cuda.current_device() == 0
+    np.testing.assert_allclose(first.loss_curve_, second.loss_curve_, rtol=1e-2)
 
 
 def test_scores_are_independent_of_the_rows_beside_them(tiny, X):

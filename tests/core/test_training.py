@@ -920,3 +920,71 @@ def test_divergence_to_no_number_raises_with_the_diagnosis():
 def test_steady_objectives_train_on():
     result = run(Centre(), Diverging(10**6), make_rows(), max_iter=40)
     assert result.n_iter == 40
+
+
+class Gpus:
+    """As much of torch.cuda, of two devices, as recording a step uses."""
+
+    class Recording:
+        def register_generator_state(self, generator):
+            pass
+
+    def __init__(self, *, fail):
+        self.fail = fail
+        self.index = 0
+        self.streams = {0: "default of 0", 1: "default of 1"}
+        self.CUDAGraph = self.Recording
+
+    def Stream(self, device):
+        return f"new of {device.index}"
+
+    def current_stream(self, device):
+        return self.streams[device.index]
+
+    @contextlib.contextmanager
+    def device(self, device):
+        before, self.index = self.index, device.index
+        try:
+            yield
+        finally:
+            self.index = before
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.streams[self.index] = self.streams[self.index], stream
+        try:
+            yield
+        finally:
+            self.streams[self.index] = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, *, stream="new of 0", capture_error_mode="global"):
+        before, self.streams[self.index] = self.streams[self.index], stream
+        yield
+        if self.fail:  # torch does no better
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.streams[self.index] = before
+
+
+class Batch:
+    device = torch.device("cuda:1")
+
+    def clone(self):
+        return self
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_a_step_is_recorded_where_its_rows_are_and_leaves_the_stream(monkeypatch, fail):
+    gpus, seen = Gpus(fail=fail), []
+    for name in ("CUDAGraph", "Stream", "current_stream", "device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(gpus, name))
+
+    def gradient(x, weights):
+        seen.append((gpus.index, gpus.streams[1]))
+
+    _training._recording_stream.cache_clear()
+    with pytest.raises(RuntimeError, match="capture") if fail else contextlib.nullcontext():
+        _training._RecordedStep(gradient, Batch(), None, None)
+    _training._recording_stream.cache_clear()
+    assert seen == [(1, "new of 1")]
+    assert gpus.streams == {0: "default of 0", 1: "default of 1"}
