@@ -25,7 +25,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from torch import nn
 
 from anomalib_gen import _runtime
-from anomalib_gen._component import Component, resolve_component
+from anomalib_gen._component import Component, is_recordable, resolve_component
 from anomalib_gen._inputs import validate_rows
 from anomalib_gen._outlier import OutlierScores
 from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain, rows_per_block
@@ -343,7 +343,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
             options = replace(options, mixed_precision=True)
         # A user's own network may do one thing in one step and another in the next.
         own = any(callable(v) and not isinstance(v, Component) for v in self.get_params(deep=False).values())
-        alike = getattr(objective, "recordable", False) and getattr(model, "recordable", True)
+        alike = is_recordable(objective) and getattr(model, "recordable", True)
         options = replace(options, recorded=alike and not own)
         if any(parameter.requires_grad for parameter in model.parameters()):
             with _runtime.forked_rng(seeds[2], device):

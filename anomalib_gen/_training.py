@@ -413,7 +413,7 @@ def train(
         `max_iter` has passed, from 0 to below 1; not so without a `schedule`, as in a stream of passes. Where it has
         ``diverged() -> str | None``, that is asked whenever the loss is looked at; a reason ends the training, and
         the best weights before that are kept. Whether it may be recorded is the caller's to say, see
-        `TrainingOptions`; those that may have a true ``recordable``.
+        `TrainingOptions` and `is_recordable`.
     rows, validation : Rows
         Training rows and, optionally, held-out rows.
     options : TrainingOptions

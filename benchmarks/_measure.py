@@ -33,6 +33,10 @@ class Watched:
     ) -> None:
         self.part, self.look, self.training, self.count = part, look, training, count
 
+    @property
+    def recordable(self) -> bool:
+        return getattr(self.part, "recordable", False)
+
     def set_progress(self, fraction: float) -> None:
         if self.count is not None:
             self.count()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from anomalib_gen._component import Component
+from anomalib_gen._component import Component, is_recordable
 from anomalib_gen.objectives._checks import require
 
 
@@ -36,6 +36,11 @@ class GradientPenalty(Component):
     def __init__(self, objective: Any, *, weight: float = 0.01) -> None:
         self.objective = objective
         self.weight = weight
+
+    @property
+    def recordable(self) -> bool:
+        """Whether steps are alike: the penalty is, so those of the penalised objective decide."""
+        return is_recordable(self.objective)
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Loss of each row of ``(B, *E)``, as ``(B,)``."""

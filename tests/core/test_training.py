@@ -10,7 +10,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from anomalib_gen import _training
+from anomalib_gen import EnergyDetector, VAEDetector, _base, _training
 from anomalib_gen._training import (
     TrainingOptions,
     _AdamW,
@@ -20,7 +20,12 @@ from anomalib_gen._training import (
     evaluate,
     train,
 )
-from anomalib_gen.objectives import MaximumLikelihood
+from anomalib_gen.objectives import (
+    DenoisingScoreMatching,
+    EvidenceLowerBound,
+    GradientPenalty,
+    MaximumLikelihood,
+)
 
 CPU = torch.device("cpu")
 
@@ -988,3 +993,38 @@ def test_a_step_is_recorded_where_its_rows_are_and_leaves_the_stream(monkeypatch
     _training._recording_stream.cache_clear()
     assert seen == [(1, "new of 1")]
     assert gpus.streams == {0: "default of 0", 1: "default of 1"}
+
+
+class Annealed(DenoisingScoreMatching):
+    """Noise that falls: another step each time."""
+
+    def set_progress(self, fraction):
+        self.data_noise = 0.2 - 0.1 * fraction
+
+
+class Patient(DenoisingScoreMatching):
+    recordable = True
+
+
+@pytest.mark.parametrize(
+    ("family", "objective", "recorded"),
+    [
+        (EnergyDetector, DenoisingScoreMatching(), True),
+        (EnergyDetector, Annealed(), False),
+        (EnergyDetector, Patient(), True),
+        (EnergyDetector, GradientPenalty(DenoisingScoreMatching()), True),
+        (EnergyDetector, GradientPenalty(Annealed()), False),
+        (VAEDetector, EvidenceLowerBound(), True),
+        (VAEDetector, EvidenceLowerBound(warmup=0.2), False),
+    ],
+)
+def test_steps_are_recorded_where_the_objective_itself_allows_it(X, monkeypatch, family, objective, recorded):
+    seen = []
+
+    def look(*arguments, options, **others):
+        seen.append(options.recorded)
+        return train(*arguments, options=options, **others)
+
+    monkeypatch.setattr(_base, "train", look)
+    family(objective=objective, max_iter=2, hidden_features=8, random_state=0, device="cpu").fit(X)
+    assert seen == [recorded]
