@@ -39,6 +39,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,12 @@ def line_of(case: dict[str, Any]) -> list[str]:
     ]
 
 
+def in_turn(first: list[Setting], second: list[Setting]) -> list[Setting]:
+    """Take one of each, as long as there are; a run that is cut off then has some of both."""
+    pairs = zip_longest(first, second)
+    return [setting for pair in pairs for setting in pair if setting is not None]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the tests and measure every family."""
     parser = argparse.ArgumentParser(
@@ -333,8 +340,7 @@ def main(arguments: list[str] | None = None) -> None:
         images, steps = [((1, 28, 28), 200, 64)], min(steps, 20)
     if options.quick:
         tables, images, steps, warm_up = [((10,), 1000, 256)], [((1, 8, 8), 64, 16)], 3, 2
-    both = [setting for pair in zip(tables, images, strict=False) for setting in pair]
-    settings = {"images": images, "tables": tables}.get(options.only, both)
+    settings = {"images": images, "tables": tables}.get(options.only) or in_turn(tables, images)
     tests = None
     if not options.skip_tests:
         tests = run_gpu_tests(timeout=60 if options.quick else 0.4 * options.budget)

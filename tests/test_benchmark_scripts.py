@@ -132,7 +132,7 @@ def test_gpu_script_needs_neither_rich_nor_typer(tmp_path):
         (tmp_path / "blocked" / f"{name}.py").write_text(f"raise ImportError('no {name} here')\n")
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import gpu; "
-        "gpu.show('title', ['a', 'b'], [['1', '2']])"
+        "gpu.show('title', ['a', 'b'], [['1', '2']]); print(gpu.in_turn([1, 2, 3], [4]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "blocked")],
@@ -144,6 +144,7 @@ def test_gpu_script_needs_neither_rich_nor_typer(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "title\na  b\n1  2" in done.stdout
+    assert "[1, 4, 2, 3]" in done.stdout
 
 
 @pytest.mark.slow
