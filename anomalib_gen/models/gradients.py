@@ -6,9 +6,10 @@ m = sqrt(d_1^2 + d_2^2) and direction a. Over a grid of cells that cover the ima
     C_kc = sum_p w_c(p) v_k(a_p) m_p,     k = 1, ..., 18,                                                  (1)
 
 where v spreads each pixel over the two nearest of 18 directions, and w over the four nearest cells, in proportion to
-how near they are. Two directions that differ in sign are one orientation, U_kc = C_kc + C_(k+9)c, for edges whose
-bright side does not matter. The histogram is H = (C, U): 27 numbers a cell (Dalal and Triggs 2005,
-doi:10.1109/CVPR.2005.177; with both kinds, Felzenszwalb et al. 2010, doi:10.1109/TPAMI.2009.167).
+how near they are; over the pixels of an inner cell w sums to 1, so that C is a mean, whatever the size of cells. Two
+directions that differ in sign are one orientation, U_kc = C_kc + C_(k+9)c, for edges whose bright side does not matter.
+The histogram is H = (C, U): 27 numbers a cell (Dalal and Triggs 2005, doi:10.1109/CVPR.2005.177; with both kinds,
+Felzenszwalb et al. 2010, doi:10.1109/TPAMI.2009.167).
 
 Small shifts and deformations change pixels much and (1) little, and so distances between histograms say more about
 what is drawn than distances between pixels do. The price is that they are blind to brightness and colour.
@@ -83,7 +84,10 @@ def _directions(x: torch.Tensor) -> torch.Tensor:
 
 
 def _windows(side: int, like: torch.Tensor) -> torch.Tensor:
-    """Weight of each pixel of a side in each cell, ``(n_cells, side)``: 1 at its middle, 0 at the next cell's."""
+    """Weight of each pixel of a side in each cell, ``(n_cells, side)``.
+
+    It falls from the middle of a cell to 0 at the middle of the next one, and sums to about 1 in an inner cell.
+    """
     n_cells = max(1, min(MOST_CELLS, side // CELL))
     width = side / n_cells
     pixel = torch.arange(side, dtype=like.dtype, device=like.device) + 0.5
