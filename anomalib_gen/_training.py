@@ -79,7 +79,7 @@ class TrainingOptions:
         Run the forward pass in bfloat16 autocast. For models whose loss is exact enough so.
     recorded : bool
         Record a step on a CUDA device and replay it. For objectives and models that do the same at every step, whatever
-        the values; where recording fails, steps go on one by one.
+        the values; where recording fails, and before torch 2.13, steps go on one by one.
     verbose : int
         1 shows a progress bar.
     rows_per_evaluation : int
@@ -345,6 +345,15 @@ class _RecordedStep:
         return self.loss.clone()
 
 
+def _can_record(device: torch.device) -> bool:
+    """Whether steps can be recorded on a device, and a recording that fails is no harm.
+
+    torch 2.13 keeps the draws of each recording apart. Where generators have one state for all, as in earlier versions,
+    one that fails leaves the device's global generator unable to draw, for all of the process.
+    """
+    return device.type == "cuda" and torch.__version__ >= "2.13"
+
+
 @functools.cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     """Stream on which steps are recorded: one a device, as libraries keep memory for each that they have met."""
@@ -565,7 +574,7 @@ def train(
             return None
 
     recorded: _RecordedStep | None = None
-    to_record = options.recorded and device.type == "cuda" and options.max_iter >= 3 * RECORD_AFTER
+    to_record = options.recorded and _can_record(device) and options.max_iter >= 3 * RECORD_AFTER
     model.train()
     try:
         while result.n_iter < options.max_iter:

@@ -995,6 +995,20 @@ def test_a_step_is_recorded_where_its_rows_are_and_leaves_the_stream(monkeypatch
     assert gpus.streams == {0: "default of 0", 1: "default of 1"}
 
 
+@pytest.mark.parametrize(
+    ("device", "version", "possible"),
+    [
+        ("cuda", "2.13.0+cu130", True),
+        ("cuda:1", "2.14.1", True),
+        ("cuda", "2.12.1", False),
+        ("cpu", "2.13.0", False),
+    ],
+)
+def test_steps_are_recorded_where_a_failure_does_no_harm(monkeypatch, device, version, possible):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    assert _training._can_record(torch.device(device)) is possible
+
+
 class Annealed(DenoisingScoreMatching):
     """Noise that falls: another step each time."""
 
