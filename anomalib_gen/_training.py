@@ -79,7 +79,7 @@ class TrainingOptions:
         Run the forward pass in bfloat16 autocast. For models whose loss is exact enough so.
     recorded : bool
         Record a step on a CUDA device and replay it. For objectives and models that do the same at every step, whatever
-        the values; where recording fails, and before torch 2.13, steps go on one by one.
+        the values; where recording fails, and before torch 2.11, steps go on one by one.
     verbose : int
         1 shows a progress bar.
     rows_per_evaluation : int
@@ -348,10 +348,10 @@ class _RecordedStep:
 def _can_record(device: torch.device) -> bool:
     """Whether steps can be recorded on a device, and a recording that fails is no harm.
 
-    torch 2.13 keeps the draws of each recording apart. Where generators have one state for all, as in earlier versions,
-    one that fails leaves the device's global generator unable to draw, for all of the process.
+    2.11 is the oldest torch that it was tried with, failures among it. By their source, early versions keep one state of
+    a generator for all recordings: one that fails leaves the device's global generator unable to draw.
     """
-    return device.type == "cuda" and torch.__version__ >= "2.13"
+    return device.type == "cuda" and torch.__version__ >= "2.11"
 
 
 @functools.cache
