@@ -348,8 +348,8 @@ class _RecordedStep:
 def _can_record(device: torch.device) -> bool:
     """Whether steps can be recorded on a device, and a recording that fails is no harm.
 
-    2.11 is the oldest torch that it was tried with, failures among it. By their source, early versions keep one state of
-    a generator for all recordings: one that fails leaves the device's global generator unable to draw.
+    2.11 is the oldest torch that it was tried with, failures among it. By their source, early versions keep one state
+    of a generator for all recordings: one that fails leaves the device's global generator unable to draw.
     """
     return device.type == "cuda" and torch.__version__ >= "2.11"
 
