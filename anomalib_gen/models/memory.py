@@ -135,11 +135,16 @@ class Memory(Stored):
 
     def coordinates(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Rows ``(B, D)`` in all coordinates, each ``(B, D_v)``; the first is that of the data."""
-        standard = expand_tails(x)[0].clamp(-FARTHEST, FARTHEST)
+        standard = self._standard(x)
         # The same beyond the range of floating-point numbers: arsinh(z) goes to log 2 z.
         beyond = x.sign() * (x.abs() - TAIL_START + math.log(2))
         arsinh = torch.where(standard.abs() < FARTHEST, standard.asinh(), beyond)
         return [standard, arsinh, self._normal_scores(x)]
+
+    @staticmethod
+    def _standard(x: torch.Tensor) -> torch.Tensor:
+        """Rows as the data have them, the first of the coordinates."""
+        return expand_tails(x)[0].clamp(-FARTHEST, FARTHEST)
 
     def _normal_scores(self, x: torch.Tensor) -> torch.Tensor:
         knots, scores = self.knots.to(x), self.scores.to(x)
@@ -156,7 +161,7 @@ class Memory(Stored):
 
         Rows farther out than `FARTHEST` keep their order: what is beyond is counted on top, as a logarithm.
         """
-        found = nearest_rows(self.coordinates(x)[0], self.rows[0], min(n_neighbors, len(self)))
+        found = nearest_rows(self._standard(x), self.rows[0], min(n_neighbors, len(self)))
         limit = TAIL_START + math.log1p(FARTHEST - TAIL_START)
         beyond = (x.abs() - limit).clamp(min=0).sum(1, keepdim=True)
         return found.squared.sqrt() * (1 + beyond)
@@ -254,7 +259,7 @@ class ImageMemory(Memory):
 
     def coordinates(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Flattened images ``(B, D)`` in all coordinates."""
-        pixels = expand_tails(x)[0].clamp(-FARTHEST, FARTHEST)
+        pixels = self._standard(x)
         histograms = gradient_histograms(pixels.unflatten(1, self.event_shape))
         return [pixels, histograms.flatten(1), without_contrast(histograms).flatten(1)]
 

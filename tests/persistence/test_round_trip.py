@@ -27,7 +27,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import anomalib_gen
-from anomalib_gen import ComposedDetector, EnergyDetector, FlowDetector, VAEDetector, load, save
+from anomalib_gen import (
+    ComposedDetector,
+    DiffusionDetector,
+    EnergyDetector,
+    FlowDetector,
+    VAEDetector,
+    load,
+    save,
+)
 from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._component import Component
 from anomalib_gen.anomaly import Energy
@@ -126,6 +134,18 @@ def test_a_loaded_detector_can_go_on(family, X, tmp_path):
     for one in (loaded, detector):
         one.partial_fit(X)
     np.testing.assert_array_equal(loaded.score_samples(X), detector.score_samples(X))
+
+
+def test_stored_images_come_back(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 1, 9, 8), dtype=np.uint8)
+    detector = small(DiffusionDetector, denoiser="closed-form", warm_start=True).fit(images[:30])
+    detector.save(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.score_samples(images), detector.score_samples(images))
+    np.testing.assert_array_equal(
+        loaded.partial_fit(images[30:]).score_samples(images),
+        detector.partial_fit(images[30:]).score_samples(images),
+    )
 
 
 def test_nothing_is_said_of_the_columns_of_images(tmp_path):
