@@ -589,8 +589,8 @@ def train(
                 w = None if weights is None else weights[index].to(x)
                 if to_record and result.n_iter >= RECORD_AFTER and len(index) == batch_size:
                     recorded, to_record = record(x, w), False
-                same = recorded is not None and recorded.x.shape == x.shape
-                loss = recorded(x, w) if recorded is not None and same else gradient(x, w)
+                step = recorded if recorded is not None and recorded.x.shape == x.shape else gradient
+                loss = step(x, w)
             except Exception as error:  # devices differ in what they raise when memory runs out
                 if not _runtime.is_out_of_memory(error) or batch_size == 1:
                     raise

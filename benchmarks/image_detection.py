@@ -6,7 +6,7 @@ and seed), until the budget is used up, and goes on where it stopped when it is 
     python benchmarks/image_detection.py --preset small --output DIR    # at most 4,000 images, detectors at defaults
     python benchmarks/image_detection.py --preset full --output DIR     # all images, wider networks, more steps; a GPU
 
-Where a worker waits for the CPU most of the time (loading, launching kernels, judging), ``--jobs 3`` keeps a GPU busy.
+Workers of ``--jobs`` take turns on one GPU: they help with what the CPU does (reading, judging), not with training.
 
 ``--record NAME`` writes the cells finished so far to ``benchmarks/results/NAME.csv`` and ``.md``, with the device. The
 tables hold average precision on MNIST with one digit held out and AUROC on one class of CIFAR-10, each beside published

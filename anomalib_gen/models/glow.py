@@ -64,10 +64,6 @@ class ActNorm(nft.ActNorm):
         log_det = inputs.shape[2] * inputs.shape[3] * self.log_scale.sum()
         return scale * inputs + shift, log_det * inputs.new_ones(len(inputs))
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        self._seen_initialized = False
-
     @torch.no_grad()
     def _initialize(self, inputs: torch.Tensor) -> None:
         values = inputs.transpose(0, 1).flatten(1)
