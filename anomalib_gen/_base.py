@@ -25,9 +25,10 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from torch import nn
 
 from anomalib_gen import _runtime
-from anomalib_gen._component import Component, is_recordable, resolve_component
+from anomalib_gen._component import Component, resolve_component
 from anomalib_gen._inputs import validate_rows
 from anomalib_gen._outlier import OutlierScores
+from anomalib_gen._recording import is_recordable
 from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain, rows_per_block
 from anomalib_gen._scoring import dry_run, map_in_blocks, naming_what_lacks, score_in_blocks
 from anomalib_gen._training import TrainingOptions, TrainingResult, train

@@ -59,11 +59,3 @@ def resolve_component(
         )
     component: Any = clone(value)
     return component
-
-
-def is_recordable(objective: Any) -> bool:
-    """Whether an objective does the same at every step, so that one can be recorded and replayed.
-
-    Its own class has to say so by a true ``recordable``: what it inherits or hands on was said of another step.
-    """
-    return "recordable" in vars(type(objective)) and bool(objective.recordable)

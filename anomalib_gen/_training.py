@@ -6,7 +6,7 @@ Rows come as index batches from data that are resident on the device where they 
 
 all of which but the first two work on the weights laid end to end (`_FlatWeights`): as many calls as there are weights
 would take a tenth of the time of a small network's step. On a CUDA device the first two are recorded once and replayed
-(`_RecordedStep`), where the objective says that it does the same at every step: one launch in place of hundreds, which
+(`_recording`), where the objective says that it does the same at every step: one launch in place of hundreds, which
 take longer than what they launch. Every `eval_every` steps the averaged weights are judged on
 held-out rows; the best ones seen are kept.
 The averaging follows Polyak and Juditsky (1992, doi:10.1137/0330046) in its exponential form, with a decay that
@@ -16,7 +16,6 @@ grows as min(decay, (1 + t) / (10 + t)), so that the first steps are soon forgot
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from torch import nn
 from torch.optim.adam import adam
 
 from anomalib_gen import _runtime
+from anomalib_gen._recording import RecordedStep, can_record
 from anomalib_gen._warnings import warn_user
 
 CHECK_EVERY = {"cpu": 1, "cuda": 20, "mps": 20}
@@ -296,70 +296,6 @@ class _MovingAverage:
         return [p.clone() for p in self.average], [b.clone() for b in self.buffers]
 
 
-class _RecordedStep:
-    """Loss and gradient of a batch as a CUDA graph.
-
-    Parameters
-    ----------
-    gradient : callable
-        ``gradient(x, weights) -> loss``; leaves the gradient where the parameters keep it.
-    x : Tensor of shape (B, *E)
-        A batch on the device; those that follow have its shape.
-    weights : Tensor of shape (B,) or None
-    generator : torch.Generator
-        What the objective draws from. Replays go on in it where other draws have left it.
-
-    Raises
-    ------
-    RuntimeError
-        If a step does what cannot be recorded, such as looking at a value. The generator is unusable then; the
-        thread's current device and stream are what they were.
-    """
-
-    def __init__(
-        self,
-        gradient: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
-        x: torch.Tensor,
-        weights: torch.Tensor | None,
-        generator: torch.Generator,
-    ) -> None:
-        self.x, self.weights = x.clone(), None if weights is None else weights.clone()
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(generator)
-        device = x.device
-        with (
-            # What runs on another device than the stream's is no part of a recording.
-            torch.cuda.device(device),
-            # If one fails, torch leaves its stream the current one.
-            torch.cuda.stream(torch.cuda.current_stream(device)),
-            # Other threads of the process may go on using the device meanwhile.
-            torch.cuda.graph(self.graph, stream=_recording_stream(device), capture_error_mode="thread_local"),
-        ):
-            self.loss = gradient(self.x, self.weights)
-
-    def __call__(self, x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        self.x.copy_(x)
-        if self.weights is not None and weights is not None:
-            self.weights.copy_(weights)
-        self.graph.replay()
-        return self.loss.clone()
-
-
-def _can_record(device: torch.device) -> bool:
-    """Whether steps can be recorded on a device, and a recording that fails is no harm.
-
-    2.11 is the oldest torch that it was tried with, failures among it. By their source, early versions keep one state
-    of a generator for all recordings: one that fails leaves the device's global generator unable to draw.
-    """
-    return device.type == "cuda" and torch.__version__ >= "2.11"
-
-
-@functools.cache
-def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """Stream on which steps are recorded: one a device, as libraries keep memory for each that they have met."""
-    return torch.cuda.Stream(device)
-
-
 def _non_finite_message(step: int, lr: float, x: torch.Tensor) -> str:
     largest = float(x.abs().max())
     if not math.isfinite(largest):
@@ -422,7 +358,7 @@ def train(
         `max_iter` has passed, from 0 to below 1; not so without a `schedule`, as in a stream of passes. Where it has
         ``diverged() -> str | None``, that is asked whenever the loss is looked at; a reason ends the training, and
         the best weights before that are kept. Whether it may be recorded is the caller's to say, see
-        `TrainingOptions` and `is_recordable`.
+        `TrainingOptions` and `_recording.is_recordable`.
     rows, validation : Rows
         Training rows and, optionally, held-out rows.
     options : TrainingOptions
@@ -561,20 +497,20 @@ def train(
         loss.backward()
         return loss.detach()
 
-    def record(x: torch.Tensor, w: torch.Tensor | None) -> _RecordedStep | None:
+    def record(x: torch.Tensor, w: torch.Tensor | None) -> RecordedStep | None:
         """Record a step, or return None and leave things as they were."""
         nonlocal generator
         state = generator.get_state()
         try:
-            return _RecordedStep(gradient, x, w, generator)
+            return RecordedStep(gradient, x, w, generator)
         except RuntimeError:
             generator = _runtime.make_generator(seed, device)
             generator.set_state(state)
             _runtime.release_memory(device)
             return None
 
-    recorded: _RecordedStep | None = None
-    to_record = options.recorded and _can_record(device) and options.max_iter >= 3 * RECORD_AFTER
+    recorded: RecordedStep | None = None
+    to_record = options.recorded and can_record(device) and options.max_iter >= 3 * RECORD_AFTER
     model.train()
     try:
         while result.n_iter < options.max_iter:

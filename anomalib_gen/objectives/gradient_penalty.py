@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from anomalib_gen._component import Component, is_recordable
+from anomalib_gen._component import Component
+from anomalib_gen._recording import is_recordable
 from anomalib_gen.objectives._checks import require
 
 

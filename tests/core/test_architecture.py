@@ -30,7 +30,7 @@ NAME = "anomalib_gen"
 # A module imports from its own layer and from those before it.
 LAYERS = [
     {"_warnings"},
-    {"_runtime", "_component", "networks", "paths", "samplers"},
+    {"_runtime", "_recording", "_component", "networks", "paths", "samplers"},
     {"models"},
     {"objectives", "anomaly"},
     {"_training"},

@@ -99,7 +99,7 @@ def recordings(monkeypatch):
     """The steps that were recorded, and replayed."""
     made = []
 
-    class Recorded(_training._RecordedStep):
+    class Recorded(_training.RecordedStep):
         def __init__(self, *arguments):
             self.replays = 0
             super().__init__(*arguments)
@@ -109,7 +109,7 @@ def recordings(monkeypatch):
             self.replays += 1
             return super().__call__(*batch)
 
-    monkeypatch.setattr(_training, "_RecordedStep", Recorded)
+    monkeypatch.setattr(_training, "RecordedStep", Recorded)
     return made
 
 

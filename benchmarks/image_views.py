@@ -1,0 +1,107 @@
+"""What stored images should be looked at with: pixels, histograms of gradients, with and without contrast.
+
+Nearest neighbours in every view and in every mean of views: the surprise (`tail_surprise`) at the distance to the
+nearest stored image, among the distances of stored images when they are left out. On MNIST each of the digits 0, 2, 3,
+6 and 8 is held out, which the benchmark's held-out digits are not, and average precision is shown; on CIFAR-10 each
+class is told from the rest, and AUROC is shown.
+
+Run::
+
+    python benchmarks/image_views.py --output benchmarks/results/image-views.json   # minutes
+    python benchmarks/image_views.py --quick                                        # seconds; figures mean nothing
+
+Needs the files of both collections (``ANOMALIB_GEN_DATA``).
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _measure import environment, markdown, save, show
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from anomalib_gen.datasets import load_images
+from anomalib_gen.models import nearest_rows
+from anomalib_gen.models.memory import REFERENCE_ROWS, ImageMemory
+from anomalib_gen.models.tail import tail_surprise
+
+VIEWS = ("pixels", "gradients", "gradients without contrast")
+TASKS = {"mnist": (0, 2, 3, 6, 8), "cifar10": tuple(range(10))}
+
+
+def surprises(stored: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """Surprise at the distance of rows to their nearest stored row, ``(n_asked,)``."""
+    positions = torch.arange(min(len(stored), REFERENCE_ROWS))
+    usual = nearest_rows(stored[positions].double(), stored, 1, exclude=positions).squared[:, 0].sqrt()
+    found = nearest_rows(asked.double(), stored, 1).squared[:, 0].sqrt()
+    return tail_surprise(found[None], usual.sort().values[None])[0]
+
+
+def views_of(images: np.ndarray) -> list[torch.Tensor]:
+    """Images, between 0 and 1, in all coordinates of an `ImageMemory`."""
+    memory = ImageMemory(images.shape[1:])
+    blocks = torch.from_numpy(images.astype(np.float64) / 255).flatten(1).split(1000)
+    return [torch.cat(parts).float() for parts in zip(*map(memory.coordinates, blocks), strict=True)]
+
+
+def measure(collection: str, n_train: int, n_test: int, seed: int) -> dict[str, list[float]]:
+    """Figure of each combination of views, for each class in turn."""
+    rng = np.random.default_rng(seed)
+    parts = {}
+    for subset, n in (("train", n_train), ("test", n_test)):
+        data = load_images(collection, normal=0, subset=subset)
+        chosen = rng.permutation(len(data.data))[:n]
+        parts[subset] = views_of(data.data[chosen]), data.classes[chosen]
+    (stored, classes), (asked, asked_classes) = parts["train"], parts["test"]
+    found: dict[str, list[float]] = {}
+    for label in TASKS[collection]:
+        held_out = collection == "mnist"
+        kept = torch.from_numpy((classes != label) if held_out else (classes == label))
+        abnormal = (asked_classes == label) if held_out else (asked_classes != label)
+        judge: Any = average_precision_score if held_out else roc_auc_score
+        each = [surprises(view[kept], rows) for view, rows in zip(stored, asked, strict=True)]
+        for size in range(1, len(VIEWS) + 1):
+            for chosen in combinations(range(len(VIEWS)), size):
+                score = torch.stack([each[v] for v in chosen]).mean(0).numpy()
+                found.setdefault(" + ".join(VIEWS[v] for v in chosen), []).append(
+                    float(judge(abnormal, score))
+                )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="a JSON file")
+    parser.add_argument("--quick", action="store_true", help="a dry run; its figures mean nothing")
+    options = parser.parse_args()
+    sizes = {"mnist": (12_000, 2500), "cifar10": (50_000, 1500)}
+    if options.quick:
+        sizes = {"mnist": (300, 100)}
+    figures: dict[str, Any] = {"environment": environment(), "seed": options.seed, "sizes": sizes}
+    text = ""
+    for collection, (n_train, n_test) in sizes.items():
+        figures[collection] = measure(collection, n_train, n_test, options.seed)
+        title = f"Nearest stored images, {collection}, {n_train:,} images, {n_test:,} test images, " + (
+            "average precision" if collection == "mnist" else "AUROC"
+        )
+        header = ["views", *map(str, TASKS[collection]), "mean"]
+        lines = [
+            [name, *(f"{value:.3f}" for value in [*values, float(np.mean(values))])]
+            for name, values in figures[collection].items()
+        ]
+        show(title, header, lines)
+        text += markdown(title, header, lines) + "\n"
+    if options.output is not None:
+        save(options.output, figures, text)
+
+
+if __name__ == "__main__":
+    main()
