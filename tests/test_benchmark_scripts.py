@@ -364,6 +364,14 @@ def test_image_detection_goes_on_where_it_stopped(digits_home):
     assert "| mnist | VAEDetector | 1 |" in text
 
 
+def test_image_views_are_all_combined(digits_home):
+    out = digits_home / "views.json"
+    assert "pixels + gradients" in run("image_views.py", "--output", out)
+    found = json.loads(out.read_text())["mnist"]
+    assert len(found) == 7
+    assert all(len(values) == 5 and 0 < min(values) <= max(values) <= 1 for values in found.values())
+
+
 def test_bits_per_dimension_adds_families(digits_home):
     out = digits_home / "bits.json"
     run("bits_per_dimension.py", "--families", "vae", "--output", out)
