@@ -2,10 +2,10 @@ r"""Closed form: a row is as anomalous as it is far from what its neighbours mak
 
     a(x) = 1/6 sum_k u_k(r_k(x)),                                                                    (1)
 
-where r_k are the residuals of the kernel and of the local-linear denoiser, each in three coordinates (models.memory;
-of images pixels, gradients, and gradients without contrast),
+where r_k are the residuals of the kernel and of the local-linear denoiser, each in three coordinates (models.memory),
 and u_k is the surprise at r_k among the residuals that stored rows have when they are left out (models.tail). Nothing
-is trained.
+is trained. Of images the coordinates are pixels, gradients, and gradients without contrast, and half of the weight has
+how well the stored ones that are most like them match, when their parts may move (models.matching).
 
 The residual of a denoiser is less than the distance to the nearest row by what the rows around explain: structure that
 normal rows have in common does not count. That is what makes (1) better than nearest neighbours, and averages over
@@ -33,5 +33,5 @@ class ClosedFormResidual(Component):
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Anomaly of each row of ``(B, *E)``, as ``(B,)``."""
-        surprise: torch.Tensor = model.memory.surprise(x.flatten(1)).mean(0)
-        return surprise.to(x.dtype)
+        anomaly: torch.Tensor = model.memory.anomaly(x.flatten(1))
+        return anomaly.to(x.dtype)

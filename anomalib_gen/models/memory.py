@@ -19,14 +19,22 @@ x (equation 4 there, with lambda = 0.3). (1) sees how far the next rows are; the
 that they lie on. These six numbers are put on one scale by the residuals of stored rows that were left out: each goes
 through `tail_surprise`.
 
+    a(x) = 1/6 sum_k u_k(r_k(x))                                                                      (2)
+
+is the surprise at a row.
+
 Pixels are no columns with shapes of their own. Images are looked at as they are, as histograms of their gradients, and
-as those without their contrast (models.gradients): pixels see brightness and colour, gradients see what is drawn.
+as those without their contrast (models.gradients): pixels see brightness and colour, gradients see what is drawn. Of
+the 50 images nearest in the last of these, the three that match best when their parts may move (models.matching,
+equation 3) give a seventh number, the root of their mean distance, which has half of the weight:
+
+    a(x) = 1/2 u_7(r_7(x)) + 1/2 1/6 sum_k u_k(r_k(x)).                                               (3)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -35,12 +43,15 @@ from anomalib_gen._runtime import row_blocks, scoring_dtype
 from anomalib_gen.models._stored import Stored
 from anomalib_gen.models.empirical import local_residual
 from anomalib_gen.models.gradients import gradient_histograms, without_contrast
+from anomalib_gen.models.matching import matching_distances, shapes_of
 from anomalib_gen.models.neighbors import nearest_rows, neighbor_scale, values_per_block
 from anomalib_gen.models.tail import tail_surprise
 from anomalib_gen.networks import TAIL_START, compress_tails, expand_tails
 
 COORDINATES = ("standard", "arsinh", "rank")
 KERNEL_NEIGHBORS, LINEAR_NEIGHBORS, SHRINKAGE = 50, 20, 0.3
+MATCHES = 3
+"""Images that match best, whose distances are averaged."""
 REFERENCE_ROWS = 2000
 """Stored rows whose left-out residuals say what is usual, at most."""
 MAX_STORED_ROWS, MAX_STORED_VALUES = 1_000_000, 2**29
@@ -98,6 +109,12 @@ class Memory(Stored):
     def views(self) -> Sequence[torch.Tensor]:
         """The stored rows in each of the coordinates, ``(N, D_v)``."""
         return list(self.rows)
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """Weight of each residual in the anomaly."""
+        n = 2 * len(self.views)
+        return [1 / n] * n
 
     @property
     def capacity(self) -> int:
@@ -180,15 +197,14 @@ class Memory(Stored):
         Returns
         -------
         Tensor of shape (6, B)
-            In float64, where the device has it.
+            In float64, where the device has it; of images seven.
         """
         seen = len(self) - (exclude is not None)
-        n = len(self.views)
         x = x.to(scoring_dtype(x.device))
-        out = x.new_zeros(2 * n, len(x))
         if seen == 0:  # the only stored row cannot be compared with itself
-            return out
+            return x.new_zeros(len(self.weights), len(x))
         k = min(KERNEL_NEIGHBORS, seen)
+        kernel, linear = (x.new_empty(len(self.views), len(x)) for _ in range(2))
         for v, (y, rows) in enumerate(zip(self.coordinates(x), self.views, strict=True)):
             size = y.shape[1]
             found = nearest_rows(y, rows, k, exclude=exclude)
@@ -197,21 +213,30 @@ class Memory(Stored):
                 near = rows[found.positions[block]].to(y.dtype)
                 weights = (-precision * found.squared[block]).softmax(1)
                 mean = (weights.unsqueeze(1) @ near).squeeze(1)
-                out[v, block] = (y[block] - mean).norm(dim=1)
+                kernel[v, block] = (y[block] - mean).norm(dim=1)
                 some = near[:, :LINEAR_NEIGHBORS]
                 share = torch.full_like(some[..., 0], 1 / some.shape[1])
                 variance = y.new_full((len(some),), LEAST_VARIANCE)
                 squares = local_residual(y[block], some, share, SHRINKAGE, variance)[1]
-                out[n + v, block] = squares.sqrt()
-        return out
+                linear[v, block] = squares.sqrt()
+        return torch.cat([kernel, linear, self._further_residuals(x, found.positions)])
+
+    def _further_residuals(self, x: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+        """Residuals ``(n, B)`` of another kind, given the stored rows ``(B, k)`` nearest in the last view."""
+        return x.new_empty(0, len(x))
 
     def surprise(self, x: torch.Tensor) -> torch.Tensor:
         """Surprise at the residuals of rows ``(B, D)`` among those of stored rows, ``(6, B)``, in nats."""
         return tail_surprise(self.residuals(x), self.reference)
 
+    def anomaly(self, x: torch.Tensor) -> torch.Tensor:
+        """Anomaly of rows ``(B, D)``, as ``(B,)``: the mean of their surprises (equations 2 and 3)."""
+        weights = torch.tensor(self.weights, dtype=scoring_dtype(x.device), device=x.device)
+        return (weights.unsqueeze(1) * self.surprise(x)).sum(0)
+
 
 class ImageMemory(Memory):
-    """Stored images: their pixels, histograms of their gradients, and those without contrast.
+    """Stored images: their pixels, histograms of their gradients, and those without contrast; and what they match.
 
     Parameters
     ----------
@@ -225,7 +250,7 @@ class ImageMemory(Memory):
     gradients : Tensor of shape (2, N, D_2)
         Their histograms, with and without contrast.
     bandwidths, reference
-        As of `Memory`.
+        As of `Memory`; a seventh residual is that of matching.
     """
 
     gradients: torch.Tensor
@@ -235,6 +260,7 @@ class ImageMemory(Memory):
         self.event_shape = tuple(event_shape)
         size = gradient_histograms(torch.zeros(1, *self.event_shape)).numel()
         self.rows = self.rows[:1]
+        self.reference = torch.zeros(7, 0)
         self.register_buffer("gradients", torch.zeros(2, 0, size))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -246,6 +272,28 @@ class ImageMemory(Memory):
     def views(self) -> Sequence[torch.Tensor]:
         """The stored images in each of the coordinates."""
         return [*self.rows, *self.gradients]
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """Weight of each residual in the anomaly (equation 3)."""
+        return [*(weight / 2 for weight in super().weights), 0.5]
+
+    def _further_residuals(self, x: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+        found = x.new_empty(1, len(x))
+        for block, shapes, stored in self._candidates(x, near):
+            distances = matching_distances(shapes, stored).sort(dim=1).values
+            found[0, block] = distances[:, :MATCHES].mean(1).to(x.dtype).sqrt()
+        return found
+
+    def _candidates(
+        self, x: torch.Tensor, near: torch.Tensor
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Shapes ``(b, 2, h, w)`` of images ``(B, D)`` and ``(b, k, 2, h, w)`` of stored ones, block by block."""
+        for block in row_blocks(len(x), max(1, values_per_block(x.device) // (near.shape[1] * x.shape[1]))):
+            stored = self.rows[0][near[block]]
+            shapes = shapes_of(stored.flatten(0, 1).unflatten(1, self.event_shape))
+            asked = shapes_of(self._standard(x[block]).unflatten(1, self.event_shape))
+            yield block, asked, shapes.unflatten(0, stored.shape[:2])
 
     def _store(self, rows: torch.Tensor) -> None:
         pixels = self.rows.new_empty((1, *rows.shape))
