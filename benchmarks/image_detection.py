@@ -8,8 +8,8 @@ and seed), until the budget is used up, and goes on where it stopped when it is 
 
 Workers of ``--jobs`` take turns on one GPU: they help with what the CPU does (reading, judging), not with training.
 
-``--record NAME`` writes the cells finished so far to ``benchmarks/results/NAME.csv`` and ``.md``, with the device. The
-tables hold average precision on MNIST with one digit held out and AUROC on one class of CIFAR-10, each beside published
+``--record NAME`` writes the cells finished so far to ``benchmarks/results/NAME.csv`` and ``.md``, with the device; cells
+that stand there and are not among them stay, so that runs on several machines add up. The tables hold average precision on MNIST with one digit held out and AUROC on one class of CIFAR-10, each beside published
 figures, CIFAR-10 against other sources of the same coding, and bits per dimension where the
 anomaly is a density (`bits_per_dimension.py` has those of all families).
 
@@ -24,7 +24,6 @@ Needs the ``benchmark`` extra, and the files of both collections (``ANOMALIB_GEN
 from __future__ import annotations
 
 import argparse
-import platform
 import signal
 import sys
 import tempfile
@@ -51,14 +50,20 @@ TASKS = {
     "one-class-cifar10": [f"cifar10:only-{label}" for label in range(10)],
     "one-class-mnist": [f"mnist:only-{digit}" for digit in range(10)],
 }
-FAMILIES = {
-    "flow": ("FlowDetector", ["", "input_complexity", "typicality"]),
-    "vae": ("VAEDetector", ["", "typicality", "multiscale_reconstruction"]),
-    "energy": ("EnergyDetector", ["", "energy"]),
-    "diffusion": ("DiffusionDetector", ["", "multiscale_reconstruction"]),
-    "closed-form": ("DiffusionDetector", ["closed_form"]),
+FAMILIES: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
+    "flow": ("FlowDetector", "FlowDetector", {}, ["", "input_complexity", "typicality"]),
+    "vae": ("VAEDetector", "VAEDetector", {}, ["", "typicality", "multiscale_reconstruction"]),
+    "energy": ("EnergyDetector", "EnergyDetector", {}, ["", "energy"]),
+    "diffusion": (
+        "DiffusionDetector network",
+        "DiffusionDetector",
+        {"denoiser": "network"},
+        ["", "multiscale_reconstruction"],
+    ),
+    "closed-form": ("DiffusionDetector closed-form", "DiffusionDetector", {"denoiser": "closed-form"}, [""]),
 }
-"""Class of each family, and the anomalies that are measured: its default, and those that are made for images.
+"""Name of each family, its class and what makes it, and the anomalies that are measured: its default, and those that
+are made for images.
 
 The last is the denoiser that has the training images in place of a network; it takes nothing from a preset."""
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -86,13 +91,13 @@ def specifications(families: Sequence[str], preset: str, device: str) -> list[st
     """Detectors of the families as the benchmark reads them; those that share a fit stand side by side."""
     found = []
     for family in families:
-        name, anomalies = FAMILIES[family]
+        name, cls, made, anomalies = FAMILIES[family]
         for anomaly in anomalies:
-            arguments = {"denoiser": "closed-form"} if family == "closed-form" else dict(PRESETS[preset][1])
+            arguments = made | ({} if family == "closed-form" else PRESETS[preset][1])
             arguments |= {"device": device} if device != "auto" else {}
             arguments |= {"anomaly": anomaly} if anomaly else {}
             text = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-            found.append(f"{name}{' ' + anomaly if anomaly else ''}=anomalib_gen.{name}({text})")
+            found.append(f"{name}{' ' + anomaly if anomaly else ''}=anomalib_gen.{cls}({text})")
     return found
 
 
@@ -198,30 +203,43 @@ def device_name() -> str:
 
 
 def record(folder: Path, name: str, command: str) -> None:
-    """Write the finished cells and their tables into the folder of recorded results."""
+    """Write the finished cells, those recorded before, and their tables into the folder of recorded results."""
     results = load_results(folder)
+    suite = results["suite"].iloc[0]
     columns = ["dataset", "seed", "detector", "status", "auroc", "average_precision", "bits_per_dimension"]
-    columns += ["fit_seconds", "score_seconds", "n_train", "n_test", "specification"]
-    rounded = results[columns].round(
+    columns += ["fit_seconds", "score_seconds", "n_train", "n_test", "n_anomalies", "specification", "error"]
+    results = results[columns].assign(device=f"{device_name()}, torch {torch.__version__}")
+    results = results.round(
         {"auroc": 4, "average_precision": 4, "bits_per_dimension": 3} | {"fit_seconds": 1, "score_seconds": 1}
     )
+    file = RESULTS / f"{name}.csv"
+    if file.exists():
+        both = pd.concat([pd.read_csv(file), results])
+        both["n_anomalies"] = both["n_anomalies"].astype("Int64")
+        results = both.drop_duplicates(["dataset", "seed", "detector"], keep="last")
+    # In the order of the tasks and families above, whatever the calls were.
+    tasks = [task for group in TASKS.values() for task in group]
+    detectors = [text.partition("=")[0] for text in specifications(list(FAMILIES), "small", "auto")]
+    places = {name: k for k, name in enumerate([*tasks, *detectors])}
+    results = results.sort_values(
+        ["dataset", "seed", "detector"], key=lambda c: c.map(lambda v: (places.get(v, len(places)), v)), kind="stable"
+    )
     RESULTS.mkdir(exist_ok=True)
-    rounded.to_csv(RESULTS / f"{name}.csv", index=False)
+    results.to_csv(file, index=False)
     trained = results.loc[results["status"] == "ok", "n_train"]
-    sizes = " to ".join(f"{n:,}" for n in sorted({trained.min(), trained.max()}))
+    sizes = " to ".join(f"{n:,.0f}" for n in sorted({trained.min(), trained.max()}))
     seeds = sorted(results["seed"].unique())
     head = [
         "# Detection on images",
         "",
-        f"Written by `{command}`: suite `{results['suite'].iloc[0]}`, seed{'s' if len(seeds) > 1 else ''} "
-        f"{', '.join(map(str, seeds))}, {sizes} training images, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {device_name()}. Every cell is in `{name}.csv`; – was not run. Seconds are wall "
-        "time, and mean little where other work ran on the machine. Published figures are of models trained on all "
-        "images.",
+        f"Written by `{command}`: suite `{suite}`, seed{'s' if len(seeds) > 1 else ''} "
+        f"{', '.join(map(str, seeds))}, {sizes} training images, on {'; '.join(results['device'].unique())}. Every "
+        f"cell, with its device, is in `{name}.csv`; – was not run. Seconds are wall time, and mean little where other "
+        "work ran on the machine. Published figures are of models trained on all images.",
         "",
     ]
     (RESULTS / f"{name}.md").write_text("\n".join(head) + "\n" + tables(results), encoding="utf-8")
-    print(f"written: {RESULTS / name}.csv and .md")
+    print(f"written: {file} and .md")
 
 
 def main() -> None:

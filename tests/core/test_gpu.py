@@ -310,3 +310,14 @@ def test_images(family):
     # Convolutions in float32, with the device's own order of sums (and TF32 where it is allowed).
     np.testing.assert_allclose(on_gpu, detector.score_samples(images), rtol=1e-2)
     assert detector.sample(2, random_state=0).shape == (2, 1, 12, 12)
+
+
+def test_stored_images_give_the_scores_of_the_cpu():
+    from sklearn.datasets import load_digits
+
+    images = load_digits().images[:, None]
+    detector = DiffusionDetector(denoiser="closed-form", device="cuda").fit(images[:600])
+    assert detector.model_.memory.rows.is_cuda
+    on_gpu = detector.score_samples(images[600:800])
+    detector.set_params(device="cpu")
+    np.testing.assert_allclose(on_gpu, detector.score_samples(images[600:800]), rtol=1e-4, atol=1e-4)
