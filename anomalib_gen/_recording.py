@@ -38,7 +38,7 @@ class RecordedStep:
     ------
     RuntimeError
         If a step does what cannot be recorded, such as looking at a value. The generator is unusable then; the
-        thread's current device and stream are what they were.
+        thread's current device and stream, and the device's global generator, are what they were.
     """
 
     def __init__(
@@ -52,15 +52,24 @@ class RecordedStep:
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(generator)
         device = x.device
-        with (
-            # What runs on another device than the stream's is no part of a recording.
-            torch.cuda.device(device),
-            # If one fails, torch leaves its stream the current one.
-            torch.cuda.stream(torch.cuda.current_stream(device)),
-            # Other threads of the process may go on using the device meanwhile.
-            torch.cuda.graph(self.graph, stream=_recording_stream(device), capture_error_mode="thread_local"),
-        ):
-            self.loss = gradient(self.x, self.weights)
+        common = torch.cuda.default_generators[_index(device)]
+        kept = common.clone_state()
+        try:
+            with (
+                # What runs on another device than the stream's is no part of a recording.
+                torch.cuda.device(device),
+                # If one fails, torch leaves its stream the current one.
+                torch.cuda.stream(torch.cuda.current_stream(device)),
+                # Other threads of the process may go on using the device meanwhile.
+                torch.cuda.graph(
+                    self.graph, stream=_recording_stream(device), capture_error_mode="thread_local"
+                ),
+            ):
+                self.loss = gradient(self.x, self.weights)
+        except BaseException:
+            # The state that a failed recording leaves takes every later draw for a part of it.
+            common.graphsafe_set_state(kept)
+            raise
 
     def __call__(self, x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         self.x.copy_(x)
@@ -71,12 +80,15 @@ class RecordedStep:
 
 
 def can_record(device: torch.device) -> bool:
-    """Whether steps can be recorded on a device, and a recording that fails is no harm.
+    """Whether steps can be recorded on a device.
 
-    2.11 is the oldest torch that it was tried with, failures among it. By their source, early versions keep one state
-    of a generator for all recordings: one that fails leaves the device's global generator unable to draw.
+    2.11 is the oldest torch that it was tried with, failures among it.
     """
     return device.type == "cuda" and torch.__version__ >= "2.11"
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @functools.cache

@@ -9,9 +9,10 @@ and seed), until the budget is used up, and goes on where it stopped when it is 
 Workers of ``--jobs`` take turns on one GPU: they help with what the CPU does (reading, judging), not with training.
 
 ``--record NAME`` writes the cells finished so far to ``benchmarks/results/NAME.csv`` and ``.md``, with the device; cells
-that stand there and are not among them stay, so that runs on several machines add up. The tables hold average precision on MNIST with one digit held out and AUROC on one class of CIFAR-10, each beside published
-figures, CIFAR-10 against other sources of the same coding, and bits per dimension where the
-anomaly is a density (`bits_per_dimension.py` has those of all families).
+that stand there and are not among them stay, so that calls on several machines add up. The tables hold average
+precision on MNIST with one digit held out and AUROC on one class of CIFAR-10, each beside published figures, CIFAR-10
+against other sources of the same coding, and bits per dimension where the anomaly is a density
+(`bits_per_dimension.py` has those of all families).
 
 A preset is one configuration a family for all tasks; nothing is chosen by task or by labels. Detectors of one family
 that differ in the anomaly alone share a fit. A cell that is cut off by the budget starts anew in the next call, so a

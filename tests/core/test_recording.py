@@ -54,6 +54,20 @@ class Gpus:
         self.streams[self.index] = before
 
 
+class Generator:
+    """A device's global generator; one that a failed recording has met is unusable."""
+
+    state = "usable"
+
+    def clone_state(self):
+        other = Generator()
+        other.state = self.state
+        return other
+
+    def graphsafe_set_state(self, other):
+        self.state = other.state
+
+
 class Batch:
     device = torch.device("cuda:1")
 
@@ -66,9 +80,12 @@ def test_a_step_is_recorded_where_its_rows_are_and_leaves_the_stream(monkeypatch
     gpus, seen = Gpus(fail=fail), []
     for name in ("CUDAGraph", "Stream", "current_stream", "device", "stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, getattr(gpus, name))
+    generators = (Generator(), Generator())
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
 
     def gradient(x, weights):
         seen.append((gpus.index, gpus.streams[1]))
+        generators[1].state = "unusable" if fail else "usable"
 
     _recording._recording_stream.cache_clear()
     with pytest.raises(RuntimeError, match="capture") if fail else contextlib.nullcontext():
@@ -76,6 +93,7 @@ def test_a_step_is_recorded_where_its_rows_are_and_leaves_the_stream(monkeypatch
     _recording._recording_stream.cache_clear()
     assert seen == [(1, "new of 1")]
     assert gpus.streams == {0: "default of 0", 1: "default of 1"}
+    assert [one.state for one in generators] == ["usable", "usable"]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +105,7 @@ def test_a_step_is_recorded_where_its_rows_are_and_leaves_the_stream(monkeypatch
         ("cpu", "2.13.0", False),
     ],
 )
-def test_steps_are_recorded_where_a_failure_does_no_harm(monkeypatch, device, version, possible):
+def test_steps_are_recorded_by_versions_that_were_tried(monkeypatch, device, version, possible):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     assert _recording.can_record(torch.device(device)) is possible
 
