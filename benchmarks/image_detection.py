@@ -8,8 +8,8 @@ and seed), until the budget is used up, and goes on where it stopped when it is 
 
 Workers of ``--jobs`` take turns on one GPU: they help with what the CPU does (reading, judging), not with training.
 
-``--record NAME`` writes the cells finished so far to ``benchmarks/results/NAME.csv`` and ``.md``, with the device; cells
-that stand there and are not among them stay, so that calls on several machines add up. The tables hold average
+``--record NAME`` writes the cells finished so far to ``benchmarks/results/NAME.csv`` and ``.md``, with the device;
+cells that stand there and are not among them stay, so that calls on several machines add up. The tables hold average
 precision on MNIST with one digit held out and AUROC on one class of CIFAR-10, each beside published figures, CIFAR-10
 against other sources of the same coding, and bits per dimension where the anomaly is a density
 (`bits_per_dimension.py` has those of all families).
@@ -223,7 +223,9 @@ def record(folder: Path, name: str, command: str) -> None:
     detectors = [text.partition("=")[0] for text in specifications(list(FAMILIES), "small", "auto")]
     places = {name: k for k, name in enumerate([*tasks, *detectors])}
     results = results.sort_values(
-        ["dataset", "seed", "detector"], key=lambda c: c.map(lambda v: (places.get(v, len(places)), v)), kind="stable"
+        ["dataset", "seed", "detector"],
+        key=lambda c: c.map(lambda v: (places.get(v, len(places)), v)),
+        kind="stable",
     )
     RESULTS.mkdir(exist_ok=True)
     results.to_csv(file, index=False)
