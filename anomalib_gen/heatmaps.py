@@ -1,14 +1,16 @@
 r"""Heat maps: how much each pixel of an image adds to its anomaly.
 
-A map has the height and width of its images; the channels are summed. There are three kinds, each of a quantity that is
-made of one number a value:
+A map has the height and width of its images; the channels are summed. There are four kinds, each of a quantity that is
+made of one number a value or a place:
 
     "residual":     r_j^2, r = x - xhat, what the model would change;
     "score":        s_j^2, s = grad log p(x), how steeply the density rises if the value changes; of a model that
                     is conditional on noise, the mean over a ladder of levels of (s * level)_j^2;
     "likelihood":   -log p(x_j | z), what an autoencoder's decoder charges for the value; of a multi-scale flow the
                     share of each pixel in -log p(x), with the values that its layers give to the place and what they
-                    stretch there (models.glow). Before they are averaged these add up to -log p(x).
+                    stretch there (models.glow). Before they are averaged these add up to -log p(x);
+    "matching":     what an image has at a place and the stored images that match it best have not, or the reverse
+                    (models.matching).
 
 The first asks for a model that reconstructs (autoencoders and diffusion models), the second for one that is
 differentiable, which all are. As an energy E is -log p up to a constant, the score is minus the energy's gradient. Maps
@@ -36,7 +38,7 @@ from anomalib_gen.anomaly import MultiScaleReconstruction
 from anomalib_gen.anomaly._levels import level_ladder
 from anomalib_gen.samplers import score_of
 
-KINDS = ("auto", "likelihood", "residual", "score")
+KINDS = ("auto", "likelihood", "matching", "residual", "score")
 SCORE_LEVELS, N_LEVELS = (0.1, 1.0), 4
 """Noise levels of the score maps of models that are conditional on noise: those that see single pixels."""
 
@@ -56,10 +58,11 @@ def explain_images(
     detector : detector
         A fitted detector of images, of any family; of a composition its members have maps.
     X : array-like of shape (n_samples, channels, height, width)
-    kind : {"auto", "residual", "score", "likelihood"}, default="auto"
-        What is shown, see the module. "auto" takes the residual of an autoencoder or a diffusion model, the likelihood
-        of a multi-scale flow ("glow", the default for images) and the score of an energy model or of any other flow.
-        "likelihood" is for autoencoders and multi-scale flows.
+    kind : {"auto", "residual", "score", "likelihood", "matching"}, default="auto"
+        What is shown, see the module. "auto" takes the matching of a diffusion model with stored images, the residual
+        of any other and of an autoencoder, the likelihood of a multi-scale flow ("glow", the default for images) and
+        the score of an energy model or of any other flow. "likelihood" is for autoencoders and multi-scale flows, and
+        "matching" for models with stored images.
     smooth : int or "auto", default="auto"
         Side of the window over which maps are averaged; 1 for none. "auto" takes a sixteenth of the longer side, an odd
         number and at least 3.
@@ -151,6 +154,8 @@ def resolve_kind(model: Any, kind: str) -> str:
     """
     if kind != "auto":
         return kind
+    if hasattr(getattr(model, "memory", None), "unmatched_pixels"):
+        return "matching"
     if hasattr(model, "denoise") or hasattr(model, "reconstruct"):
         return "residual"
     return "likelihood" if hasattr(getattr(model, "transform", None), "log_prob_by_place") else "score"
@@ -160,6 +165,8 @@ def _pixels(model: Any, x: torch.Tensor, kind: str) -> torch.Tensor:
     """The quantity of each value of images ``(B, C, H, W)``, of the same shape, or of each pixel, ``(B, 1, H, W)``."""
     kind = resolve_kind(model, kind)
     try:
+        if kind == "matching":
+            return model.memory.unmatched_pixels(x.flatten(1)).unsqueeze(1)
         if kind == "residual":
             return _mean(r.square() for r in MultiScaleReconstruction().residuals(model, x))
         if kind == "likelihood":

@@ -40,7 +40,7 @@ FAMILIES = {
     ),
     "diffusion": (
         DiffusionDetector,
-        {},
+        {"denoiser": "network"},
         lambda detector, X, n_steps: detector.elbo(X, n_steps=n_steps),
     ),
 }

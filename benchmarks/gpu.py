@@ -90,7 +90,7 @@ IMAGE_FAMILIES = [
     Family("flow glow", lambda **k: FlowDetector(**k)),
     Family("vae", lambda **k: VAEDetector(**k)),
     Family("energy, denoising", lambda **k: EnergyDetector(objective=None, **k)),
-    Family("diffusion", lambda **k: DiffusionDetector(**k)),
+    Family("diffusion", lambda **k: DiffusionDetector(denoiser="network", **k)),
 ]
 """Those of images of 8 bits, with convolutional networks."""
 

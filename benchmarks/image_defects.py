@@ -29,13 +29,14 @@ from anomalib_gen.benchmark.pixels import aupro, pixel_auroc
 from anomalib_gen.datasets import load_images, make_defects
 from anomalib_gen.heatmaps import explain_images
 
-FAMILIES: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "vae": (VAEDetector, ("residual", "likelihood", "score")),
-    "flow": (FlowDetector, ("likelihood", "score")),
-    "energy": (EnergyDetector, ("score",)),
-    "diffusion": (DiffusionDetector, ("residual", "score")),
+FAMILIES: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
+    "vae": (VAEDetector, {}, ("residual", "likelihood", "score")),
+    "flow": (FlowDetector, {}, ("likelihood", "score")),
+    "energy": (EnergyDetector, {}, ("score",)),
+    "diffusion": (DiffusionDetector, {"denoiser": "network"}, ("residual", "score")),
+    "closed form": (DiffusionDetector, {"denoiser": "closed-form"}, ("matching", "residual", "score")),
 }
-"""Class of each family, and its kinds of maps, the default first."""
+"""Class of each family, what makes it, and its kinds of maps, the default first."""
 HEADER = ["map", "pixel AUROC", "AUPRO", "less usual: pixel AUROC", "AUPRO", "fit s"]
 N_USUAL = 200
 """Training images whose mean map is what is usual."""
@@ -65,9 +66,9 @@ def measure(
         maps, usual = (uniform_filter(m, (0, WINDOW, WINDOW), mode="nearest") for m in (maps, usual))
         yield f"{family}, averaged", judge(masks, maps, usual.mean(axis=0))
         return
-    cls, kinds = FAMILIES[family]
+    cls, made, kinds = FAMILIES[family]
     start = time.perf_counter()
-    detector = cls(max_iter=max_iter, random_state=seed).fit(train)
+    detector = cls(**made, max_iter=max_iter, random_state=seed).fit(train)
     seconds = time.perf_counter() - start
     for kind in kinds:
         maps, usual = (explain_images(detector, X, kind=kind) for X in (defective, train[:N_USUAL]))

@@ -106,9 +106,10 @@ class DiffusionDetector(GenerativeDetector):
           nothing is trained, and parameters of network, objective and training are not used;
         - ``"hybrid"``: a network that learns what the closed form leaves; the closed form rules where rows are few.
 
-        None takes "hybrid"; for images, and with ``network="energy"``, whose score has to be the gradient of one
-        network, it takes "network". Of images "closed-form" has told abnormal ones much better so far: it compares
-        their gradients, too, not pixels alone (`anomalib_gen.models.ImageMemory`).
+        None takes "hybrid"; with ``network="energy"``, whose score has to be the gradient of one network, "network".
+        For images it takes "closed-form", which tells abnormal ones much better than networks do so far, as it compares
+        gradients and lets parts of images move (`anomalib_gen.models.ImageMemory`); and "network" where `network`,
+        `objective` or `anomaly` asks for something else.
     network : {"auto", "residual", "mlp", "convolutional", "energy"} or callable, default="auto"
         The network. "convolutional", for images only, is a residual U-Net with attention, with an eighth of
         `hidden_features` as channels at its finest level; "auto" takes it for images, and "residual" for tables.
@@ -136,7 +137,8 @@ class DiffusionDetector(GenerativeDetector):
 
         - ``"combined"``: the weighted mean of "closed_form" and of the noise that the model finds, on one scale;
         - ``"closed_form"``: distance from what the nearest stored rows make of a row, in three coordinates; of images,
-          these are pixels, histograms of gradients, and those without contrast;
+          these are pixels, histograms of gradients, and those without contrast, and half of the weight has how well
+          the nearest stored ones match, when their parts may move;
         - ``"score_norm"``: norms of the score over a ladder of noise levels;
         - ``"reconstruction"``: distance to the row after a way to noise and back;
         - ``"denoising_error"``: error of one step of denoising over a ladder of noise levels;
@@ -216,8 +218,9 @@ class DiffusionDetector(GenerativeDetector):
     held-out rows say so, the network starts at zero on top of the closed form and has a share in the anomaly that grows
     with the number of rows, and the closed form's bandwidths are the spacing of the rows.
 
-    A detector with stored rows keeps three copies of the training rows (images, and two histograms of each) in single
-    precision, of a million rows and two gigabytes at most, an even choice of more; so does its model folder. Its kernel
+    A detector with stored rows keeps three copies of the training rows (images, two histograms of each, and their
+    gradients) in single precision, of a million rows and two gigabytes at most, an even choice of more; so does its
+    model folder. A detector of images that has nothing but these draws samples close to them. Its kernel
     denoiser sums over 2,048 of them at most. Stored rows count alike, whatever their `sample_weight`, which is for the
     scaling and the network; only a weight of zero leaves a row out.
 
@@ -579,8 +582,12 @@ class DiffusionDetector(GenerativeDetector):
 
     def _resolve_denoiser(self) -> str:
         energy, images = self.network == "energy", len(getattr(self, "event_shape_", ())) > 1
+        if self.denoiser is None and images:
+            plain = self.network == "auto" and isinstance(self._resolve_objective(), Denoising)
+            stored = self.anomaly is None or isinstance(self._resolve_anomaly(), ClosedFormResidual)
+            return "closed-form" if plain and stored else "network"
         if self.denoiser is None:
-            return "network" if energy or images else "hybrid"
+            return "network" if energy else "hybrid"
         if self.denoiser == "hybrid" and energy:
             raise ValueError(
                 "denoiser='hybrid' does not work with network='energy': what it adds to the closed form is no "

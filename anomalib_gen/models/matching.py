@@ -54,12 +54,18 @@ def shapes_of(x: torch.Tensor) -> torch.Tensor:
             x, [max(1, round(side * MOST_PIXELS / longer)) for side in x.shape[2:]], mode="area"
         )
     x = F.pad(x, (1, 1, 1, 1), mode="replicate")
-    across, down = x[..., 2:] - x[..., :-2], x[..., 2:, :] - x[..., :-2, :]
-    across = (across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]) / 4
-    down = (down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]) / 4
-    longest = (across.square() + down.square()).argmax(1, keepdim=True)
-    g = torch.cat([across.gather(1, longest), down.gather(1, longest)], dim=1)
-    return g / (g.square().sum((1, 2, 3), keepdim=True) + LEAST_CONTRAST**2).sqrt()
+    smooth = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]
+    across = smooth[..., 2:] - smooth[..., :-2]
+    smooth = x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]
+    down = smooth[..., 2:, :] - smooth[..., :-2, :]
+    g = torch.stack([across[:, 0], down[:, 0]], dim=1)
+    length = g.square().sum(1)
+    for c in range(1, x.shape[1]):
+        other = torch.stack([across[:, c], down[:, c]], dim=1)
+        longer = other.square().sum(1) > length
+        length = torch.where(longer, other.square().sum(1), length)
+        g = torch.where(longer.unsqueeze(1), other, g)
+    return g / (length.sum((1, 2)) + (4 * LEAST_CONTRAST) ** 2).sqrt()[:, None, None, None]
 
 
 def unmatched(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,12 +38,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
+from torch.nn import functional as F
 
 from anomalib_gen._runtime import row_blocks, scoring_dtype
 from anomalib_gen.models._stored import Stored
 from anomalib_gen.models.empirical import local_residual
 from anomalib_gen.models.gradients import gradient_histograms, without_contrast
-from anomalib_gen.models.matching import matching_distances, shapes_of
+from anomalib_gen.models.matching import matching_distances, shapes_of, unmatched
 from anomalib_gen.models.neighbors import nearest_rows, neighbor_scale, values_per_block
 from anomalib_gen.models.tail import tail_surprise
 from anomalib_gen.networks import TAIL_START, compress_tails, expand_tails
@@ -276,24 +277,53 @@ class ImageMemory(Memory):
     @property
     def weights(self) -> Sequence[float]:
         """Weight of each residual in the anomaly (equation 3)."""
+        if not self._matches:
+            return super().weights
         return [*(weight / 2 for weight in super().weights), 0.5]
 
+    @property
+    def _matches(self) -> bool:
+        # Models that were saved before images were matched have six residuals and go on with these.
+        return len(self.reference) > 2 * len(self.views)
+
     def _further_residuals(self, x: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+        if not self._matches:
+            return super()._further_residuals(x, near)
         found = x.new_empty(1, len(x))
         for block, shapes, stored in self._candidates(x, near):
             distances = matching_distances(shapes, stored).sort(dim=1).values
             found[0, block] = distances[:, :MATCHES].mean(1).to(x.dtype).sqrt()
         return found
 
+    @torch.no_grad()
+    def unmatched_pixels(self, x: torch.Tensor) -> torch.Tensor:
+        """What images ``(B, D)`` have and their best matches have not, or the reverse, at each pixel ``(B, H, W)``.
+
+        The mean of both directions of equation 2 of `models.matching` over the matches. What only a stored image has
+        stands where it has it.
+        """
+        y, rows = self.coordinates(x)[-1], self.views[-1]
+        near = nearest_rows(y, rows, min(KERNEL_NEIGHBORS, len(self))).positions
+        out = x.new_empty(len(x), *self.event_shape[1:])
+        for block, shapes, stored in self._candidates(x, near):
+            best = matching_distances(shapes, stored).sort(dim=1).indices[:, :MATCHES]
+            images = torch.arange(len(shapes), device=x.device)
+            pairs = [torch.stack(unmatched(shapes, stored[images, k])) for k in best.T]
+            maps = torch.stack(pairs).mean((0, 1)).unsqueeze(1)
+            out[block] = F.interpolate(maps, out.shape[1:], mode="bilinear").squeeze(1).to(x.dtype)
+        return out
+
     def _candidates(
         self, x: torch.Tensor, near: torch.Tensor
     ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Shapes ``(b, 2, h, w)`` of images ``(B, D)`` and ``(b, k, 2, h, w)`` of stored ones, block by block."""
         for block in row_blocks(len(x), max(1, values_per_block(x.device) // (near.shape[1] * x.shape[1]))):
-            stored = self.rows[0][near[block]]
-            shapes = shapes_of(stored.flatten(0, 1).unflatten(1, self.event_shape))
-            asked = shapes_of(self._standard(x[block]).unflatten(1, self.event_shape))
-            yield block, asked, shapes.unflatten(0, stored.shape[:2])
+            stored = self._shapes(self.rows[0][near[block]].flatten(0, 1))
+            yield block, self._shapes(self._standard(x[block])), stored.unflatten(0, near[block].shape)
+
+    def _shapes(self, pixels: torch.Tensor) -> torch.Tensor:
+        # Of stored images and others alike in the precision in which they are stored: an image matches itself.
+        return shapes_of(pixels.float().unflatten(1, self.event_shape))
 
     def _store(self, rows: torch.Tensor) -> None:
         pixels = self.rows.new_empty((1, *rows.shape))

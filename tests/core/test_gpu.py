@@ -302,7 +302,8 @@ def test_a_non_finite_loss_names_its_step(tiny, X, monkeypatch):
 @pytest.mark.parametrize("family", [DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector])
 def test_images(family):
     images = np.random.default_rng(0).integers(0, 256, (100, 1, 12, 12), dtype=np.uint8)
-    detector = family(max_iter=20, hidden_features=32, random_state=0, device="cuda").fit(images)
+    options = {"denoiser": "network"} if family is DiffusionDetector else {}
+    detector = family(max_iter=20, hidden_features=32, random_state=0, device="cuda", **options).fit(images)
     assert next(detector.model_.parameters()).is_cuda
     on_gpu = detector.score_samples(images)
     np.testing.assert_allclose(detector.score_samples(images[40:41]), on_gpu[40:41], rtol=1e-5)

@@ -29,9 +29,14 @@ def trained(digits):
 
     def get(family):
         if family not in fitted:
-            sizes = {"n_layers": 4} if family is FlowDetector else {}
+            options = {FlowDetector: {"n_layers": 4}, DiffusionDetector: {"denoiser": "network"}}
             fitted[family] = family(
-                max_iter=80, hidden_features=48, random_state=0, device="cpu", batch_size=32, **sizes
+                max_iter=80,
+                hidden_features=48,
+                random_state=0,
+                device="cpu",
+                batch_size=32,
+                **options.get(family, {}),
             ).fit(digits[:250])
         return fitted[family]
 
@@ -147,8 +152,16 @@ def test_every_denoiser_has_maps_of_images(digits, denoiser, scale):
     detector = DiffusionDetector(
         denoiser=denoiser, max_iter=3, hidden_features=8, n_blocks=1, random_state=0, device="cpu"
     ).fit(images)
-    for kind in ("residual", "score"):
-        maps = explain_images(detector, images[:2], kind=kind, smooth=np.int64(3))
+    kinds = ["residual", "score"]
+    if denoiser == "network":
+        with pytest.raises(TypeError, match="kind='matching' does not work with NetworkDenoiser"):
+            explain_images(detector, images[:2], kind="matching")
+    else:
+        kinds.append("matching")
+        maps = explain_images(detector, images[:2])
+        np.testing.assert_array_equal(maps, explain_images(detector, images[:2], kind="matching"))
+    for kind in kinds:
+        maps = explain_images(detector, images[:2] // 2, kind=kind, smooth=np.int64(3))
         assert maps.shape == (2, 8, 8)
         assert np.isfinite(maps).all()
         assert np.ptp(maps) > 0

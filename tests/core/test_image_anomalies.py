@@ -32,6 +32,8 @@ def digits():
 
 
 def small(family, **parameters):
+    if family is DiffusionDetector:
+        parameters = {"denoiser": "network"} | parameters
     return family(**{"max_iter": 5, "hidden_features": 8, "random_state": 0, "device": "cpu", **parameters})
 
 

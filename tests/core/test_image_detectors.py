@@ -14,6 +14,7 @@ from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain
 from anomalib_gen.anomaly import DiffusionELBO, LikelihoodRegret, ODELikelihood
 from anomalib_gen.features import FeatureExtractor
 from anomalib_gen.images import ChannelsFirst
+from anomalib_gen.models import ClosedFormDenoiser, HybridDenoiser, NetworkDenoiser, ScoreDenoiser
 from anomalib_gen.objectives._smoothing import dequantise
 
 FAMILIES = [DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector]
@@ -36,8 +37,11 @@ SLOW = {"score-matching"}
 
 
 def small(family, **parameters):
+    """A tiny detector with a network, also of the family that would need none."""
     known = family().get_params()
     sizes = {name: value for name, value in SMALL.items() if name in known}
+    if family is DiffusionDetector:
+        sizes["denoiser"] = "network"
     return family(**{**sizes, **parameters})
 
 
@@ -360,7 +364,12 @@ def test_bfloat16_is_exact_enough_for_diffusion_of_images(monkeypatch, objective
 
     def fit():
         return DiffusionDetector(
-            objective=objective, max_iter=100, hidden_features=16, random_state=0, device="cpu"
+            denoiser="network",
+            objective=objective,
+            max_iter=100,
+            hidden_features=16,
+            random_state=0,
+            device="cpu",
         ).fit(images)
 
     single = fit()
@@ -395,3 +404,36 @@ def test_the_steps_of_wide_autoencoders_are_smaller(digits, width, rate, expecte
         hidden_features=width, learning_rate=rate, max_iter=2, random_state=0, device="cpu"
     ).fit(digits)
     assert detector._training_options(100, one_pass=False).learning_rate == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "model"),
+    [
+        ({}, ClosedFormDenoiser),
+        ({"anomaly": "closed_form"}, ClosedFormDenoiser),
+        ({"anomaly": "score_norm"}, NetworkDenoiser),
+        ({"objective": "flow-matching"}, NetworkDenoiser),
+        ({"network": "convolutional"}, NetworkDenoiser),
+        ({"network": "energy"}, ScoreDenoiser),
+        ({"denoiser": "network"}, NetworkDenoiser),
+        ({"denoiser": "hybrid"}, HybridDenoiser),
+    ],
+)
+def test_images_are_stored_unless_something_asks_for_a_network(digits, options, model):
+    detector = DiffusionDetector(max_iter=1, hidden_features=8, random_state=0, device="cpu", **options)
+    assert type(detector.fit(digits[:30]).model_) is model
+    assert np.isfinite(detector.score_samples(digits[30:34])).all()
+
+
+def test_the_default_of_images_draws_restores_and_has_a_density(digits):
+    detector = DiffusionDetector(random_state=0, device="cpu").fit(digits)
+    drawn = detector.sample(4, n_steps=20, random_state=0)
+    assert drawn.shape == (4, 1, 8, 8)
+    stored = digits.astype(float)
+    near = np.abs(drawn[:, None] - stored).mean(axis=(2, 3, 4)).min(axis=1)
+    assert near.max() < 0.6 * np.abs(stored[:, None] - stored).mean()  # in between some that are alike
+    changed = digits[:5].copy()
+    changed[:, :, :2, :2] = 255
+    restored = detector.reconstruct(changed)
+    assert np.abs(restored - digits[:5]).mean() < np.abs(changed - digits[:5].astype(float)).mean()
+    assert (detector.elbo(changed, n_steps=10) < detector.elbo(digits[:5], n_steps=10)).all()

@@ -130,6 +130,36 @@ def test_the_best_matches_among_the_nearest_count():
     others = all_of_them.new_tensor(np.delete(np.arange(30), 4)).long()
     expected = matching_distances(shapes[4:5], shapes[None, others]).sort(1).values[:, :3].mean(1).sqrt()
     torch.testing.assert_close(left_out, expected.double())
+    assert float(memory.residuals(images[4:5])[6]) < float(left_out)
+
+
+def test_a_stored_image_matches_itself_and_has_a_blank_map():
+    images = torch.from_numpy(load_digits().images[:60] / 4.0).flatten(1)
+    memory = ImageMemory((1, 8, 8))
+    memory.remember([images[:1].expand(3, 64)])
+    assert float(memory.residuals(images[:1])[6]) == 0
+    assert torch.equal(memory.unmatched_pixels(images[:1]), torch.zeros(1, 8, 8, dtype=torch.float64))
+
+
+def test_maps_add_up_to_the_distances_and_find_what_is_odd():
+    sound = torch.stack([strokes((8, 8, 20, 11 + k % 2)).flatten() for k in range(20)])
+    odd = strokes((8, 8, 20, 11), (4, 20, 10, 23)).flatten()[None]
+    memory = ImageMemory((1, 28, 28))
+    memory.remember([sound])
+    maps = memory.unmatched_pixels(odd)[0]
+    assert maps.shape == (28, 28)
+    assert maps[2:12, 18:25].sum() > 0.6 * maps.sum()
+    # What is missing shows where it should have been.
+    less = strokes((8, 8, 12, 11)).flatten()[None]
+    maps = memory.unmatched_pixels(less)[0]
+    assert maps[12:22, 6:14].sum() > 0.6 * maps.sum()
+
+
+def test_maps_of_large_images_have_their_size():
+    images = noise(6, 3 * 40 * 64)
+    memory = ImageMemory((3, 40, 64))
+    memory.remember([images])
+    assert memory.unmatched_pixels(images[:2]).shape == (2, 40, 64)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -139,3 +169,13 @@ def test_a_few_stored_images_are_enough(n):
     memory.remember([images[:n]])
     found = memory.anomaly(images)
     assert torch.isfinite(found).all()
+
+
+def test_models_saved_before_images_were_matched_score_as_they_did():
+    images = torch.from_numpy(load_digits().images[:120] / 4.0).flatten(1)
+    memory = ImageMemory((1, 8, 8))
+    memory.remember([images[:100]])
+    before = memory.surprise(images[100:])[:6]
+    memory.reference = memory.reference[:6]
+    torch.testing.assert_close(memory.surprise(images[100:]), before)
+    torch.testing.assert_close(memory.anomaly(images[100:]), before.mean(0))
