@@ -48,11 +48,9 @@ def shapes_of(x: torch.Tensor) -> torch.Tensor:
         Across and down, in float32.
     """
     x = x.float()
-    longer = max(x.shape[2:])
-    if longer > MOST_PIXELS:
-        x = F.interpolate(
-            x, [max(1, round(side * MOST_PIXELS / longer)) for side in x.shape[2:]], mode="area"
-        )
+    scale = MOST_PIXELS / max(x.shape[2:])
+    if scale < 1:
+        x = F.interpolate(x, [max(1, round(side * scale)) for side in x.shape[2:]], mode="area")
     x = F.pad(x, (1, 1, 1, 1), mode="replicate")
     smooth = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]
     across = smooth[..., 2:] - smooth[..., :-2]
