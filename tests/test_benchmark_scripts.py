@@ -368,7 +368,7 @@ def test_image_views_are_all_combined(digits_home):
     out = digits_home / "views.json"
     assert "pixels + gradients" in run("image_views.py", "--output", out)
     found = json.loads(out.read_text())["mnist"]
-    assert len(found) == 7
+    assert len(found) == 9
     assert all(len(values) == 5 and 0 < min(values) <= max(values) <= 1 for values in found.values())
 
 

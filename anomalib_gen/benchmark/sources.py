@@ -145,7 +145,7 @@ def _load_image_task(
     source: str, data_home: str | None
 ) -> tuple[tuple[NDArray[Any], NDArray[np.int64]], tuple[NDArray[Any], NDArray[np.int64]]]:
     """Images and labels to train on, and to test on."""
-    from anomalib_gen.datasets import load_images, load_other_images
+    from anomalib_gen.datasets import load_other_images
 
     collection, _, task = source.partition(":")
     kind, _, label = task.partition("-")
@@ -153,8 +153,10 @@ def _load_image_task(
     normal = [0] if kind == "against" else [k for k in everything if (k == int(label)) == (kind == "only")]
     try:
         train, test = (
-            load_images(collection, normal=normal, subset=subset, data_home=data_home, return_X_y=True)
-            for subset in ("train", "test")
+            (X, np.where(np.isin(classes, normal), 1, -1))
+            for X, classes in (
+                _load_collection(collection, subset, data_home) for subset in ("train", "test")
+            )
         )
         if kind == "against":
             other = load_other_images(label, n_samples=OTHER_IMAGES, random_state=0, data_home=data_home)
@@ -164,6 +166,19 @@ def _load_image_task(
     except Exception as error:  # archives, images and downloads: each raises its own
         raise DataError(f"The data set {source} cannot be read: {error}") from error
     return train, test
+
+
+@functools.lru_cache(
+    maxsize=2
+)  # Both parts of one collection: decoding takes seconds, and its tasks share them.
+def _load_collection(
+    name: str, subset: str, data_home: str | None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images of a collection and their classes."""
+    from anomalib_gen.datasets import load_images
+
+    found = load_images(name, normal=0, subset=subset, data_home=data_home)
+    return found.data, found.classes
 
 
 def fingerprint(X: NDArray[np.float64], y: NDArray[np.int64]) -> str:
