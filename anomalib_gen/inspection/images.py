@@ -17,6 +17,7 @@ UNITS = {
     "residual": "squared residual, in standardised pixels",
     "score": "squared slope of log p, in standardised pixels",
     "likelihood": "surprise, in nats",
+    "matching": "unmatched gradients, as a share of all",
 }
 OPACITY = 0.9
 """Of the overlay where a map is at the end of its scale: what is below can still be seen."""

@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from anomalib_gen import DiffusionDetector, VAEDetector, inspection
 from anomalib_gen.calibration import SplitConformalDetector
 from anomalib_gen.explain import feature_contributions
-from anomalib_gen.heatmaps import explain_images
+from anomalib_gen.heatmaps import KINDS, explain_images
 from anomalib_gen.images import ChannelsFirst
 from anomalib_gen.inspection import (
     DetectionCurveDisplay,
@@ -33,6 +33,7 @@ from anomalib_gen.inspection import (
     ScoreHistogramDisplay,
     TopAnomaliesDisplay,
 )
+from anomalib_gen.inspection.images import UNITS
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -371,6 +372,16 @@ def test_heat_maps_lie_over_their_images(image_detector):
     texts = [text.get_text() for text in display.ax_.texts]
     assert texts == [f"score {score:.4g}" for score in display.scores]
     assert "above normal" in display.figure_.axes[-1].get_ylabel()
+
+
+def test_every_kind_of_heat_map_has_a_unit(image_detector):
+    assert {"auto", *UNITS} == set(KINDS)
+    _, digits = image_detector
+    pipeline = make_pipeline(ChannelsFirst(), DiffusionDetector(random_state=0, device="cpu")).fit(
+        digits[:50]
+    )
+    display = ImageHeatmapDisplay.from_estimator(pipeline, digits[:2], subtract=digits[:50])
+    assert display.unit == "unmatched gradients above normal, as a share of all"
 
 
 def test_heat_maps_of_colour_images_and_what_is_refused():
