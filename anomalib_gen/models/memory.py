@@ -302,15 +302,17 @@ class ImageMemory(Memory):
         The mean of both directions of equation 2 of `models.matching` over the matches. What only a stored image has
         stands where it has it.
         """
+        out = x.new_empty(len(x), *self.event_shape[1:])
+        # As in `residuals`: the matches of a map are those of the anomaly.
+        x = x.to(scoring_dtype(x.device))
         y, rows = self.coordinates(x)[-1], self.views[-1]
         near = nearest_rows(y, rows, min(KERNEL_NEIGHBORS, len(self))).positions
-        out = x.new_empty(len(x), *self.event_shape[1:])
         for block, shapes, stored in self._candidates(x, near):
-            best = matching_distances(shapes, stored).sort(dim=1).indices[:, :MATCHES]
+            best = matching_distances(shapes, stored).sort(dim=1, stable=True).indices[:, :MATCHES]
             images = torch.arange(len(shapes), device=x.device)
             pairs = [torch.stack(unmatched(shapes, stored[images, k])) for k in best.T]
             maps = torch.stack(pairs).mean((0, 1)).unsqueeze(1)
-            out[block] = F.interpolate(maps, out.shape[1:], mode="bilinear").squeeze(1).to(x.dtype)
+            out[block] = F.interpolate(maps, out.shape[1:], mode="bilinear").squeeze(1).to(out.dtype)
         return out
 
     def _candidates(

@@ -155,6 +155,16 @@ def test_maps_add_up_to_the_distances_and_find_what_is_odd():
     assert maps[12:22, 6:14].sum() > 0.6 * maps.sum()
 
 
+def test_maps_are_of_the_matches_that_the_anomaly_has():
+    # Out in the tails single precision gives another image than the one stored.
+    images = 4 * noise(40, 64)
+    memory = ImageMemory((1, 8, 8))
+    memory.remember([images])
+    maps = memory.unmatched_pixels(images[:4])
+    assert maps.dtype == torch.float32
+    assert torch.equal(maps, memory.unmatched_pixels(images[:4].double()).float())
+
+
 def test_maps_of_large_images_have_their_size():
     images = noise(6, 3 * 40 * 64)
     memory = ImageMemory((3, 40, 64))
