@@ -15,12 +15,15 @@ not, which d(y, x) tells, and the greater of the two counts:
 
     D(x, y) = max(d(x, y), d(y, x)),                                                                      (3)
 
-which is 0 for images that match and 1 to 2 for images that have nothing in common. Written by another hand, a digit is
-another point in the space of pixels, and nearly the same by (3); with a stroke too many or too few it is not. w is a
-fourteenth of the longer side, and images of more than 32 pixels a side are compared at 32.
+which is 0 for images that match and 1 to 2 for strokes that are apart; less for noise, which has some
+of everything everywhere, and up to 4 for a ramp and its negative. Beyond the border g is 0. Written by another hand, a
+digit is another point in the space of pixels, and nearly the same by (3); with a stroke too many or too few it is not.
+w is a fourteenth of the longer side, at least 1, and images of more than 32 pixels a side are compared at 32.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch.nn import functional as F
@@ -50,7 +53,9 @@ def shapes_of(x: torch.Tensor) -> torch.Tensor:
     x = x.float()
     scale = MOST_PIXELS / max(x.shape[2:])
     if scale < 1:
-        x = F.interpolate(x, [max(1, round(side * scale)) for side in x.shape[2:]], mode="area")
+        size = [max(1, round(side * scale)) for side in x.shape[2:]]
+        # On MPS torch has no averages of windows of unlike size.
+        x = F.interpolate(x.cpu() if x.device.type == "mps" else x, size, mode="area").to(x.device)
     x = F.pad(x, (1, 1, 1, 1), mode="replicate")
     smooth = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]
     across = smooth[..., 2:] - smooth[..., :-2]
@@ -63,6 +68,7 @@ def shapes_of(x: torch.Tensor) -> torch.Tensor:
         longer = other.square().sum(1) > length
         length = torch.where(longer, other.square().sum(1), length)
         g = torch.where(longer.unsqueeze(1), other, g)
+    # Sobel's weights are four times those of central differences, and so is the least contrast.
     return g / (length.sum((1, 2)) + (4 * LEAST_CONTRAST) ** 2).sqrt()[:, None, None, None]
 
 
@@ -109,13 +115,13 @@ def matching_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     Returns
     -------
     Tensor of shape (B, K)
-        In float64 where the device has it. Each is a function of its two images alone.
+        In float32. Each is a function of its two images alone.
     """
     B, K = y.shape[:2]
     pairs = torch.arange(B * K, device=x.device)
     found = x.new_empty(B * K)
     flat = y.flatten(0, 1)
-    for block in row_blocks(B * K, max(1, values_per_block(x.device) // (2 * x[0].numel()))):
+    for block in row_blocks(B * K, max(1, values_per_block(x.device) // (2 * math.prod(x.shape[1:])))):
         there, back = unmatched(x[pairs[block] // K], flat[block])
         found[block] = torch.maximum(there.sum((1, 2)), back.sum((1, 2)))
     return found.view(B, K)

@@ -49,15 +49,30 @@ def by_hand(x, y, reach):
     return total / 9
 
 
-@pytest.mark.parametrize("size", [(6, 6), (5, 9), (1, 4)])
-def test_distances_are_those_of_the_definition(size):
+@pytest.mark.parametrize(
+    ("size", "reach"), [((6, 6), 1), ((5, 9), 1), ((1, 4), 1), ((21, 2), 2), ((1, 28), 2)]
+)
+def test_distances_are_those_of_the_definition(size, reach):
     x, y = (shapes_of(noise(1, 1, *size, seed=seed)) for seed in (0, 1))
     there, back = unmatched(x, y)
-    assert float(there.sum()) == pytest.approx(by_hand(x[0], y[0], 1), rel=1e-5)
-    assert float(back.sum()) == pytest.approx(by_hand(y[0], x[0], 1), rel=1e-5)
+    assert float(there.sum()) == pytest.approx(by_hand(x[0], y[0], reach), rel=1e-5)
+    assert float(back.sum()) == pytest.approx(by_hand(y[0], x[0], reach), rel=1e-5)
     assert float(matching_distances(x, y[:, None])) == pytest.approx(
         max(float(there.sum()), float(back.sum()))
     )
+
+
+def test_shapes_are_gradients_of_the_channel_in_which_they_are_longest():
+    images = noise(2, 3, 7, 5)
+    padded = np.pad(images.double().numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    sobel = np.outer([1, 2, 1], [-1, 0, 1])
+    expected = np.zeros((2, 2, 7, 5))
+    for n, i, j in np.ndindex(2, 7, 5):
+        windows = padded[n, :, i : i + 3, j : j + 3]
+        found = [[(window * sobel).sum(), (window * sobel.T).sum()] for window in windows]
+        expected[n, :, i, j] = max(found, key=np.linalg.norm)
+    expected /= np.sqrt((expected**2).sum((1, 2, 3), keepdims=True) + 0.04**2)
+    np.testing.assert_allclose(shapes_of(images), expected, atol=1e-6)
 
 
 def test_an_image_matches_itself_moved_brighter_and_with_more_contrast():
@@ -80,14 +95,14 @@ def test_too_much_and_too_little_both_count():
     assert distance(less, more) > 0.3
 
 
-def test_images_with_nothing_in_common_are_at_least_one_apart():
+def test_strokes_that_are_nowhere_near_one_another_are_at_least_one_apart():
     left, right = strokes((4, 2, 24, 5)), strokes((4, 22, 24, 25))
     assert 1 <= distance(left, right) <= 2
     # An empty image leaves all of the other unmatched, and nothing is left of it.
     assert distance(left, torch.zeros(1, 1, 28, 28)) == pytest.approx(1, abs=1e-4)
 
 
-def test_large_images_are_compared_at_32_pixels(monkeypatch):
+def test_large_images_are_compared_at_32_pixels():
     assert shapes_of(noise(2, 3, 200, 100)).shape == (2, 2, 32, 16)
     assert shapes_of(noise(2, 1, 32, 20)).shape == (2, 2, 32, 20)
     assert shapes_of(noise(1, 1, 1, 90)).shape == (1, 2, 1, 32)
@@ -106,6 +121,7 @@ def test_distances_do_not_depend_on_the_pairs_beside(monkeypatch):
     monkeypatch.setattr(matching, "values_per_block", lambda device: 2 * 2 * 144)
     assert torch.equal(matching_distances(x, y), found)
     assert torch.equal(matching_distances(x[2:3], y[2:3, 4:5]), found[2:3, 4:5])
+    assert matching_distances(x[:0], y[:0]).shape == (0, 7)
 
 
 def test_matching_has_half_of_the_weight_among_stored_images():
@@ -141,7 +157,7 @@ def test_a_stored_image_matches_itself_and_has_a_blank_map():
     assert torch.equal(memory.unmatched_pixels(images[:1]), torch.zeros(1, 8, 8, dtype=torch.float64))
 
 
-def test_maps_add_up_to_the_distances_and_find_what_is_odd():
+def test_maps_find_what_is_odd():
     sound = torch.stack([strokes((8, 8, 20, 11 + k % 2)).flatten() for k in range(20)])
     odd = strokes((8, 8, 20, 11), (4, 20, 10, 23)).flatten()[None]
     memory = ImageMemory((1, 28, 28))
@@ -189,3 +205,9 @@ def test_models_saved_before_images_were_matched_score_as_they_did():
     memory.reference = memory.reference[:6]
     torch.testing.assert_close(memory.surprise(images[100:]), before)
     torch.testing.assert_close(memory.anomaly(images[100:]), before.mean(0))
+    loaded = ImageMemory((1, 8, 8))
+    loaded.load_state_dict(memory.state_dict())
+    torch.testing.assert_close(loaded.anomaly(images[100:]), before.mean(0))
+    loaded.remember([images[100:]], keep=True)
+    assert loaded.reference.shape == (6, 120)
+    assert loaded.unmatched_pixels(images[:2]).shape == (2, 8, 8)
