@@ -109,7 +109,7 @@ class DiffusionDetector(GenerativeDetector):
         None takes "hybrid"; with ``network="energy"``, whose score has to be the gradient of one network, "network".
         For images it takes "closed-form", which tells abnormal ones much better than networks do so far, as it compares
         gradients and lets parts of images move (`anomalib_gen.models.ImageMemory`); and "network" where `network`,
-        `objective` or `anomaly` asks for something else.
+        `objective` or `anomaly` asks for something else, or `objective` is a component, whose settings need one.
     network : {"auto", "residual", "mlp", "convolutional", "energy"} or callable, default="auto"
         The network. "convolutional", for images only, is a residual U-Net with attention, with an eighth of
         `hidden_features` as channels at its finest level; "auto" takes it for images, and "residual" for tables.
@@ -583,7 +583,8 @@ class DiffusionDetector(GenerativeDetector):
     def _resolve_denoiser(self) -> str:
         energy, images = self.network == "energy", len(getattr(self, "event_shape_", ())) > 1
         if self.denoiser is None and images:
-            plain = self.network == "auto" and isinstance(self._resolve_objective(), Denoising)
+            # Settings of a component would go unused without a network.
+            plain = self.network == "auto" and self.objective in (None, "denoising")
             stored = self.anomaly is None or isinstance(self._resolve_anomaly(), ClosedFormResidual)
             return "closed-form" if plain and stored else "network"
         if self.denoiser is None:

@@ -15,6 +15,7 @@ from anomalib_gen.anomaly import DiffusionELBO, LikelihoodRegret, ODELikelihood
 from anomalib_gen.features import FeatureExtractor
 from anomalib_gen.images import ChannelsFirst
 from anomalib_gen.models import ClosedFormDenoiser, HybridDenoiser, NetworkDenoiser, ScoreDenoiser
+from anomalib_gen.objectives import Denoising
 from anomalib_gen.objectives._smoothing import dequantise
 
 FAMILIES = [DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector]
@@ -412,7 +413,9 @@ def test_the_steps_of_wide_autoencoders_are_smaller(digits, width, rate, expecte
         ({}, ClosedFormDenoiser),
         ({"anomaly": "closed_form"}, ClosedFormDenoiser),
         ({"anomaly": "score_norm"}, NetworkDenoiser),
+        ({"objective": None}, ClosedFormDenoiser),
         ({"objective": "flow-matching"}, NetworkDenoiser),
+        ({"objective": Denoising(log_mean=-1.0)}, NetworkDenoiser),
         ({"network": "convolutional"}, NetworkDenoiser),
         ({"network": "energy"}, ScoreDenoiser),
         ({"denoiser": "network"}, NetworkDenoiser),
