@@ -28,6 +28,7 @@ Rows are standardised, and compressed beyond five deviations, so that all of thi
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -595,6 +596,10 @@ class DiffusionDetector(GenerativeDetector):
                 "gradient. Choose another network, or denoiser='network'."
             )
         return self.denoiser
+
+    def _shares_model(self, anomaly: Any) -> bool:
+        other = copy.copy(self).set_params(anomaly=anomaly)
+        return other._resolve_denoiser() == self._resolve_denoiser()
 
     def _meet_rows(
         self, model: nn.Module, rows: ArrayRows, generator: torch.Generator, *, more: bool
