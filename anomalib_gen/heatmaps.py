@@ -74,7 +74,8 @@ def explain_images(
     Returns
     -------
     ndarray of shape (n_samples, height, width)
-        Higher is more anomalous. Units are those of the kind, in standardised pixels.
+        Higher is more anomalous. Units are those of the kind, in standardised pixels; of "matching", shares of all
+        gradients.
 
     Raises
     ------

@@ -14,8 +14,9 @@ fast noise comes, and turns (1) into the predictions that DDPM, score-based mode
 - anomalies: how far D moves a row, how steep the density is where it lies, what is left after a way to noise and back.
 
 On a finite sample (1) has a solution in closed form, a weighted mean of the stored rows. It is a model without
-training, and what it leaves of a row is an anomaly (models.memory, anomaly.closed_form). The default trains a network
-on what it leaves (models.hybrid), and averages two views of a row, each on the scale of normal rows (anomaly.combined):
+training, and what it leaves of a row is an anomaly (models.memory, anomaly.closed_form): the default for images. That
+for tables trains a network on what it leaves (models.hybrid), and averages two views of a row, each on the scale of
+normal rows (anomaly.combined):
 
 - how far the row is from what its nearest stored rows make of it, by two closed forms in three coordinates each;
 - how much noise the model finds in it, over a ladder of noise levels.
@@ -215,15 +216,15 @@ class DiffusionDetector(GenerativeDetector):
 
     Notes
     -----
-    How the default adapts to the data: gradient steps grow with the number of rows (`max_iter`), training ends when
-    held-out rows say so, the network starts at zero on top of the closed form and has a share in the anomaly that grows
-    with the number of rows, and the closed form's bandwidths are the spacing of the rows.
+    How the default for tables adapts to the data: gradient steps grow with the number of rows (`max_iter`), training
+    ends when held-out rows say so, the network starts at zero on top of the closed form and has a share in the anomaly
+    that grows with the number of rows, and the closed form's bandwidths are the spacing of the rows.
 
-    A detector with stored rows keeps three copies of the training rows (images, two histograms of each, and their
-    gradients) in single precision, of a million rows and two gigabytes at most, an even choice of more; so does its
-    model folder. A detector of images that has nothing but these draws samples close to them. Its kernel
-    denoiser sums over 2,048 of them at most. Stored rows count alike, whatever their `sample_weight`, which is for the
-    scaling and the network; only a weight of zero leaves a row out.
+    A detector with stored rows keeps three copies of the training rows (images, and two histograms of each) in single
+    precision, of a million rows and two gigabytes at most, an even choice of more; so does its model folder. Its kernel
+    denoiser sums over 2,048 of them at most, and samples of a detector without a network lie close to these. Stored
+    rows count alike, whatever their `sample_weight`, which is for the scaling and the network; only a weight of zero
+    leaves a row out.
 
     Densities are those of rows with noise of the path's smallest level, or, where they are bounded, of sqrt(2) times
     that, in nats and in the units of X: a model cannot tell finer.

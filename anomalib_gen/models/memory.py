@@ -227,11 +227,11 @@ class Memory(Stored):
         return x.new_empty(0, len(x))
 
     def surprise(self, x: torch.Tensor) -> torch.Tensor:
-        """Surprise at the residuals of rows ``(B, D)`` among those of stored rows, ``(6, B)``, in nats."""
+        """Surprise at the residuals of rows ``(B, D)`` among those of stored rows, as `residuals`, in nats."""
         return tail_surprise(self.residuals(x), self.reference)
 
     def anomaly(self, x: torch.Tensor) -> torch.Tensor:
-        """Anomaly of rows ``(B, D)``, as ``(B,)``: the mean of their surprises (equations 2 and 3)."""
+        """Anomaly of rows ``(B, D)``, as ``(B,)``: the weighted mean of their surprises (equations 2 and 3)."""
         weights = torch.tensor(self.weights, dtype=scoring_dtype(x.device), device=x.device)
         return (weights.unsqueeze(1) * self.surprise(x)).sum(0)
 
