@@ -52,7 +52,7 @@ class RecordedStep:
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(generator)
         device = x.device
-        common = torch.cuda.default_generators[_index(device)]
+        common = torch.cuda.default_generators[device.index]
         kept = common.clone_state()
         try:
             with (
@@ -85,10 +85,6 @@ def can_record(device: torch.device) -> bool:
     2.11 is the oldest torch that it was tried with, failures among it.
     """
     return device.type == "cuda" and torch.__version__ >= "2.11"
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @functools.cache

@@ -413,6 +413,7 @@ def test_the_steps_of_wide_autoencoders_are_smaller(digits, width, rate, expecte
         ({}, ClosedFormDenoiser),
         ({"anomaly": "closed_form"}, ClosedFormDenoiser),
         ({"anomaly": "score_norm"}, NetworkDenoiser),
+        ({"anomaly": "combined"}, HybridDenoiser),
         ({"objective": None}, ClosedFormDenoiser),
         ({"objective": "flow-matching"}, NetworkDenoiser),
         ({"objective": Denoising(log_mean=-1.0)}, NetworkDenoiser),
