@@ -110,9 +110,10 @@ class DiffusionDetector(GenerativeDetector):
 
         None takes "hybrid"; with ``network="energy"``, whose score has to be the gradient of one network, "network".
         For images it takes "closed-form", which tells abnormal ones much better than networks do so far, as it compares
-        gradients and lets parts of images move (`anomalib_gen.models.ImageMemory`); "hybrid" for ``anomaly="combined"``;
-        and "network" where `network`, `objective` or `anomaly` asks for something else, or `objective` is a component,
-        whose settings need one. Name the denoiser if you set sizes or training alone: these ask for nothing.
+        gradients and lets parts of images move (`anomalib_gen.models.ImageMemory`); "hybrid" for
+        ``anomaly="combined"``; and "network" where `network`, `objective` or `anomaly` asks for something else, or
+        `objective` is a component, whose settings need one. Name the denoiser if you set sizes or training alone: these
+        ask for nothing.
     network : {"auto", "residual", "mlp", "convolutional", "energy"} or callable, default="auto"
         The network. "convolutional", for images only, is a residual U-Net with attention, with an eighth of
         `hidden_features` as channels at its finest level; "auto" takes it for images, and "residual" for tables.
