@@ -168,13 +168,11 @@ def _load_image_task(
     return train, test
 
 
-@functools.lru_cache(
-    maxsize=2
-)  # Both parts of one collection: decoding takes seconds, and its tasks share them.
+@functools.lru_cache(maxsize=2)  # both parts of one collection
 def _load_collection(
     name: str, subset: str, data_home: str | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images of a collection and their classes."""
+    """Images of a collection and their classes; decoding takes seconds, and its tasks share them."""
     from anomalib_gen.datasets import load_images
 
     found = load_images(name, normal=0, subset=subset, data_home=data_home)

@@ -15,10 +15,10 @@ not, which d(y, x) tells, and the greater of the two counts:
 
     D(x, y) = max(d(x, y), d(y, x)),                                                                      (3)
 
-which is 0 for images that match and 1 to 2 for strokes that are apart; less for noise, which has some
-of everything everywhere, and up to 4 for a ramp and its negative. Beyond the border g is 0. Written by another hand, a
-digit is another point in the space of pixels, and nearly the same by (3); with a stroke too many or too few it is not.
-w is a fourteenth of the longer side, at least 1, and images of more than 32 pixels a side are compared at 32.
+which is 0 for images that match and 1 to 2 for strokes that are apart; less for noise, which has some of everything
+everywhere, and up to 4 for a ramp and its negative. Beyond the border g is 0. Written by another hand, a digit is
+another point in the space of pixels, and nearly the same by (3); with a stroke too many or too few it is not. w is a
+fourteenth of the longer side, at least 1, and images of more than 32 pixels a side are compared at 32.
 """
 
 from __future__ import annotations
