@@ -377,8 +377,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     def with_anomaly(self, anomaly: Any, X: Any, sample_weight: Any = None) -> Self:
         """Return a detector with the same model and another anomaly, without training again.
 
-        It is what `fit` would have given with that anomaly and the same seed, at the cost of scoring; but where the
-        anomaly decides on the model that `fit` makes (see `DiffusionDetector`, of images), the model stays what it is.
+        It is what `fit` would have given with that anomaly and the same seed, at the cost of scoring.
 
         Parameters
         ----------
@@ -407,10 +406,6 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         dry_run(self._model_on(device), rows.take(torch.arange(2)).to(dtype), device, anomaly=part)
         other._set_anomaly(part, X, index, held_out_index, rows)
         return other
-
-    def _shares_model(self, anomaly: Any) -> bool:
-        """Whether `fit` would have made a model of the same kind with another anomaly."""
-        return True
 
     def _resolve_anomaly(self, model: nn.Module | None = None) -> Component:
         images = len(getattr(self, "event_shape_", ())) > 1

@@ -216,8 +216,9 @@ def record(folder: Path, name: str, command: str) -> None:
     file = RESULTS / f"{name}.csv"
     if file.exists():
         both = pd.concat([pd.read_csv(file), results])
-        both["n_anomalies"] = both["n_anomalies"].astype("Int64")
         results = both.drop_duplicates(["dataset", "seed", "detector"], keep="last")
+    counts = ["n_train", "n_test", "n_anomalies"]
+    results[counts] = results[counts].astype("Int64")
     # In the order of the tasks and families above, whatever the calls were.
     tasks = [task for group in TASKS.values() for task in group]
     detectors = [text.partition("=")[0] for text in specifications(list(FAMILIES), "small", "auto")]

@@ -92,7 +92,7 @@ def evaluate_cell(job: Job) -> tuple[dict[str, Any], tuple[Any, Split, Evaluatio
         with threadpool_limits(limits=job.threads):
             estimator, seconds = _from_last_fit(job, estimator, own)
             result = evaluate(estimator, own, fit_seconds=seconds)
-        shared = isinstance(estimator, GenerativeDetector)
+        shared = hasattr(estimator, "with_anomaly")
         _last_fit[:] = [(fit_identity(job), estimator, result.fit_seconds)] if shared else []
     except (Exception, SystemExit) as error:
         return describe_failure(cell, "exception", error), None
@@ -111,7 +111,7 @@ _last_fit: list[tuple[Any, Any, float]] = []
 
 
 def fit_identity(job: Job) -> tuple[Any, ...]:
-    """What a fit depends on; two cells with the same differ in the anomaly alone."""
+    """All that a fit depends on; two cells with the same differ in the anomaly alone."""
     arguments = tuple(pair for pair in job.detector.arguments if pair[0] != "anomaly")
     cell = job.cell
     return cell.suite, cell.dataset, cell.fingerprint, cell.seed, job.detector.path, repr(arguments)
@@ -119,8 +119,8 @@ def fit_identity(job: Job) -> tuple[Any, ...]:
 
 def _from_last_fit(job: Job, estimator: Any, split: Split) -> tuple[Any, float | None]:
     """Give `estimator` the fit of the cell before, if that differs in the anomaly alone; else return it as it is."""
-    if _last_fit and isinstance(estimator, GenerativeDetector):
+    if _last_fit and hasattr(estimator, "with_anomaly"):
         identity, fitted, seconds = _last_fit[0]
-        if identity == fit_identity(job) and fitted._shares_model(estimator.anomaly):
+        if identity == fit_identity(job):
             return fitted.with_anomaly(estimator.anomaly, split.X_train), seconds
     return estimator, None

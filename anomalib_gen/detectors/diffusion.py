@@ -29,7 +29,6 @@ Rows are standardised, and compressed beyond five deviations, so that all of thi
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -110,10 +109,9 @@ class DiffusionDetector(GenerativeDetector):
 
         None takes "hybrid"; with ``network="energy"``, whose score has to be the gradient of one network, "network".
         For images it takes "closed-form", which tells abnormal ones much better than networks do so far, as it compares
-        gradients and lets parts of images move (`anomalib_gen.models.ImageMemory`); "hybrid" for
-        ``anomaly="combined"``; and "network" where `network`, `objective` or `anomaly` asks for something else, or
-        `objective` is a component, whose settings need one. Name the denoiser if you set sizes or training alone: these
-        ask for nothing.
+        gradients and lets parts of images move (`anomalib_gen.models.ImageMemory`); and "network" where `network` or
+        `objective` asks for one, or `objective` is a component, whose settings need one. Name the denoiser if you set
+        another anomaly, sizes or training alone: these ask for nothing.
     network : {"auto", "residual", "mlp", "convolutional", "energy"} or callable, default="auto"
         The network. "convolutional", for images only, is a residual U-Net with attention, with an eighth of
         `hidden_features` as channels at its finest level; "auto" takes it for images, and "residual" for tables.
@@ -589,10 +587,7 @@ class DiffusionDetector(GenerativeDetector):
         if self.denoiser is None and images:
             # Settings of a component would go unused without a network.
             plain = self.network == "auto" and self.objective in (None, "denoising")
-            anomaly = None if self.anomaly is None else self._resolve_anomaly()
-            if plain and (anomaly is None or isinstance(anomaly, ClosedFormResidual)):
-                return "closed-form"
-            return "hybrid" if isinstance(anomaly, CombinedAnomaly) and not energy else "network"
+            return "closed-form" if plain else "network"
         if self.denoiser is None:
             return "network" if energy else "hybrid"
         if self.denoiser == "hybrid" and energy:
@@ -601,10 +596,6 @@ class DiffusionDetector(GenerativeDetector):
                 "gradient. Choose another network, or denoiser='network'."
             )
         return self.denoiser
-
-    def _shares_model(self, anomaly: Any) -> bool:
-        other = copy.copy(self).set_params(anomaly=anomaly)
-        return other._resolve_denoiser() == self._resolve_denoiser()
 
     def _meet_rows(
         self, model: nn.Module, rows: ArrayRows, generator: torch.Generator, *, more: bool

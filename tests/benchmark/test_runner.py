@@ -6,7 +6,6 @@ import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,10 +13,7 @@ import pytest
 
 pytest.importorskip("pebble", reason="the benchmark extra is not installed")
 
-from anomalib_gen import DiffusionDetector
-from anomalib_gen.benchmark import DataError, load_results, parse_detector, run_benchmark, runner, worker
-from anomalib_gen.benchmark.cells import Cell
-from anomalib_gen.benchmark.protocols import Split
+from anomalib_gen.benchmark import DataError, load_results, run_benchmark, runner
 
 KNN = "kNN=anomalib_gen.benchmark.KNNDistance(n_neighbors=1)"
 FOREST = "forest=sklearn.ensemble.IsolationForest(n_estimators=10)"
@@ -148,20 +144,6 @@ def test_views_of_one_model_share_its_fit(tables, tmp_path, jobs):
     assert seconds["typicality"].nunique() == 4
     assert shared.loc["typicality", "auroc"].tolist() == alone["auroc"].tolist()
     assert shared.loc["typicality", "auroc"].tolist() != shared.loc["likelihood", "auroc"].tolist()
-
-
-def test_views_of_unlike_models_share_no_fit(monkeypatch):
-    images = np.random.default_rng(0).integers(0, 256, (30, 1, 8, 8), dtype=np.uint8)
-    split = Split(images, images, np.ones(30, int))
-    made = {"max_iter": 1, "hidden_features": 8, "random_state": 0, "device": "cpu"}
-    stored = DiffusionDetector(**made).fit(images)
-    cell = Cell("images", "noise", "", "DiffusionDetector", 0)
-    job = SimpleNamespace(detector=parse_detector("anomalib_gen.DiffusionDetector"), cell=cell)
-    monkeypatch.setattr(worker, "_last_fit", [(worker.fit_identity(job), stored, 1.0)])
-    for anomaly, shares in ((None, True), ("closed_form", True), ("score_norm", False)):
-        asked = DiffusionDetector(anomaly=anomaly, **made)
-        estimator, seconds = worker._from_last_fit(job, asked, split)
-        assert (estimator is not asked) == (seconds is not None) == shares
 
 
 def test_a_split_without_anomalies_is_a_failure_of_its_cells(tmp_path):

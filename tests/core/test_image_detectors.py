@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
 from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain
-from anomalib_gen.anomaly import DiffusionELBO, LikelihoodRegret, ODELikelihood
+from anomalib_gen.anomaly import IMAGE_ANOMALIES, DiffusionELBO, LikelihoodRegret, ODELikelihood
 from anomalib_gen.features import FeatureExtractor
 from anomalib_gen.images import ChannelsFirst
 from anomalib_gen.models import ClosedFormDenoiser, HybridDenoiser, NetworkDenoiser, ScoreDenoiser
@@ -412,8 +412,7 @@ def test_the_steps_of_wide_autoencoders_are_smaller(digits, width, rate, expecte
     [
         ({}, ClosedFormDenoiser),
         ({"anomaly": "closed_form"}, ClosedFormDenoiser),
-        ({"anomaly": "score_norm"}, NetworkDenoiser),
-        ({"anomaly": "combined"}, HybridDenoiser),
+        ({"anomaly": "score_norm"}, ClosedFormDenoiser),
         ({"objective": None}, ClosedFormDenoiser),
         ({"objective": "flow-matching"}, NetworkDenoiser),
         ({"objective": Denoising(log_mean=-1.0)}, NetworkDenoiser),
@@ -441,3 +440,16 @@ def test_the_default_of_images_draws_restores_and_has_a_density(digits):
     restored = detector.reconstruct(changed)
     assert np.abs(restored - digits[:5]).mean() < np.abs(changed - digits[:5].astype(float)).mean()
     assert (detector.elbo(changed, n_steps=10) < detector.elbo(digits[:5], n_steps=10)).all()
+
+
+@pytest.mark.parametrize("name", sorted({**DiffusionDetector._anomalies, **IMAGE_ANOMALIES}))
+def test_every_anomaly_works_on_stored_images_as_if_fitted_with_it(digits, name):
+    options = {"random_state": 0, "device": "cpu"}
+    anomaly = QUICK.get((DiffusionDetector, name), name)
+    fitted = DiffusionDetector(anomaly=anomaly, **options).fit(digits[:40])
+    assert type(fitted.model_) is ClosedFormDenoiser
+    scores = fitted.score_samples(digits[40:44])
+    assert np.isfinite(scores).all()
+    other = DiffusionDetector(**options).fit(digits[:40]).with_anomaly(anomaly, digits[:40])
+    np.testing.assert_array_equal(other.score_samples(digits[40:44]), scores)
+    assert other.offset_ == fitted.offset_
