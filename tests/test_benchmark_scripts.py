@@ -364,6 +364,38 @@ def test_image_detection_goes_on_where_it_stopped(digits_home):
     assert "| mnist | VAEDetector | 1 |" in text
 
 
+def test_recorded_cells_of_several_calls_add_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    script = importlib.import_module("image_detection")
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+
+    def record(device, **auroc):
+        cells = [
+            {"dataset": f"mnist:not-{digit}", "detector": detector.replace("_", " "), "auroc": value}
+            for detector, value in auroc.items()
+            for digit in (4, 1)
+        ]
+        common = {"suite": "images", "seed": 0, "status": "ok", "average_precision": 0.5, "fit_seconds": 1.0}
+        common |= {"score_seconds": 1.0, "n_train": 40, "n_test": 20, "n_anomalies": 2}
+        common |= {"bits_per_dimension": np.nan, "specification": "", "error": None}
+        monkeypatch.setattr(script, "load_results", lambda folder: pd.DataFrame(cells).assign(**common))
+        monkeypatch.setattr(script, "device_name", lambda: device)
+        script.record(tmp_path, "found", "command")
+        return pd.read_csv(tmp_path / "found.csv")
+
+    record("first", VAEDetector=0.7, FlowDetector=0.6)
+    found = record("second", DiffusionDetector_network=0.8, VAEDetector=0.9)
+    names = ["FlowDetector", "VAEDetector", "DiffusionDetector network"]
+    assert found["detector"].tolist() == names * 2  # in the order of the families
+    assert found["dataset"].tolist() == ["mnist:not-1"] * 3 + ["mnist:not-4"] * 3
+    assert found["auroc"].tolist() == [0.6, 0.9, 0.8] * 2
+    assert found["device"].str.partition(",")[0].tolist() == ["first", "second", "second"] * 2
+    text = (tmp_path / "found.md").read_text()
+    assert "| VAEDetector | 0.900 | 0.900 | – | – | – |" in text
+    assert "first, torch" in text
+    assert "second, torch" in text
+
+
 def test_image_views_are_all_combined(digits_home):
     out = digits_home / "views.json"
     assert "pixels + gradients" in run("image_views.py", "--output", out)
