@@ -80,7 +80,7 @@ def run_benchmark(
     seeds : iterable of int, default=(0, 1, 2, 3, 4)
         Seeds of the splits and of the detectors that take a ``random_state``.
     jobs : int, default=1
-        Worker processes. Each uses the machine's cores divided by this number.
+        Worker processes. Each uses the machine's cores, or as many as OMP_NUM_THREADS says, divided by this number.
     time_limit : float, optional
         Seconds of wall time for one cell, from loading to scoring. Default: no limit.
     data_home : str or path-like, optional
@@ -147,7 +147,7 @@ def run_benchmark(
         fingerprints = {name: fingerprint(*load_source(source, home)) for name, source in sources.items()}
         load_source.cache_clear()
         merge_settings(folder, suite, chosen, fingerprints, seeds)
-        threads = max(1, joblib.cpu_count() // jobs)
+        threads = max(1, _usable_threads() // jobs)
         plan = [
             Job(
                 Cell(suite, name, fingerprints[name], detector.specification, seed),
@@ -189,6 +189,13 @@ def _run(
             advance(record)
 
         run_jobs(todo, run_cell, store, folder=folder, jobs=jobs, time_limit=time_limit)
+
+
+def _usable_threads() -> int:
+    """Cores, or as many threads as OMP_NUM_THREADS allows: on cores that others use, two wait for each other."""
+    allowed = os.environ.get("OMP_NUM_THREADS", "")
+    cores = joblib.cpu_count()
+    return min(cores, int(allowed)) if allowed.isdecimal() and int(allowed) else cores
 
 
 def run_jobs(

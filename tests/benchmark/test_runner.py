@@ -160,13 +160,15 @@ def test_a_split_without_anomalies_is_a_failure_of_its_cells(tmp_path):
     assert failed["error"].str.contains("no test anomalies").all()
 
 
-def test_workers_share_the_cores(tables, tmp_path, helpers):
+@pytest.mark.parametrize(("jobs", "allowed"), [(512, "many"), (1, "1")])
+def test_workers_share_the_cores(tables, tmp_path, helpers, monkeypatch, jobs, allowed):
+    monkeypatch.setenv("OMP_NUM_THREADS", allowed)
     results = run_benchmark(
         ["misbehaving_detectors.Threads"],
         suite="clean",
         datasets=tables[:1],
         seeds=(0,),
-        jobs=512,
+        jobs=jobs,
         output=tmp_path / "out",
     )
     assert results["error"].tolist() == [""]
