@@ -91,6 +91,8 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
 
     _objectives: ClassVar[Any]
     _anomalies: ClassVar[Any]
+    _image_steps: ClassVar[tuple[int, int]] = (20, 400)
+    """Passes over images that ``max_iter="auto"`` stands for, and the gradient steps that they are cut to."""
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "anomaly": [str, Component, None],
@@ -236,7 +238,8 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         if one_pass:
             max_iter = steps_per_pass
         elif self.max_iter == "auto" and images:
-            max_iter = min(max(min(20 * steps_per_pass, 400), 2 * steps_per_pass, 200), 10_000)
+            passes, most = self._image_steps
+            max_iter = min(max(min(passes * steps_per_pass, most), 2 * steps_per_pass, 200), 10_000)
         elif self.max_iter == "auto":
             max_iter = self._auto_max_iter(steps_per_pass)
         else:

@@ -221,10 +221,18 @@ class _AdamW:
     ----------
     weights : _FlatWeights
     weight_decay : float
+    model : Module
+        What the weights are of. A module's `rate_factors` says by what factor steps of some of its parameters, by
+        name, are longer.
     """
 
-    def __init__(self, weights: _FlatWeights, weight_decay: float) -> None:
+    def __init__(self, weights: _FlatWeights, weight_decay: float, model: nn.Module) -> None:
         self.weights, self.weight_decay = weights, weight_decay
+        self.quick: list[tuple[nn.Parameter, float]] = [
+            (module.get_parameter(name), factor)
+            for module in model.modules()
+            for name, factor in getattr(module, "rate_factors", {}).items()
+        ]
         self.means = [torch.zeros_like(vector) for vector in weights.gradients]
         self.squares = [torch.zeros_like(vector) for vector in weights.gradients]
         self.fused = all(vector.device.type in ("cpu", "cuda") for vector in weights.vectors)
@@ -238,6 +246,7 @@ class _AdamW:
         if self.weight_decay:
             for matrices in self.weights.matrices:
                 matrices.mul_(1 - rate * self.weight_decay)
+        before = [parameter.clone() for parameter, _ in self.quick]
         adam(
             self.weights.vectors,
             self.weights.gradients,
@@ -254,6 +263,8 @@ class _AdamW:
             eps=1e-8,
             maximize=False,
         )
+        for (parameter, factor), start in zip(self.quick, before, strict=True):
+            parameter.copy_(torch.lerp(start, parameter, factor))
 
 
 class _MovingAverage:
@@ -395,7 +406,7 @@ def train(
     # Without an end in sight there is no progress towards it.
     set_progress = getattr(objective, "set_progress", None) if options.schedule else None
     flat = _FlatWeights([parameter for parameter in model.parameters() if parameter.requires_grad])
-    optimiser = _AdamW(flat, options.weight_decay)
+    optimiser = _AdamW(flat, options.weight_decay, model)
     average = _MovingAverage(model, flat, options.ema_decay)
     average.model.eval()
     check_every = CHECK_EVERY.get(device.type, 1)

@@ -404,6 +404,17 @@ def test_image_views_are_all_combined(digits_home):
     assert all(len(values) == 5 and 0 < min(values) <= max(values) <= 1 for values in found.values())
 
 
+def test_autoencoders_of_images_stand_beside_principal_components(digits_home):
+    out = digits_home / "autoencoders.json"
+    assert "probabilistic PCA" in run("vae_images.py", "--output", out)
+    found = json.loads(out.read_text())["variants"]
+    assert set(found) == {"probabilistic PCA", "default"}
+    assert all(one["mnist"] > 2 for one in found.values())
+    assert 0 <= found["default"]["reconstruction, 8"] <= 1
+    run("vae_images.py", "--output", out)
+    assert json.loads(out.read_text())["variants"] == found
+
+
 def test_bits_per_dimension_adds_families(digits_home):
     out = digits_home / "bits.json"
     run("bits_per_dimension.py", "--families", "vae", "--output", out)

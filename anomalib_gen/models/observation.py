@@ -36,6 +36,8 @@ from anomalib_gen.networks import TAIL_START, compress_values, expand_tails
 
 START_DEVIATION = 0.5
 """Where learned deviations start: below that of the data, or the latent variables would look useless at first."""
+QUICK_DEVIATION = 10.0
+"""Factor on the step size of the deviations of images, which have far to go from where they start."""
 MAX_DRAWN = 80.0
 """Compressed values drawn beyond this end here; expanded they are near the end of float32."""
 MIN_FREEDOM = 1.0
@@ -110,6 +112,16 @@ class ScaledObservation(Observation):
         else:
             self.floor.zero_()
             self.register_buffer("log_deviation", torch.full((1,), 0.5 * math.log(variance)))
+
+    @property
+    def rate_factors(self) -> dict[str, float]:
+        """Factors on the step sizes of parameters, see `_training._AdamW`.
+
+        Adam moves a deviation by no more than the learning rate a step, which is small for images, and the steps are
+        few; until it is down at the residuals, latent variables are worth less than they cost.
+        """
+        learned = isinstance(self.log_deviation, nn.Parameter)
+        return {"log_deviation": QUICK_DEVIATION} if learned and self.grain.ndim > 1 else {}
 
     def _variance_floor(self, noise: float) -> torch.Tensor:
         """Smallest learned variance of each column, ``E``."""

@@ -8,6 +8,7 @@ import torch
 from scipy.special import logsumexp
 from sklearn.base import clone
 from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
 
 from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
 from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain
@@ -398,13 +399,45 @@ def test_what_bfloat16_is_too_rough_for_stays_in_single_precision(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("width", "rate", "expected"), [(64, "auto", 0.01), (512, "auto", 0.0025), (512, 0.01, 0.01)]
+    ("width", "rate", "expected"), [(64, "auto", 0.003), (512, "auto", 0.00075), (512, 0.01, 0.01)]
 )
 def test_the_steps_of_wide_autoencoders_are_smaller(digits, width, rate, expected):
     detector = VAEDetector(
         hidden_features=width, learning_rate=rate, max_iter=2, random_state=0, device="cpu"
     ).fit(digits)
     assert detector._training_options(100, one_pass=False).learning_rate == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "n_rows", "expected"),
+    [
+        (FlowDetector, 10, 200),
+        (FlowDetector, 800, 260),
+        (FlowDetector, 10_000, 400),
+        (FlowDetector, 20_000, 626),
+        (FlowDetector, 1_000_000, 10_000),
+        (VAEDetector, 10, 200),
+        (VAEDetector, 800, 650),
+        (VAEDetector, 10_000, 1000),
+    ],
+)
+def test_passes_over_images_are_bounded_in_steps(digits, family, n_rows, expected):
+    detector = small(family, max_iter=1).fit(digits).set_params(max_iter="auto")
+    assert detector._training_options(n_rows, one_pass=False).max_iter == expected
+
+
+def test_an_autoencoder_codes_digits_as_principal_components_do():
+    images = load_digits().images[:, None].astype(np.uint8)
+    train, test = images[:1200], images[1200:]
+    detector = VAEDetector(hidden_features=64, random_state=0, device="cpu").fit(train)
+    noise = np.random.default_rng(0).uniform(size=images.shape)
+    flat = (images + noise).reshape(len(images), -1)
+    linear = PCA(detector.n_components_).fit(flat[:1200]).score_samples(flat[1200:]).mean()
+    assert detector.elbo(test).mean() > 1.1 * linear  # both are below 0
+    # The learned deviation has arrived where the residuals are.
+    residual = np.sqrt(np.mean((detector.reconstruct(test) - test) ** 2))
+    deviation = float(detector.model_.observation.deviation.detach().mean()) * detector._scaler.scale.mean()
+    assert residual / 1.3 < deviation < 1.3 * residual
 
 
 @pytest.mark.parametrize(

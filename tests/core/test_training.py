@@ -276,22 +276,31 @@ def test_objectives_that_take_gradients_of_their_own_do_not_spoil_those_of_train
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_training_steps_are_those_of_clipped_adamw(weight_decay):
+@pytest.mark.parametrize("factors", [{}, {"b": 3.0, "c": 0.5}])
+def test_training_steps_are_those_of_clipped_adamw(weight_decay, factors):
     options = {"max_iter": 20, "learning_rate": 0.1, "warmup": 5, "max_grad_norm": 0.7, "ema_decay": 0.0}
     model, own = Several().float(), Several().float()
+    model.rate_factors = factors
 
     def loss(model, x, generator):
         return x.square().sum(1) * 0 + sum((weight - 1).square().sum() for weight in model.parameters())
 
     run(model, loss, make_rows(), weight_decay=weight_decay, **options)
     matrices = [p for p in own.parameters() if p.ndim >= 2]
-    rest = [p for p in own.parameters() if p.ndim < 2]
+    rest = [name for name, p in own.named_parameters() if p.ndim < 2]
     optimiser = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        [
+            {"params": matrices, "weight_decay": weight_decay, "factor": 1.0},
+            *(
+                {"params": [getattr(own, name)], "weight_decay": 0.0, "factor": factors.get(name, 1.0)}
+                for name in rest
+            ),
+        ]
     )
     for step in range(20):
         for group in optimiser.param_groups:
-            group["lr"] = 0.1 * min(1, (step + 1) / 5) * 0.5 * (1 + np.cos(np.pi * step / 20))
+            rate = 0.1 * min(1, (step + 1) / 5) * 0.5 * (1 + np.cos(np.pi * step / 20))
+            group["lr"] = rate * group["factor"]
         optimiser.zero_grad()
         loss(own, torch.zeros(1, 1), None).mean().backward()
         nn.utils.clip_grad_norm_(own.parameters(), 0.7)
