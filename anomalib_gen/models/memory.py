@@ -25,10 +25,18 @@ is the surprise at a row.
 
 Pixels are no columns with shapes of their own. Images are looked at as they are, as histograms of their gradients, and
 as those without their contrast (models.gradients): pixels see brightness and colour, gradients see what is drawn. Of
-the 50 images nearest in the last of these, the three that match best when their parts may move (models.matching,
-equation 3) give a seventh number, the root of their mean distance, which has half of the weight:
+the 50 images nearest in the last of these the ten that match best when each place may move on its own are kept, and
+compared again with places that move together (models.matching, equation 5). The root of the mean distance of the three
+best is a seventh number r_7, and an eighth says whether that is much where the image lies: stored images are close to
+one another in some places and far apart in others. With s_i the distance of stored image i to the next one in the last
+view, and the mean over the ten,
 
-    a(x) = 1/2 u_7(r_7(x)) + 1/2 1/6 sum_k u_k(r_k(x)).                                               (3)
+    r_8(x) = r_7(x) / (1/10 sum_i s_i)^(1/2),                                                           (3)
+
+half way between the distance and its ratio to that of neighbours (Breunig et al. 2000, doi:10.1145/342009.335388). All
+views together, matching and (3) have a third of the weight each:
+
+    a(x) = 1/3 u_8(r_8(x)) + 1/3 u_7(r_7(x)) + 1/3 1/6 sum_k u_k(r_k(x)).                                (4)
 """
 
 from __future__ import annotations
@@ -44,14 +52,14 @@ from anomalib_gen._runtime import row_blocks, scoring_dtype
 from anomalib_gen.models._stored import Stored
 from anomalib_gen.models.empirical import local_residual
 from anomalib_gen.models.gradients import gradient_histograms, without_contrast
-from anomalib_gen.models.matching import matching_distances, shapes_of, unmatched
+from anomalib_gen.models.matching import STIFFNESS, matching_distances, shapes_of, unmatched
 from anomalib_gen.models.neighbors import nearest_rows, neighbor_scale, values_per_block
 from anomalib_gen.models.tail import tail_surprise
 from anomalib_gen.networks import TAIL_START, compress_tails, expand_tails
 
 COORDINATES = ("standard", "arsinh", "rank")
 KERNEL_NEIGHBORS, LINEAR_NEIGHBORS, SHRINKAGE = 50, 20, 0.3
-MATCHES = 3
+CLOSEST, MATCHES = 10, 3
 """Images that match best, whose distances are averaged."""
 REFERENCE_ROWS = 2000
 """Stored rows whose left-out residuals say what is usual, at most."""
@@ -65,6 +73,8 @@ FARTHEST = 1e15
 """Bound on standardised values, whose squares single precision still has room for."""
 STORED_AT_ONCE = 1024
 """Images whose histograms are computed at once, at most."""
+LEAST_SPACING = 0.1
+"""Of a stored image, as a share of the mean: images stored twice are no denser than that."""
 LEAST_VARIANCE = 1e-5
 """Keeps the local-linear solve defined where neighbours are equal."""
 
@@ -250,19 +260,25 @@ class ImageMemory(Memory):
         The stored images.
     gradients : Tensor of shape (2, N, D_2)
         Their histograms, with and without contrast.
+    spacings : Tensor of shape (N,)
+        Distance of each stored image to the nearest other one in the last view.
     bandwidths, reference
-        As of `Memory`; a seventh residual is that of matching.
+        As of `Memory`; the seventh and the eighth residual are those of matching. Models that were saved before places
+        moved together have seven (each place moves on its own, and that has half of the weight), and those saved
+        before images were matched six: they go on as they were.
     """
 
     gradients: torch.Tensor
+    spacings: torch.Tensor
 
     def __init__(self, event_shape: Sequence[int]) -> None:
         super().__init__(math.prod(event_shape))
         self.event_shape = tuple(event_shape)
         size = gradient_histograms(torch.zeros(1, *self.event_shape)).numel()
         self.rows = self.rows[:1]
-        self.reference = torch.zeros(7, 0)
+        self.reference = torch.zeros(8, 0)
         self.register_buffer("gradients", torch.zeros(2, 0, size))
+        self.register_buffer("spacings", torch.zeros(0))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = super().__deepcopy__(memo)
@@ -276,30 +292,49 @@ class ImageMemory(Memory):
 
     @property
     def weights(self) -> Sequence[float]:
-        """Weight of each residual in the anomaly (equation 3)."""
-        if not self._matches:
-            return super().weights
-        return [*(weight / 2 for weight in super().weights), 0.5]
+        """Weight of each residual in the anomaly (equation 4)."""
+        share = 1 / (1 + self._n_further)
+        return [*(weight * share for weight in super().weights), *[share] * self._n_further]
 
     @property
-    def _matches(self) -> bool:
-        # Models that were saved before images were matched have six residuals and go on with these.
-        return len(self.reference) > 2 * len(self.views)
+    def _n_further(self) -> int:
+        """How many residuals there are of matching."""
+        return len(self.reference) - 2 * len(self.views)
 
     def _further_residuals(self, x: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
-        if not self._matches:
-            return super()._further_residuals(x, near)
-        found = x.new_empty(1, len(x))
+        found = x.new_empty(self._n_further, len(x))
+        if not len(found):
+            return found
         for block, shapes, stored in self._candidates(x, near):
-            distances = matching_distances(shapes, stored).sort(dim=1).values
+            distances, best = self._matches(shapes, stored)
             found[0, block] = distances[:, :MATCHES].mean(1).to(x.dtype).sqrt()
+            if len(found) > 1:
+                spacings = self.spacings[near[block].gather(1, best)].to(x.dtype)
+                found[1, block] = found[0, block] / spacings.mean(1).sqrt()
         return found
+
+    @property
+    def _stiffness(self) -> float:
+        return STIFFNESS if self._n_further != 1 else 0.0
+
+    def _matches(self, shapes: torch.Tensor, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distances of images ``(b, 2, h, w)`` to the best of ``(b, k, 2, h, w)``, in order, and which these are."""
+        distances, best = matching_distances(shapes, stored).sort(dim=1, stable=True)
+        if not self._stiffness:
+            return distances, best
+        # Places that move together never match better than places that move on their own, and take five times as long.
+        best = best[:, :CLOSEST]
+        closest = stored[torch.arange(len(stored), device=stored.device).unsqueeze(1), best]
+        distances, order = matching_distances(shapes, closest, stiffness=self._stiffness).sort(
+            dim=1, stable=True
+        )
+        return distances, best.gather(1, order)
 
     @torch.no_grad()
     def unmatched_pixels(self, x: torch.Tensor) -> torch.Tensor:
         """What images ``(B, D)`` have and their best matches have not, or the reverse, at each pixel ``(B, H, W)``.
 
-        The mean of both directions of equation 2 of `models.matching` over the matches. What only a stored image has
+        The mean of both directions of equation 5 of `models.matching` over the matches. What only a stored image has
         stands where it has it.
         """
         out = x.new_empty(len(x), *self.event_shape[1:])
@@ -308,9 +343,11 @@ class ImageMemory(Memory):
         y, rows = self.coordinates(x)[-1], self.views[-1]
         near = nearest_rows(y, rows, min(KERNEL_NEIGHBORS, len(self))).positions
         for block, shapes, stored in self._candidates(x, near):
-            best = matching_distances(shapes, stored).sort(dim=1, stable=True).indices[:, :MATCHES]
+            best = self._matches(shapes, stored)[1][:, :MATCHES]
             images = torch.arange(len(shapes), device=x.device)
-            pairs = [torch.stack(unmatched(shapes, stored[images, k])) for k in best.T]
+            pairs = [
+                torch.stack(unmatched(shapes, stored[images, k], stiffness=self._stiffness)) for k in best.T
+            ]
             maps = torch.stack(pairs).mean((0, 1)).unsqueeze(1)
             out[block] = F.interpolate(maps, out.shape[1:], mode="bilinear").squeeze(1).to(out.dtype)
         return out
@@ -336,6 +373,26 @@ class ImageMemory(Memory):
             for kept, found in zip([*pixels, *gradients], self.coordinates(rows[block]), strict=True):
                 kept[block] = found
         self.rows, self.gradients = pixels, gradients
+        if self._n_further > 1:
+            self.spacings = self._spacings(at_once)
+
+    def _spacings(self, at_once: int) -> torch.Tensor:
+        view = self.views[-1]
+        if len(view) == 1:
+            return view.new_ones(1)
+        positions = torch.arange(len(view), device=view.device)
+        precise = scoring_dtype(view.device)
+        found = [
+            nearest_rows(view[block].to(precise), view, 1, exclude=positions[block]).squared[:, 0]
+            for block in row_blocks(len(view), at_once)
+        ]
+        spacings = torch.cat(found).sqrt()
+        mean = spacings.mean()
+        return spacings.clamp(min=LEAST_SPACING * mean if mean > 0 else 1.0).float()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(prefix + "spacings", self.spacings[:0])  # of models saved before there were any
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def coordinates(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Flattened images ``(B, D)`` in all coordinates."""

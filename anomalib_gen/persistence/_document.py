@@ -19,7 +19,7 @@ from anomalib_gen.persistence._allowed import is_ours
 from anomalib_gen.persistence._errors import ModelFolderError
 
 FORMAT = "anomalib_gen model folder"
-VERSION = 2
+VERSION = 3
 LIBRARIES = ("anomalib-gen", "numpy", "scipy", "scikit-learn", "torch", "nflows", "safetensors", "skops")
 KINDS = ("float", "integer", "boolean", "text", "time")
 """Types of columns."""
@@ -61,7 +61,12 @@ def _before_images(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _before_images}
+def _before_spacings(document: dict[str, Any]) -> dict[str, Any]:
+    """From version 2, when models of stored images kept no spacings: these go on without (`models.memory`)."""
+    return document
+
+
+UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _before_images, 2: _before_spacings}
 """From each earlier version of the format a function that makes a document of the next one. The hash is checked first,
 so an upgrade sees what was saved. Moved or renamed classes and attributes are an upgrade, too."""
 

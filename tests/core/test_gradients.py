@@ -113,7 +113,7 @@ def test_no_images_have_no_histograms():
     assert gradient_histograms(noise(0, 1, 8, 8)).shape == (0, ALL, 2, 2)
     memory = ImageMemory((1, 8, 8))
     memory.remember([noise(20, 64)])
-    assert memory.surprise(noise(0, 64)).shape == (7, 0)
+    assert memory.surprise(noise(0, 64)).shape == (8, 0)
 
 
 def test_what_holds_images_is_told_from_what_holds_rows():

@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from anomalib_gen.models import matching
-from anomalib_gen.models.matching import matching_distances, shapes_of, unmatched
+from anomalib_gen.models.matching import STIFFNESS, matching_distances, shapes_of, unmatched
 from anomalib_gen.models.memory import ImageMemory
 
 
@@ -27,39 +27,69 @@ def distance(x, y):
     return float(matching_distances(shapes_of(x), shapes_of(y)[:, None]))
 
 
-def by_hand(x, y, reach):
-    """Equation 2, term by term."""
+def by_hand(x, y, reach, stiffness=0.0):
+    """Equation 5, term by term."""
     _, h, w = x.shape
 
     def at(g, i, j):
         return g[:, i, j] if 0 <= i < h and 0 <= j < w else torch.zeros(2)
 
-    total = 0.0
     around = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
     moves = [(a, b) for a in range(-reach, reach + 1) for b in range(-reach, reach + 1)]
-    for i in range(h):
-        for j in range(w):
-            total += min(
-                sum(
-                    float((at(x, i + a, j + b) - at(y, i + a + s, j + b + t)).square().sum())
-                    for a, b in around
-                )
-                for s, t in moves
-            )
-    return total / 9
+    places = [(i, j) for i in range(h) for j in range(w)]
+
+    def error(p, t):
+        differences = [at(x, p[0] + a, p[1] + b) - at(y, p[0] + a + t[0], p[1] + b + t[1]) for a, b in around]
+        return sum(float(d.square().sum()) for d in differences) / 9
+
+    errors = {p: {t: error(p, t) for t in moves} for p in places}
+    if stiffness == 0:
+        return sum(min(errors[p].values()) for p in places)
+    there = {p: sum(float(at(x, p[0] + a, p[1] + b).square().sum()) for a, b in around) / 9 for p in places}
+    moved = {p: np.array(min(moves, key=lambda t: (errors[p][t], t[0] ** 2 + t[1] ** 2))) for p in places}
+    total = 0.0
+    for p in places:
+        near = [q for q in places if max(abs(q[0] - p[0]), abs(q[1] - p[1])) <= 3]
+        mean = sum(there[q] * moved[q] for q in near) / sum(there[q] for q in near)
+        total += min(
+            errors[p][t] + stiffness * there[p] * float(((np.array(t) - mean) ** 2).sum()) for t in moves
+        )
+    return total
 
 
+@pytest.mark.parametrize("stiffness", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("size", "reach"), [((6, 6), 1), ((5, 9), 1), ((1, 4), 1), ((21, 2), 2), ((1, 28), 2)]
 )
-def test_distances_are_those_of_the_definition(size, reach):
+def test_distances_are_those_of_the_definition(size, reach, stiffness):
     x, y = (shapes_of(noise(1, 1, *size, seed=seed)) for seed in (0, 1))
-    there, back = unmatched(x, y)
-    assert float(there.sum()) == pytest.approx(by_hand(x[0], y[0], reach), rel=1e-5)
-    assert float(back.sum()) == pytest.approx(by_hand(y[0], x[0], reach), rel=1e-5)
-    assert float(matching_distances(x, y[:, None])) == pytest.approx(
+    there, back = unmatched(x, y, stiffness=stiffness)
+    assert float(there.sum()) == pytest.approx(by_hand(x[0], y[0], reach, stiffness), rel=1e-5)
+    assert float(back.sum()) == pytest.approx(by_hand(y[0], x[0], reach, stiffness), rel=1e-5)
+    assert float(matching_distances(x, y[:, None], stiffness=stiffness)) == pytest.approx(
         max(float(there.sum()), float(back.sum()))
     )
+
+
+def test_what_moves_together_costs_nothing_and_what_comes_apart_costs_more():
+    texture = F.pad(noise(1, 1, 16, 16), [6] * 4)
+    moved = shapes_of(texture.roll((2, -1), dims=(2, 3)))
+    assert float(matching_distances(shapes_of(texture), moved[:, None], stiffness=STIFFNESS)) < 1e-4
+    # Two halves of a stroke that move apart.
+    apart = strokes((7, 6, 14, 9), (14, 10, 21, 13))
+    line = strokes((7, 8, 21, 11))
+    free, stiff = (
+        float(matching_distances(shapes_of(line), shapes_of(apart)[:, None], stiffness=k)) for k in (0, 0.1)
+    )
+    assert stiff > 1.1 * free
+    images = shapes_of(torch.from_numpy(load_digits().images[:40] / 16.0).unsqueeze(1))
+    free, stiff = (matching_distances(images[:20], images[20:, None], stiffness=k) for k in (0, 0.1))
+    assert (stiff >= free - 1e-6).all()
+
+
+def test_blank_images_match():
+    blank = torch.zeros(1, 2, 8, 8)
+    assert float(matching_distances(blank, blank[:, None], stiffness=0.1)) == 0
 
 
 def test_shapes_are_gradients_of_the_channel_in_which_they_are_longest():
@@ -115,23 +145,34 @@ def test_flat_images_have_no_shape():
     assert float(shapes_of(torch.full((1, 1, 8, 8), 1e15)).abs().max()) == 0
 
 
-def test_distances_do_not_depend_on_the_pairs_beside(monkeypatch):
+@pytest.mark.parametrize("stiffness", [0.0, 0.1])
+def test_distances_do_not_depend_on_the_pairs_beside(monkeypatch, stiffness):
     x, y = shapes_of(noise(5, 1, 12, 12)), shapes_of(noise(35, 1, 12, 12, seed=1)).unflatten(0, (5, 7))
-    found = matching_distances(x, y)
+    found = matching_distances(x, y, stiffness=stiffness)
     monkeypatch.setattr(matching, "values_per_block", lambda device: 2 * 2 * 144)
-    assert torch.equal(matching_distances(x, y), found)
-    assert torch.equal(matching_distances(x[2:3], y[2:3, 4:5]), found[2:3, 4:5])
-    assert matching_distances(x[:0], y[:0]).shape == (0, 7)
+    assert torch.equal(matching_distances(x, y, stiffness=stiffness), found)
+    alone = matching_distances(x[2:3], y[2:3, 4:5], stiffness=stiffness)
+    assert torch.equal(alone, found[2:3, 4:5])
+    assert matching_distances(x[:0], y[:0], stiffness=stiffness).shape == (0, 7)
 
 
-def test_matching_has_half_of_the_weight_among_stored_images():
+def test_matching_has_two_thirds_of_the_weight_among_stored_images():
     images = torch.from_numpy(load_digits().images[:150] / 4.0).flatten(1)
     memory = ImageMemory((1, 8, 8))
     memory.remember([images[:100]])
     asked = images[100:]
     surprise = memory.surprise(asked)
-    torch.testing.assert_close(memory.anomaly(asked), surprise[:6].mean(0) / 2 + surprise[6] / 2)
+    expected = (surprise[:6].mean(0) + surprise[6] + surprise[7]) / 3
+    torch.testing.assert_close(memory.anomaly(asked), expected)
     assert sum(memory.weights) == pytest.approx(1)
+
+
+def expected_matches(shapes, asked, stored):
+    """Root of the mean distance of the three best, and the ten best."""
+    pairs = shapes[asked], shapes[None, stored].expand(len(asked), len(stored), 2, 8, 8)
+    ten = matching_distances(*pairs).sort(1).indices[:, :10]
+    distances, order = matching_distances(*pairs, stiffness=STIFFNESS).gather(1, ten).sort(1)
+    return distances[:, :3].mean(1).sqrt().double(), stored[ten.gather(1, order)]
 
 
 def test_the_best_matches_among_the_nearest_count():
@@ -139,14 +180,30 @@ def test_the_best_matches_among_the_nearest_count():
     memory = ImageMemory((1, 8, 8))
     memory.remember([images[:30]])  # fewer than the neighbours asked for: all are candidates
     shapes = shapes_of(images.unflatten(1, (1, 8, 8)))
-    all_of_them = matching_distances(shapes[100:], shapes[None, :30].expand(20, 30, 2, 8, 8))
-    expected = all_of_them.sort(1).values[:, :3].mean(1).sqrt()
-    torch.testing.assert_close(memory.residuals(images[100:])[6], expected.double())
-    left_out = memory.residuals(images[4:5], exclude=torch.tensor([4]))[6]
-    others = all_of_them.new_tensor(np.delete(np.arange(30), 4)).long()
-    expected = matching_distances(shapes[4:5], shapes[None, others]).sort(1).values[:, :3].mean(1).sqrt()
-    torch.testing.assert_close(left_out, expected.double())
-    assert float(memory.residuals(images[4:5])[6]) < float(left_out)
+    view = memory.coordinates(images[:30])[-1].float().double()
+    spacings = torch.cdist(view, view).fill_diagonal_(torch.inf).amin(1)
+    torch.testing.assert_close(memory.spacings.double(), spacings, rtol=1e-5, atol=0)
+    found = memory.residuals(images[100:])
+    distance, ten = expected_matches(shapes, torch.arange(100, 120), torch.arange(30))
+    torch.testing.assert_close(found[6], distance)
+    torch.testing.assert_close(found[7], distance / spacings[ten].mean(1).sqrt())
+    left_out = memory.residuals(images[4:5], exclude=torch.tensor([4]))
+    others = torch.from_numpy(np.delete(np.arange(30), 4))
+    distance, ten = expected_matches(shapes, torch.tensor([4]), others)
+    torch.testing.assert_close(left_out[6], distance)
+    torch.testing.assert_close(left_out[7], distance / spacings[ten].mean(1).sqrt())
+    assert float(memory.residuals(images[4:5])[6]) < float(left_out[6])
+
+
+def test_images_stored_twice_do_not_make_others_infinitely_odd():
+    images = torch.from_numpy(load_digits().images[:60] / 4.0).flatten(1)
+    memory = ImageMemory((1, 8, 8))
+    memory.remember([images[:40].repeat(2, 1)])
+    assert torch.isfinite(memory.residuals(images)).all()
+    memory.remember([torch.cat([images[:20].repeat(2, 1), images[20:40]])])
+    assert float(memory.spacings.min()) == pytest.approx(
+        0.1 * 1 / 3 * float(memory.spacings[40:].mean()), 0.2
+    )
 
 
 def test_a_stored_image_matches_itself_and_has_a_blank_map():
@@ -197,17 +254,33 @@ def test_a_few_stored_images_are_enough(n):
     assert torch.isfinite(found).all()
 
 
-def test_models_saved_before_images_were_matched_score_as_they_did():
+@pytest.mark.parametrize(("n_residuals", "share"), [(6, 0.0), (7, 0.5)])
+def test_models_saved_before_score_as_they_did(n_residuals, share):
     images = torch.from_numpy(load_digits().images[:120] / 4.0).flatten(1)
     memory = ImageMemory((1, 8, 8))
     memory.remember([images[:100]])
-    before = memory.surprise(images[100:])[:6]
-    memory.reference = memory.reference[:6]
-    torch.testing.assert_close(memory.surprise(images[100:]), before)
-    torch.testing.assert_close(memory.anomaly(images[100:]), before.mean(0))
+    views = memory.surprise(images[100:])[:6]
+    # Before images were matched, and when each place moved on its own.
+    memory.reference = memory.reference[:n_residuals]
+    memory.remember([images[:100]])
+    matching = 0.0
+    if n_residuals == 7:
+        y, stored = memory.coordinates(images[100:])[-1], memory.views[-1].double()
+        near = torch.cdist(y, stored).topk(50, largest=False).indices
+        shapes = shapes_of(images.unflatten(1, (1, 8, 8)))
+        distances = matching_distances(shapes[100:], shapes[near]).sort(1).values
+        torch.testing.assert_close(
+            memory.residuals(images[100:])[6], distances[:, :3].mean(1).sqrt().double()
+        )
+        matching = memory.surprise(images[100:])[6]
+    torch.testing.assert_close(memory.surprise(images[100:])[:6], views)
+    expected = (1 - share) * views.mean(0) + share * matching
+    torch.testing.assert_close(memory.anomaly(images[100:]), expected)
     loaded = ImageMemory((1, 8, 8))
-    loaded.load_state_dict(memory.state_dict())
-    torch.testing.assert_close(loaded.anomaly(images[100:]), before.mean(0))
+    state = memory.state_dict()
+    del state["spacings"]  # they had none
+    loaded.load_state_dict(state)
+    torch.testing.assert_close(loaded.anomaly(images[100:]), expected)
     loaded.remember([images[100:]], keep=True)
-    assert loaded.reference.shape == (6, 120)
+    assert loaded.reference.shape == (n_residuals, 120)
     assert loaded.unmatched_pixels(images[:2]).shape == (2, 8, 8)

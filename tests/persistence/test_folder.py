@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from saved_attributes import new_attributes
+from sklearn.datasets import load_digits
 
 import anomalib_gen
 from anomalib_gen import EnergyDetector, load, persistence, save
@@ -264,6 +265,16 @@ def test_folders_of_every_format_are_read(name, tmp_path):
     np.testing.assert_allclose(model.score_samples(rows), expected[name], rtol=1e-9)
     save(model, tmp_path / "again")
     assert json.loads((tmp_path / "again" / "model.json").read_text())["version"] == _document.VERSION
+
+
+def test_stored_images_of_the_third_format_are_read(tmp_path):
+    """The folder stays as it is, too."""
+    expected = json.loads((FOLDERS / "expected.json").read_text())["format-3-images"]
+    images = (load_digits().images[100:105, None] * 15).astype(np.uint8)
+    model = load(FOLDERS / "format-3-images")
+    np.testing.assert_allclose(model.score_samples(images), expected, rtol=1e-6)
+    save(model, tmp_path / "again")
+    np.testing.assert_array_equal(load(tmp_path / "again").score_samples(images), model.score_samples(images))
 
 
 def test_a_parameter_that_is_new_since_the_folder_was_written_has_its_default(X, tmp_path, monkeypatch):
