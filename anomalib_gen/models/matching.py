@@ -31,12 +31,12 @@ on average, and in place of (2) stands
     c(x, y) = sum_p min_{|t| <= w} e_p(t) + k n_p |t - m_p|^2,                                            (5)
 
 which charges a place for moving otherwise than its surroundings. It is never less than (2), and equal at a stiffness k
-of 0; stored images are compared at 0.1.
+of 0; stored images are compared at 0.1. (Sums and minima run over squares, |t| and |q| there being the greater of both
+coordinates; lengths of moves are Euclidean; sums of (4) end at the border.)
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -136,6 +136,16 @@ def unmatched(
     return _together(x, there, t, stiffness), _together(y, reverse, t, stiffness)
 
 
+def pairs_per_block(shapes: torch.Tensor, stiffness: float) -> int:
+    """Pairs of images like these, ``(..., h, w)``, that `unmatched` may have at once."""
+    h, w = shapes.shape[-2:]
+    reach = _reach(h, w)
+    values = (h + 2 * reach) * (w + 2 * reach)
+    # With stiffness the errors of all moves are alive at a time.
+    values *= (2 * reach + 1) ** 2 if stiffness else 2
+    return max(1, values_per_block(shapes.device) // values)
+
+
 def _reach(h: int, w: int) -> int:
     """Farthest move of equation 2, for the height and width of images."""
     return max(1, round(max(h, w) / SIDES_PER_PIXEL))
@@ -186,6 +196,7 @@ def matching_distances(x: torch.Tensor, y: torch.Tensor, *, stiffness: float = 0
     y : Tensor of shape (B, K, 2, h, w)
         Both of `shapes_of`.
     stiffness : float, default=0.0
+        k of equation 5.
 
     Returns
     -------
@@ -196,10 +207,7 @@ def matching_distances(x: torch.Tensor, y: torch.Tensor, *, stiffness: float = 0
     pairs = torch.arange(B * K, device=x.device)
     found = x.new_empty(B * K)
     flat = y.flatten(0, 1)
-    values = 2 * math.prod(x.shape[1:])
-    if stiffness > 0:  # the errors of all moves are alive at a time
-        values = math.prod(x.shape[2:]) * (2 * _reach(*x.shape[2:]) + 1) ** 2
-    for block in row_blocks(B * K, max(1, values_per_block(x.device) // values)):
+    for block in row_blocks(B * K, pairs_per_block(x, stiffness)):
         there, back = unmatched(x[pairs[block] // K], flat[block], stiffness=stiffness)
         found[block] = torch.maximum(there.sum((1, 2)), back.sum((1, 2)))
     return found.view(B, K)

@@ -28,8 +28,8 @@ as those without their contrast (models.gradients): pixels see brightness and co
 the 50 images nearest in the last of these the ten that match best when each place may move on its own are kept, and
 compared again with places that move together (models.matching, equation 5). The root of the mean distance of the three
 best is a seventh number r_7, and an eighth says whether that is much where the image lies: stored images are close to
-one another in some places and far apart in others. With s_i the distance of stored image i to the next one in the last
-view, and the mean over the ten,
+one another in some places and far apart in others. With s_i the distance of stored image i to the next other one in the
+last view, at least a tenth of its mean, and the mean over the ten,
 
     r_8(x) = r_7(x) / (1/10 sum_i s_i)^(1/2),                                                           (3)
 
@@ -49,10 +49,16 @@ import torch
 from torch.nn import functional as F
 
 from anomalib_gen._runtime import row_blocks, scoring_dtype
-from anomalib_gen.models._stored import Stored
+from anomalib_gen.models._stored import Stored, row_keys
 from anomalib_gen.models.empirical import local_residual
 from anomalib_gen.models.gradients import gradient_histograms, without_contrast
-from anomalib_gen.models.matching import STIFFNESS, matching_distances, shapes_of, unmatched
+from anomalib_gen.models.matching import (
+    STIFFNESS,
+    matching_distances,
+    pairs_per_block,
+    shapes_of,
+    unmatched,
+)
 from anomalib_gen.models.neighbors import nearest_rows, neighbor_scale, values_per_block
 from anomalib_gen.models.tail import tail_surprise
 from anomalib_gen.networks import TAIL_START, compress_tails, expand_tails
@@ -60,7 +66,9 @@ from anomalib_gen.networks import TAIL_START, compress_tails, expand_tails
 COORDINATES = ("standard", "arsinh", "rank")
 KERNEL_NEIGHBORS, LINEAR_NEIGHBORS, SHRINKAGE = 50, 20, 0.3
 CLOSEST, MATCHES = 10, 3
-"""Images that match best, whose distances are averaged."""
+"""Images that match best: those that are compared again, and those whose distances are averaged."""
+IMAGE_RESIDUALS = 8
+"""Of models that store images now."""
 REFERENCE_ROWS = 2000
 """Stored rows whose left-out residuals say what is usual, at most."""
 MAX_STORED_ROWS, MAX_STORED_VALUES = 1_000_000, 2**29
@@ -74,7 +82,7 @@ FARTHEST = 1e15
 STORED_AT_ONCE = 1024
 """Images whose histograms are computed at once, at most."""
 LEAST_SPACING = 0.1
-"""Of a stored image, as a share of the mean: images stored twice are no denser than that."""
+"""Of a stored image, as a share of the mean: images that are almost copies are no denser than that."""
 LEAST_VARIANCE = 1e-5
 """Keeps the local-linear solve defined where neighbours are equal."""
 
@@ -208,7 +216,7 @@ class Memory(Stored):
         Returns
         -------
         Tensor of shape (6, B)
-            In float64, where the device has it; of images seven.
+            In float64, where the device has it; of images eight, or fewer (`ImageMemory`).
         """
         seen = len(self) - (exclude is not None)
         x = x.to(scoring_dtype(x.device))
@@ -241,7 +249,7 @@ class Memory(Stored):
         return tail_surprise(self.residuals(x), self.reference)
 
     def anomaly(self, x: torch.Tensor) -> torch.Tensor:
-        """Anomaly of rows ``(B, D)``, as ``(B,)``: the weighted mean of their surprises (equations 2 and 3)."""
+        """Anomaly of rows ``(B, D)``, as ``(B,)``: the weighted mean of their surprises (equations 2 and 4)."""
         weights = torch.tensor(self.weights, dtype=scoring_dtype(x.device), device=x.device)
         return (weights.unsqueeze(1) * self.surprise(x)).sum(0)
 
@@ -276,7 +284,7 @@ class ImageMemory(Memory):
         self.event_shape = tuple(event_shape)
         size = gradient_histograms(torch.zeros(1, *self.event_shape)).numel()
         self.rows = self.rows[:1]
-        self.reference = torch.zeros(8, 0)
+        self.reference = torch.zeros(IMAGE_RESIDUALS, 0)
         self.register_buffer("gradients", torch.zeros(2, 0, size))
         self.register_buffer("spacings", torch.zeros(0))
 
@@ -315,7 +323,7 @@ class ImageMemory(Memory):
 
     @property
     def _stiffness(self) -> float:
-        return STIFFNESS if self._n_further != 1 else 0.0
+        return STIFFNESS if self._n_further > 1 else 0.0
 
     def _matches(self, shapes: torch.Tensor, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Distances of images ``(b, 2, h, w)`` to the best of ``(b, k, 2, h, w)``, in order, and which these are."""
@@ -344,13 +352,21 @@ class ImageMemory(Memory):
         near = nearest_rows(y, rows, min(KERNEL_NEIGHBORS, len(self))).positions
         for block, shapes, stored in self._candidates(x, near):
             best = self._matches(shapes, stored)[1][:, :MATCHES]
-            images = torch.arange(len(shapes), device=x.device)
-            pairs = [
-                torch.stack(unmatched(shapes, stored[images, k], stiffness=self._stiffness)) for k in best.T
-            ]
-            maps = torch.stack(pairs).mean((0, 1)).unsqueeze(1)
-            out[block] = F.interpolate(maps, out.shape[1:], mode="bilinear").squeeze(1).to(out.dtype)
+            closest = stored[torch.arange(len(shapes), device=x.device).unsqueeze(1), best]
+            maps = torch.cat(
+                [
+                    torch.stack(
+                        [self._map(shapes[part], closest[part, k]) for k in range(best.shape[1])]
+                    ).mean(0)
+                    for part in row_blocks(len(shapes), pairs_per_block(shapes, self._stiffness))
+                ]
+            )
+            maps = F.interpolate(maps.unsqueeze(1), out.shape[1:], mode="bilinear").squeeze(1)
+            out[block] = maps.to(out.dtype)
         return out
+
+    def _map(self, shapes: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        return torch.stack(unmatched(shapes, stored, stiffness=self._stiffness)).mean(0)
 
     def _candidates(
         self, x: torch.Tensor, near: torch.Tensor
@@ -377,21 +393,28 @@ class ImageMemory(Memory):
             self.spacings = self._spacings(at_once)
 
     def _spacings(self, at_once: int) -> torch.Tensor:
+        """Distances ``(N,)`` to the nearest other image, of all with all: time grows with the square of N."""
+        # Copies of an image count once.
         view = self.views[-1]
-        if len(view) == 1:
-            return view.new_ones(1)
-        positions = torch.arange(len(view), device=view.device)
+        _, which = torch.unique(row_keys(view), return_inverse=True)
+        first = torch.empty(int(which.max()) + 1, dtype=torch.int64, device=view.device)
+        distinct = view[first.scatter_(0, which, torch.arange(len(view), device=view.device))]
+        if len(distinct) == 1:
+            return view.new_ones(len(view))
+        positions = torch.arange(len(distinct), device=view.device)
         precise = scoring_dtype(view.device)
         found = [
-            nearest_rows(view[block].to(precise), view, 1, exclude=positions[block]).squared[:, 0]
-            for block in row_blocks(len(view), at_once)
+            nearest_rows(distinct[block].to(precise), distinct, 1, exclude=positions[block]).squared[:, 0]
+            for block in row_blocks(len(distinct), at_once)
         ]
         spacings = torch.cat(found).sqrt()
-        mean = spacings.mean()
-        return spacings.clamp(min=LEAST_SPACING * mean if mean > 0 else 1.0).float()
+        return spacings.clamp(min=LEAST_SPACING * spacings.mean()).float()[which]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.setdefault(prefix + "spacings", self.spacings[:0])  # of models saved before there were any
+        if "spacings" not in self._buffers:  # read from a folder that has none
+            self.register_buffer("spacings", self.rows.new_zeros(0))
+        if len(state_dict.get(prefix + "reference", ())) < IMAGE_RESIDUALS:
+            state_dict.setdefault(prefix + "spacings", self.spacings[:0])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def coordinates(self, x: torch.Tensor) -> Sequence[torch.Tensor]:

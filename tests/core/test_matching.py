@@ -85,6 +85,8 @@ def test_what_moves_together_costs_nothing_and_what_comes_apart_costs_more():
     images = shapes_of(torch.from_numpy(load_digits().images[:40] / 16.0).unsqueeze(1))
     free, stiff = (matching_distances(images[:20], images[20:, None], stiffness=k) for k in (0, 0.1))
     assert (stiff >= free - 1e-6).all()
+    shifted = shapes_of((texture * 7 + 3).roll((0, 1), dims=(2, 3)))
+    assert all((part >= 0).all() for part in unmatched(shapes_of(texture), shifted, stiffness=STIFFNESS))
 
 
 def test_blank_images_match():
@@ -145,11 +147,12 @@ def test_flat_images_have_no_shape():
     assert float(shapes_of(torch.full((1, 1, 8, 8), 1e15)).abs().max()) == 0
 
 
+@pytest.mark.parametrize("size", [(12, 12), (7, 5)])
 @pytest.mark.parametrize("stiffness", [0.0, 0.1])
-def test_distances_do_not_depend_on_the_pairs_beside(monkeypatch, stiffness):
-    x, y = shapes_of(noise(5, 1, 12, 12)), shapes_of(noise(35, 1, 12, 12, seed=1)).unflatten(0, (5, 7))
+def test_distances_do_not_depend_on_the_pairs_beside(monkeypatch, stiffness, size):
+    x, y = shapes_of(noise(5, 1, *size)), shapes_of(noise(35, 1, *size, seed=1)).unflatten(0, (5, 7))
     found = matching_distances(x, y, stiffness=stiffness)
-    monkeypatch.setattr(matching, "values_per_block", lambda device: 2 * 2 * 144)
+    monkeypatch.setattr(matching, "pairs_per_block", lambda shapes, stiffness: 2)
     assert torch.equal(matching_distances(x, y, stiffness=stiffness), found)
     alone = matching_distances(x[2:3], y[2:3, 4:5], stiffness=stiffness)
     assert torch.equal(alone, found[2:3, 4:5])
@@ -195,15 +198,19 @@ def test_the_best_matches_among_the_nearest_count():
     assert float(memory.residuals(images[4:5])[6]) < float(left_out[6])
 
 
-def test_images_stored_twice_do_not_make_others_infinitely_odd():
+def test_copies_of_a_stored_image_count_once_in_spacings():
     images = torch.from_numpy(load_digits().images[:60] / 4.0).flatten(1)
     memory = ImageMemory((1, 8, 8))
-    memory.remember([images[:40].repeat(2, 1)])
+    memory.remember([images[:40]])
+    once = memory.spacings
+    memory.remember([torch.cat([images[:40], images[:20], images[:20]])])
+    assert torch.equal(memory.spacings, torch.cat([once, once[:20], once[:20]]))
+    memory.remember([images[:1].expand(5, 64)])
+    assert torch.equal(memory.spacings, torch.ones(5))
     assert torch.isfinite(memory.residuals(images)).all()
-    memory.remember([torch.cat([images[:20].repeat(2, 1), images[20:40]])])
-    assert float(memory.spacings.min()) == pytest.approx(
-        0.1 * 1 / 3 * float(memory.spacings[40:].mean()), 0.2
-    )
+    # Almost a copy.
+    memory.remember([torch.cat([images[:40], images[:1] + 1e-9])])
+    assert float(memory.spacings.min()) == pytest.approx(0.1 * float(once[1:].mean()), rel=0.05)
 
 
 def test_a_stored_image_matches_itself_and_has_a_blank_map():
@@ -236,6 +243,31 @@ def test_maps_are_of_the_matches_that_the_anomaly_has():
     maps = memory.unmatched_pixels(images[:4])
     assert maps.dtype == torch.float32
     assert torch.equal(maps, memory.unmatched_pixels(images[:4].double()).float())
+
+
+@pytest.mark.parametrize("n_residuals", [6, 7, 8])
+def test_maps_are_the_mean_of_both_ways_over_the_matches(monkeypatch, n_residuals):
+    images = torch.from_numpy(load_digits().images[:40] / 4.0).flatten(1)
+    memory = ImageMemory((1, 8, 8))
+    memory.reference = memory.reference[:n_residuals]
+    memory.remember([images[:30]])
+    shapes = shapes_of(images.unflatten(1, (1, 8, 8)))
+    asked = torch.arange(30, 40)
+    stiffness = STIFFNESS if n_residuals == 8 else 0.0
+    if stiffness:
+        best = expected_matches(shapes, asked, torch.arange(30))[1][:, :3]
+    else:
+        best = (
+            matching_distances(shapes[asked], shapes[None, :30].expand(10, 30, 2, 8, 8))
+            .sort(1)
+            .indices[:, :3]
+        )
+    pairs = [unmatched(shapes[asked], shapes[k], stiffness=stiffness) for k in best.T]
+    expected = torch.stack([part for pair in pairs for part in pair]).mean(0).double()
+    torch.testing.assert_close(memory.unmatched_pixels(images[30:]), expected)
+    found = memory.unmatched_pixels(images[30:])
+    monkeypatch.setattr("anomalib_gen.models.memory.pairs_per_block", lambda shapes, stiffness: 3)
+    assert torch.equal(memory.unmatched_pixels(images[30:]), found)
 
 
 def test_maps_of_large_images_have_their_size():

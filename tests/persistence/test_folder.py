@@ -1,5 +1,6 @@
 """Folders on the disk: complete or not there, and of every format that there ever was."""
 
+import copy
 import json
 import os
 import subprocess
@@ -267,14 +268,22 @@ def test_folders_of_every_format_are_read(name, tmp_path):
     assert json.loads((tmp_path / "again" / "model.json").read_text())["version"] == _document.VERSION
 
 
-def test_stored_images_of_the_third_format_are_read(tmp_path):
-    """The folder stays as it is, too."""
-    expected = json.loads((FOLDERS / "expected.json").read_text())["format-3-images"]
+@pytest.mark.parametrize("version", [2, 3])
+def test_stored_images_of_every_format_are_read(version, tmp_path):
+    """These folders stay as they are, too. Places of images move together from the third on."""
+    name = f"format-{version}-images"
+    expected = json.loads((FOLDERS / "expected.json").read_text())[name]
+    assert json.loads((FOLDERS / name / "model.json").read_text())["version"] == version
     images = (load_digits().images[100:105, None] * 15).astype(np.uint8)
-    model = load(FOLDERS / "format-3-images")
-    np.testing.assert_allclose(model.score_samples(images), expected, rtol=1e-6)
+    model = load(FOLDERS / name)
+    scores = model.score_samples(images)
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
     save(model, tmp_path / "again")
-    np.testing.assert_array_equal(load(tmp_path / "again").score_samples(images), model.score_samples(images))
+    copies = [load(tmp_path / "again"), copy.deepcopy(model), copy.deepcopy(model)]
+    copies[2].model_.load_state_dict(model.model_.state_dict())
+    for other in copies:
+        other.model_.to("cpu").double()
+        np.testing.assert_array_equal(other.score_samples(images), scores)
 
 
 def test_a_parameter_that_is_new_since_the_folder_was_written_has_its_default(X, tmp_path, monkeypatch):
