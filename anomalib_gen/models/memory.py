@@ -394,13 +394,17 @@ class ImageMemory(Memory):
 
     def _spacings(self, at_once: int) -> torch.Tensor:
         """Distances ``(N,)`` to the nearest other image, of all with all: time grows with the square of N."""
-        # Copies of an image count once.
         view = self.views[-1]
-        _, which = torch.unique(row_keys(view), return_inverse=True)
-        first = torch.empty(int(which.max()) + 1, dtype=torch.int64, device=view.device)
-        distinct = view[first.scatter_(0, which, torch.arange(len(view), device=view.device))]
-        if len(distinct) == 1:
+        keys = torch.cat([row_keys(view[block]) for block in row_blocks(len(view), at_once)])
+        unique, which = torch.unique(keys, return_inverse=True)
+        if len(unique) == 1:
             return view.new_ones(len(view))
+        distinct = view
+        if len(unique) < len(view):  # copies of an image count once
+            first = torch.empty_like(unique)
+            distinct = view[first.scatter_(0, which, torch.arange(len(view), device=view.device))]
+        else:
+            which = torch.arange(len(view), device=view.device)
         positions = torch.arange(len(distinct), device=view.device)
         precise = scoring_dtype(view.device)
         found = [
