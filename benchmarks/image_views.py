@@ -60,11 +60,12 @@ def matching_surprises(
     )
 
     def distances(rows: torch.Tensor, own: torch.Tensor, exclude: torch.Tensor | None) -> list[torch.Tensor]:
-        near = nearest_rows(rows.double(), stored, KERNEL_NEIGHBORS, exclude=exclude).positions
+        k = min(KERNEL_NEIGHBORS, len(stored) - 1)
+        near = nearest_rows(rows.double(), stored, k, exclude=exclude).positions
         found = []
-        for one, k in zip(own.split(200), near.split(200), strict=True):
-            free, order = matching_distances(one, shapes[0][k]).sort(1)
-            best = k.gather(1, order[:, :CLOSEST])
+        for one, nearest in zip(own.split(200), near.split(200), strict=True):
+            free, order = matching_distances(one, shapes[0][nearest]).sort(1)
+            best = nearest.gather(1, order[:, :CLOSEST])
             together = matching_distances(one, shapes[0][best], stiffness=STIFFNESS).sort(1).values
             free, together = (values[:, :MATCHES].mean(1).sqrt().double() for values in (free, together))
             found.append(torch.stack([free, together, together / spacings[best].mean(1).sqrt()]))
@@ -92,7 +93,8 @@ def measure(collection: str, n_train: int, n_test: int, seed: int) -> dict[str, 
     parts = {}
     data = load_images(collection, normal=0, subset="train")
     order = rng.permutation(len(data.data))
-    for name, chosen in (("stored", order[:n_train]), ("asked", order[-n_test:])):
+    n_test = min(n_test, len(order) // 3)
+    for name, chosen in (("stored", order[:-n_test][:n_train]), ("asked", order[-n_test:])):
         parts[name] = views_of(data.data[chosen]), data.classes[chosen]
     (stored, classes), (asked, asked_classes) = parts["stored"], parts["asked"]
     found: dict[str, list[float]] = {}
