@@ -115,6 +115,9 @@ def measure(collection: str, n_train: int, n_test: int, seed: int) -> dict[str, 
         scores["views, and matching on their own at half of the weight"] = (views + free) / 2
         scores["views, and matching together at two thirds"] = (views + 2 * together) / 3
         scores["views, matching together, and relative, a third each"] = (views + together + relative) / 3
+        scores["views at half of the weight, matching together, and relative"] = (
+            views / 2 + (together + relative) / 4
+        )
         for name, score in scores.items():
             found.setdefault(name, []).append(float(judge(abnormal, score.numpy())))
     return found

@@ -400,7 +400,7 @@ def test_image_views_are_all_combined(digits_home):
     out = digits_home / "views.json"
     assert "pixels + gradients" in run("image_views.py", "--output", out)
     found = json.loads(out.read_text())["mnist"]
-    assert len(found) == 13
+    assert len(found) == 14
     # (Images asked for that were among those stored would all be told apart.)
     assert all(len(values) == 5 and 0 < min(values) < 1 and max(values) <= 1 for values in found.values())
 

@@ -4,7 +4,7 @@ r"""Closed form: a row is as anomalous as it is far from what its neighbours mak
 
 where r_k are the residuals of the kernel and of the local-linear denoiser, each in three coordinates (models.memory),
 and u_k is the surprise at r_k among the residuals that stored rows have when they are left out (models.tail). Nothing
-is trained. Of images the coordinates are pixels, gradients, and gradients without contrast, and two thirds of the
+is trained. Of images the coordinates are pixels, gradients, and gradients without contrast, and half of the
 weight has how well the stored ones that are most like them match, when their parts may move (models.matching): itself,
 and relative to how far apart stored images are there.
 

@@ -139,8 +139,8 @@ class DiffusionDetector(GenerativeDetector):
 
         - ``"combined"``: the weighted mean of "closed_form" and of the noise that the model finds, on one scale;
         - ``"closed_form"``: distance from what the nearest stored rows make of a row, in three coordinates; of images,
-          these are pixels, histograms of gradients, and those without contrast, and two thirds of the weight has how
-          well the nearest stored ones match, when their parts may move;
+          these are pixels, histograms of gradients, and those without contrast, and half of the weight has how well
+          the nearest stored ones match, when their parts may move;
         - ``"score_norm"``: norms of the score over a ladder of noise levels;
         - ``"reconstruction"``: distance to the row after a way to noise and back;
         - ``"denoising_error"``: error of one step of denoising over a ladder of noise levels;

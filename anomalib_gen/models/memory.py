@@ -33,10 +33,10 @@ last view, at least a tenth of its mean, and the mean over the ten,
 
     r_8(x) = r_7(x) / (1/10 sum_i s_i)^(1/2),                                                           (3)
 
-half way between the distance and its ratio to that of neighbours (Breunig et al. 2000, doi:10.1145/342009.335388). All
-views together, matching and (3) have a third of the weight each:
+half way between the distance and its ratio to that of neighbours (Breunig et al. 2000, doi:10.1145/342009.335388). The
+views have half of the weight, for an image of another kind altogether may match well; r_7 and r_8 share the other half:
 
-    a(x) = 1/3 u_8(r_8(x)) + 1/3 u_7(r_7(x)) + 1/3 1/6 sum_k u_k(r_k(x)).                                (4)
+    a(x) = 1/4 u_8(r_8(x)) + 1/4 u_7(r_7(x)) + 1/2 1/6 sum_k u_k(r_k(x)).                                (4)
 """
 
 from __future__ import annotations
@@ -272,8 +272,8 @@ class ImageMemory(Memory):
         Distance of each stored image to the nearest other one in the last view.
     bandwidths, reference
         As of `Memory`; the seventh and the eighth residual are those of matching. Models that were saved before places
-        moved together have seven (each place moves on its own, and that has half of the weight), and those saved
-        before images were matched six: they go on as they were.
+        moved together have seven (each place moves on its own), and those saved before images were matched six: they go
+        on as they were.
     """
 
     gradients: torch.Tensor
@@ -301,8 +301,9 @@ class ImageMemory(Memory):
     @property
     def weights(self) -> Sequence[float]:
         """Weight of each residual in the anomaly (equation 4)."""
-        share = 1 / (1 + self._n_further)
-        return [*(weight * share for weight in super().weights), *[share] * self._n_further]
+        if not self._n_further:
+            return super().weights
+        return [*(weight / 2 for weight in super().weights), *[0.5 / self._n_further] * self._n_further]
 
     @property
     def _n_further(self) -> int:
