@@ -270,7 +270,10 @@ def test_folders_of_every_format_are_read(name, tmp_path):
 
 @pytest.mark.parametrize("version", [2, 3])
 def test_stored_images_of_every_format_are_read(version, tmp_path):
-    """These folders stay as they are, too. Places of images move together from the third on."""
+    """These folders stay as they are, too. Places of images move together from the third on.
+
+    So do the scores, but for those of the third: its weights, which no folder holds, were thirds at first.
+    """
     name = f"format-{version}-images"
     expected = json.loads((FOLDERS / "expected.json").read_text())[name]
     assert json.loads((FOLDERS / name / "model.json").read_text())["version"] == version
