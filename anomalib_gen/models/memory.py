@@ -67,6 +67,8 @@ COORDINATES = ("standard", "arsinh", "rank")
 KERNEL_NEIGHBORS, LINEAR_NEIGHBORS, SHRINKAGE = 50, 20, 0.3
 CLOSEST, MATCHES = 10, 3
 """Images that match best: those that are compared again, and those whose distances are averaged."""
+VIEW_SHARE = 0.5
+"""Weight of all views of images together; the residuals of matching share the rest."""
 IMAGE_RESIDUALS = 8
 """Of models that store images now."""
 REFERENCE_ROWS = 2000
@@ -274,6 +276,8 @@ class ImageMemory(Memory):
         As of `Memory`; the seventh and the eighth residual are those of matching. Models that were saved before places
         moved together have seven (each place moves on its own), and those saved before images were matched six: they go
         on as they were.
+    view_share : float
+        Weight of all views together, `VIEW_SHARE` or what it was when the model was made.
     """
 
     gradients: torch.Tensor
@@ -282,6 +286,7 @@ class ImageMemory(Memory):
     def __init__(self, event_shape: Sequence[int]) -> None:
         super().__init__(math.prod(event_shape))
         self.event_shape = tuple(event_shape)
+        self.view_share = VIEW_SHARE
         size = gradient_histograms(torch.zeros(1, *self.event_shape)).numel()
         self.rows = self.rows[:1]
         self.reference = torch.zeros(IMAGE_RESIDUALS, 0)
@@ -290,7 +295,7 @@ class ImageMemory(Memory):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = super().__deepcopy__(memo)
-        other.event_shape = self.event_shape
+        other.event_shape, other.view_share = self.event_shape, self.view_share
         return other
 
     @property
@@ -301,9 +306,11 @@ class ImageMemory(Memory):
     @property
     def weights(self) -> Sequence[float]:
         """Weight of each residual in the anomaly (equation 4)."""
-        if not self._n_further:
+        n = self._n_further
+        if not n:
             return super().weights
-        return [*(weight / 2 for weight in super().weights), *[0.5 / self._n_further] * self._n_further]
+        share = self.view_share if n > 1 else 0.5  # as it was when places moved on their own
+        return [*(share * weight for weight in super().weights), *[(1 - share) / n] * n]
 
     @property
     def _n_further(self) -> int:

@@ -19,7 +19,7 @@ from anomalib_gen.persistence._allowed import is_ours
 from anomalib_gen.persistence._errors import ModelFolderError
 
 FORMAT = "anomalib_gen model folder"
-VERSION = 3
+VERSION = 4
 LIBRARIES = ("anomalib-gen", "numpy", "scipy", "scikit-learn", "torch", "nflows", "safetensors", "skops")
 KINDS = ("float", "integer", "boolean", "text", "time")
 """Types of columns."""
@@ -66,7 +66,19 @@ def _before_spacings(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _before_images, 2: _before_spacings}
+def _before_shares(document: dict[str, Any]) -> dict[str, Any]:
+    """From version 3, when views, matching and relative matching of stored images had a third each."""
+    for node in _objects(document["model"]):
+        if node["class"] == "anomalib_gen.models.memory:ImageMemory":
+            node["state"].setdefault("view_share", 1 / 3)
+    return document
+
+
+UPGRADES: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _before_images,
+    2: _before_spacings,
+    3: _before_shares,
+}
 """From each earlier version of the format a function that makes a document of the next one. The hash is checked first,
 so an upgrade sees what was saved. Moved or renamed classes and attributes are an upgrade, too."""
 

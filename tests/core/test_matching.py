@@ -1,5 +1,7 @@
 """Matching of images whose parts may move, and its share in what stored images say."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -168,6 +170,10 @@ def test_matching_has_half_of_the_weight_among_stored_images():
     expected = surprise[:6].mean(0) / 2 + (surprise[6] + surprise[7]) / 4
     torch.testing.assert_close(memory.anomaly(asked), expected)
     assert sum(memory.weights) == pytest.approx(1)
+    memory.view_share = 0.2  # as an older model may have it
+    expected = 0.2 * surprise[:6].mean(0) + 0.4 * (surprise[6] + surprise[7])
+    torch.testing.assert_close(memory.anomaly(asked), expected)
+    torch.testing.assert_close(copy.deepcopy(memory).anomaly(asked), expected)
 
 
 def expected_matches(shapes, asked, stored):

@@ -28,7 +28,7 @@ from anomalib_gen.persistence._document import canonical, content_hash
 FOLDERS = Path(__file__).parent / "folders"
 SOURCES = {
     name: {path.name: path.read_bytes() for path in (FOLDERS / name).iterdir()}
-    for name in ("format-1-composed", "format-1-pipeline", "format-3-images")
+    for name in ("format-1-composed", "format-1-pipeline", "format-4-images")
 }
 WHOLE = SOURCES["format-1-pipeline"]
 pytestmark = pytest.mark.filterwarnings("ignore:The folder's transformers were written")

@@ -268,11 +268,11 @@ def test_folders_of_every_format_are_read(name, tmp_path):
     assert json.loads((tmp_path / "again" / "model.json").read_text())["version"] == _document.VERSION
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_stored_images_of_every_format_are_read(version, tmp_path):
-    """These folders stay as they are, too. Places of images move together from the third on.
+    """These folders and their scores stay as they are, too.
 
-    So do the scores, but for those of the third: its weights, which no folder holds, were thirds at first.
+    Places of images move together from the third format on, and views have half of the weight in the second and fourth.
     """
     name = f"format-{version}-images"
     expected = json.loads((FOLDERS / "expected.json").read_text())[name]
