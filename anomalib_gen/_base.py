@@ -511,6 +511,12 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         """The anomaly that is the family's energy."""
         return Energy()
 
+    def _forget_normalizer(self) -> None:
+        """Remove the constant of earlier weights."""
+        for name in ("log_normalizer_", "log_normalizer_interval_"):
+            if hasattr(self, name):
+                delattr(self, name)
+
     def _energy(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         return self._apply(self._energy_anomaly(), X)
 

@@ -9,8 +9,8 @@ be put together (Hinton 2002, doi:10.1162/089976602760128018; Du, Li and Mordatc
 A row is normal under a product if every member finds it normal, and under a mixture if one of them does. A negative
 weight in a product asks for rows that a member finds *abnormal* (not). The members of a product may look at different
 columns x_i of a row, and constants do not matter to it. In a mixture Z_i is 1 for energies that are those of a density,
-or of a bound on one, and what is known of an energy model's. Rows are drawn from a mixture by choosing a member, and
-from a product by Metropolis-adjusted Langevin chains on E (samplers.langevin).
+or of an autoencoder's bound on one, and what `normalize` found of an energy or diffusion model's. Rows are drawn from a
+mixture by choosing a member, and from a product by Metropolis-adjusted Langevin chains on E (samplers.langevin).
 """
 
 from __future__ import annotations
@@ -94,13 +94,14 @@ class ComposedDetector(OutlierScores, _BaseComposition):
 
     Notes
     -----
-    Energies are in nats in the units of X, those of a flow exact, those of a variational autoencoder bounds, and those
-    of an energy model known up to a constant, which shifts a product's scores alike. In a mixture it would tilt the
-    weights: there the energies of a member with a `log_normalizer_` have it added, so that it enters as a density.
-    Call `EnergyDetector.normalize` of energy models in a mixture first; one without counts as if its log Z were 0, and
-    `fit` warns of it. Minus the scores of a mixture are then log-densities where all members have densities, as those
-    of a product are where its members have densities, look at different columns and have weights of 1. Another product
-    has a constant of its own, which nothing here knows, not as a member of a mixture either.
+    Energies are in nats in the units of X, those of a flow exact, those of a variational autoencoder bounds, those of
+    an energy model known up to a constant, which shifts a product's scores alike, and those of a diffusion model bounds
+    that may be many nats off. In a mixture either would tilt the weights: there the energies of a member with a
+    `log_normalizer_` have it added, so that it enters as a density. Call `normalize` of energy and diffusion models in
+    a mixture first; one without counts as if its log Z were 0, and `fit` warns of it. Scores of a mixture are then log-
+    densities where all members have densities, as those of a product are where its members have densities, look at
+    different columns and have weights of 1. Another product has a constant of its own, which nothing here knows, not as
+    a member of a mixture either.
 
     Members are not copied. One that is fitted again changes the scores from then on, but not `offset_`: call `fit`
     again.
@@ -371,7 +372,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         return chosen
 
     def _check_constants(self) -> None:
-        """Warn of members of a mixture whose energy is known up to a constant only, which tilts the weights."""
+        """Warn of members of a mixture whose energy is not known to be that of a density, which tilts the weights."""
         without = [
             name
             for (name, _), member in zip(self.detectors, self.detectors_, strict=True)
@@ -379,8 +380,8 @@ class ComposedDetector(OutlierScores, _BaseComposition):
         ]
         if without:
             warn_user(
-                f"The energies of members {without} have no constant, so that their weights in the mixture are not "
-                "those asked for. Call their normalize() before fit.",
+                f"The energies of members {without} have a constant that is not known, so that their weights in the "
+                "mixture are not those asked for. Call their normalize() before fit.",
             )
 
     def _positions(self, name: str, wanted: Any) -> npt.NDArray[np.int64]:

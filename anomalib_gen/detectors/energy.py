@@ -314,10 +314,7 @@ class EnergyDetector(GenerativeDetector):
 
     def _fit(self, X: Any, sample_weight: Any, *, continued: bool, one_pass: bool) -> Self:
         super()._fit(X, sample_weight, continued=continued, one_pass=one_pass)
-        # The constant of earlier weights.
-        for name in ("log_normalizer_", "log_normalizer_interval_"):
-            if hasattr(self, name):
-                delattr(self, name)
+        self._forget_normalizer()
         if getattr(self._resolve_objective(), "learns_log_z", False):
             model: Any = self.model_
             self.log_normalizer_ = model.log_z.item()

@@ -1,5 +1,6 @@
 """Composed detectors: energies that add up, columns that belong together, samples from what was composed."""
 
+import copy
 import pickle
 import warnings
 
@@ -164,7 +165,9 @@ def test_energy_models_enter_a_mixture_as_densities():
         for m in (-2.0, 2.0)
     )
     composed = ComposedDetector([("a", left), ("b", right)], rule="mixture", weights=[0.3, 0.7])
-    with pytest.warns(UserWarning, match=r"energies of members \['a', 'b'\] have no constant"):
+    with pytest.warns(
+        UserWarning, match=r"energies of members \['a', 'b'\] have a constant that is not known"
+    ):
         composed.fit(grid)
     raw = np.log(0.3 * np.exp(-left.energy(grid)) + 0.7 * np.exp(-right.energy(grid)))
     np.testing.assert_allclose(composed.score_samples(grid), raw)
@@ -180,6 +183,54 @@ def test_energy_models_enter_a_mixture_as_densities():
         composed.fit(grid)
         product = ComposedDetector([("a", left), ("b", right)]).fit(grid)
     np.testing.assert_allclose(product.energy(grid), left.energy(grid) + right.energy(grid))
+
+
+@pytest.fixture(scope="module")
+def diffusions():
+    """Two diffusion models, of about N(0, 1) and N(2, 1/4)."""
+    rng = np.random.default_rng(0)
+    detector = DiffusionDetector(
+        denoiser="network", hidden_features=16, max_iter=300, random_state=0, device="cpu"
+    )
+    return [clone(detector).fit(rng.normal(m, s, size=(1000, 1))) for m, s in ((0.0, 1.0), (2.0, 0.5))]
+
+
+def test_diffusion_models_enter_a_mixture_as_densities(diffusions):
+    members = list(zip("ab", map(copy.copy, diffusions), strict=True))
+    composed = ComposedDetector(members, rule="mixture", weights=[0.3, 0.7])
+    with pytest.warns(UserWarning, match=r"energies of members \['a', 'b'\] .* Call their normalize\(\)"):
+        composed.fit(grid)
+    fine = np.linspace(-8, 8, 801)[:, None]
+    for _, member in members:
+        assert member.normalize(n_samples=200, random_state=0) is member
+        mass = np.trapezoid(np.exp(-member.energy(fine)), fine[:, 0])
+        low, high = member.log_normalizer_interval_
+        assert low < member.log_normalizer_ < high < low + 0.2
+        assert member.log_normalizer_ == pytest.approx(np.log(mass), abs=0.05)
+        assert mass < 0.5  # a bound, and not a tight one
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        composed.fit(grid)
+    assert np.trapezoid(np.exp(composed.score_samples(fine)), fine[:, 0]) == pytest.approx(1, abs=0.05)
+    again = members[0][1].fit(grid)
+    assert not hasattr(again, "log_normalizer_")
+    assert not hasattr(again, "log_normalizer_interval_")
+
+
+def test_diffusion_models_compose_with_one_another_and_with_flows(diffusions, tiny):
+    a, b = diffusions
+    product = ComposedDetector([("a", a), ("b", b)], n_steps=40).fit(grid)
+    np.testing.assert_allclose(product.energy(grid), a.energy(grid) + b.energy(grid))
+    np.testing.assert_array_equal(a.energy(grid), -a.elbo(grid, n_steps=32))
+    # N(0, 1) N(2, 1/4) ~ N(1.6, 1/5), as far as bounds in few steps tell
+    drawn = product.sample(100, random_state=0)
+    assert drawn.mean() == pytest.approx(1.6, abs=0.2)
+    assert drawn.std() == pytest.approx(np.sqrt(0.2), abs=0.12)
+    # N(0, 1) N(-1, 1) ~ N(-1/2, 1/2)
+    mixed = ComposedDetector([("a", a), ("flow", gaussian(tiny, -1.0))], n_steps=40).fit(grid)
+    drawn = mixed.sample(100, random_state=0)
+    assert drawn.mean() == pytest.approx(-0.5, abs=0.25)
+    assert drawn.std() == pytest.approx(np.sqrt(0.5), abs=0.2)
 
 
 def test_samples_of_a_product_have_its_moments(tiny):
@@ -225,19 +276,20 @@ def test_composed_detectors_compose(pair):
 def test_energies_of_all_families_are_on_one_scale(fitted, X):
     small = {"hidden_features": 16, "max_iter": 30, "random_state": 0, "device": "cpu"}
     vae, energy = VAEDetector(**small).fit(X), EnergyDetector(anomaly="energy", **small).fit(X)
+    diffusion = DiffusionDetector(**small).fit(X)
     np.testing.assert_array_equal(fitted.energy(X), -fitted.log_prob(X))
     np.testing.assert_array_equal(vae.energy(X), -vae.score_samples(X))
     np.testing.assert_array_equal(energy.energy(X), -energy.score_samples(X))
-    members = [("flow", fitted), ("vae", vae), ("energy", energy)]
+    members = [("flow", fitted), ("vae", vae), ("energy", energy), ("diffusion", diffusion)]
     composed = ComposedDetector(members, n_steps=10).fit(X)
-    np.testing.assert_allclose(composed.energy(X), fitted.energy(X) + vae.energy(X) + energy.energy(X))
+    np.testing.assert_allclose(composed.energy(X), sum(member.energy(X) for _, member in members))
     for _, member in [*members, ("all", composed)]:
         # What sampling follows is the energy that scores.
         differentiable = member._torch_energy(torch.device("cpu"))
         np.testing.assert_allclose(differentiable(torch.tensor(X)).detach(), member.energy(X), rtol=1e-9)
     assert composed.sample(5, random_state=0).shape == (5, 3)
     # Stretching a column by c adds log c to every energy, whatever the family.
-    for member in (fitted, vae, energy):
+    for member in (fitted, vae, energy, diffusion):
         stretched = clone(member).fit(X * [1, 1, 1e3])
         np.testing.assert_allclose(
             stretched.energy(X * [1, 1, 1e3]) - member.energy(X), np.log(1e3), atol=1e-3
