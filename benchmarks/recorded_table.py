@@ -6,6 +6,9 @@ other anomalies and objectives of diffusion. What was run on all their tables at
 among all that are listed. Won and lost count the tables on which AUROC differs from that of the nearest neighbour by
 more than .001. With --seed the figures of one seed are compared, which is more methods.
 
+What methods cost is that of one table, pendigits, from another run (`adbench-cost.csv`); anomalies of one model share
+its fit. "–" was not measured.
+
 Run::
 
     python benchmarks/recorded_table.py
@@ -29,6 +32,20 @@ RUNS = (
     "adbench-clean-diffusion-anomalies",
 )
 PEER = "kNN(1)"
+COST = "adbench-cost"
+SAME = {
+    "DiffusionDetector, closed form": "DiffusionDetector closed-form",
+    "VAEDetector elbo": "VAEDetector",
+    "EnergyDetector denoising-score-matching score_norm": "EnergyDetector",
+    "EnergyDetector denoising-score-matching energy": "EnergyDetector energy",
+    "EnergyDetector score-matching score_norm": "EnergyDetector score-matching",
+    "EnergyDetector sliced-score-matching score_norm": "EnergyDetector sliced-score-matching",
+    "EnergyDetector noise-contrastive energy": "EnergyDetector noise-contrastive",
+    "EnergyDetector telescoping energy": "EnergyDetector telescoping",
+    "EnergyDetector contrastive-divergence energy": "EnergyDetector contrastive-divergence",
+    "EnergyDetector persistent-contrastive-divergence energy": "EnergyDetector persistent-contrastive-divergence",
+}
+"""Methods under the names that they have in the run of the costs, where those are others."""
 
 
 def recorded(seeds: list[int]) -> pd.DataFrame:
@@ -45,9 +62,17 @@ def recorded(seeds: list[int]) -> pd.DataFrame:
     return cells[cells["detector"].isin(complete)].assign(**blank, **times)
 
 
+def shown(seconds: float | None) -> str:
+    """Seconds in two digits."""
+    if seconds is None:
+        return "–"
+    return f"{seconds:.0f}" if seconds >= 9.5 else f"{seconds:.1f}" if seconds >= 0.95 else f"{seconds:.2f}"
+
+
 def lines(seeds: list[int]) -> list[str]:
     """Rows of the table, as Markdown."""
     summary = summarise(recorded(seeds))
+    cost = pd.read_csv(RESULTS / f"{COST}.csv").set_index("detector")
     found = []
     for name, row in summary.table.iterrows():
         won, _, lost = summary.pairs.loc[name, PEER]
@@ -57,6 +82,10 @@ def lines(seeds: list[int]) -> list[str]:
             f"{row['mean_ap']:.3f} [{row['ap_low']:.3f}–{row['ap_high']:.3f}]",
             f"{row['mean_rank']:.1f}",
             "" if name == PEER else f"{won}-{lost}",
+            *(
+                shown(cost[kind].get(SAME.get(str(name), str(name))))
+                for kind in ("fit_seconds", "score_seconds")
+            ),
         ]
         found.append("| " + " | ".join(cells) + " |")
     return found
@@ -66,8 +95,10 @@ def main(
     seed: Annotated[int | None, typer.Option(help="One seed alone; 0 to 2 without.")] = None,
 ) -> None:
     """Print the table."""
-    print("| detector | AUROC [95 %] | average precision [95 %] | rank | won-lost against kNN(1) |")
-    print("| --- | --- | --- | --- | --- |")
+    print(
+        "| detector | AUROC [95 %] | average precision [95 %] | rank | won-lost against kNN(1) | fit s | score s |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     print("\n".join(lines([0, 1, 2] if seed is None else [seed])))
 
 
