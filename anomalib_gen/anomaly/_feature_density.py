@@ -16,7 +16,7 @@ alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -105,10 +105,11 @@ class FeatureDensity:
         return -self.gaussians.log_joint(z).logsumexp(1)
 
 
-def check_density(name: str, argument: str) -> None:
-    """Refuse an unknown name, the value of `argument`."""
+def check_density(name: str, argument: str, *, others: Sequence[str] = ()) -> None:
+    """Refuse an unknown name, the value of `argument`, which may have `others` beside the densities."""
     if name not in DENSITIES:
-        raise ValueError(f"{argument}={name!r} is unknown. Known: {', '.join(map(repr, DENSITIES))}.")
+        known = ", ".join(map(repr, [*others, *DENSITIES]))
+        raise ValueError(f"{argument}={name!r} is unknown. Known: {known}.")
 
 
 def fit_density(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from anomalib_gen._runtime import normal_noise
+from anomalib_gen._runtime import check_count, normal_noise
 
 DATA_LEVELS = (0.02, 5.0)
 """Noise levels that say something about standardised rows.
@@ -23,8 +23,7 @@ def level_ladder(model: Any, noise_levels: tuple[float, float], n_levels: int) -
 
     Where they have nothing in common, it is the model's level that is nearest. A single level is the smallest.
     """
-    if n_levels < 1:
-        raise ValueError(f"n_levels must be at least 1, got {n_levels!r}.")
+    check_count(n_levels, "n_levels")
     if not (
         isinstance(noise_levels, tuple | list)
         and len(noise_levels) == 2
@@ -38,8 +37,7 @@ def level_ladder(model: Any, noise_levels: tuple[float, float], n_levels: int) -
 
 def balanced_noise(x: torch.Tensor, n_draws: int, generator: torch.Generator) -> list[torch.Tensor]:
     """Draws of noise, each of the event's shape ``E`` and the same for all rows of `x`, in pairs e and -e."""
-    if n_draws < 1:
-        raise ValueError(f"n_draws must be at least 1, got {n_draws!r}.")
+    check_count(n_draws, "n_draws")
     draws: list[torch.Tensor] = []
     while len(draws) < n_draws:
         e = normal_noise(tuple(x.shape[1:]), x, generator)

@@ -102,7 +102,7 @@ class ScoreNorm(Component):
         """Learn what norms are usual from blocks of normal rows, each ``(B, *E)``."""
         if self.summary == "sum":
             return
-        check_density(self.summary, "summary")
+        check_density(self.summary, "summary", others=["sum"])
         self.density_ = fit_density(
             self.summary,
             keep_rows(self.norms(model, x) for x in blocks),
@@ -115,7 +115,7 @@ class ScoreNorm(Component):
         """Anomaly of each row of ``(B, *E)``, as ``(B,)``."""
         if self.summary == "sum":
             return self.norms(model, x).mean(1)
-        check_density(self.summary, "summary")
+        check_density(self.summary, "summary", others=["sum"])
         return self.density_(self.norms(model, x))
 
     def norms(self, model: Any, x: torch.Tensor) -> torch.Tensor:

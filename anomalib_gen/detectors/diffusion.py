@@ -47,6 +47,7 @@ from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._component import Component
 from anomalib_gen._runtime import check_count, expand_as_rows
 from anomalib_gen._scaling import ArrayRows, Standardizer, TailedStandardizer
+from anomalib_gen._warnings import warn_user
 from anomalib_gen.anomaly import (
     ClosedFormResidual,
     CombinedAnomaly,
@@ -597,6 +598,17 @@ class DiffusionDetector(GenerativeDetector):
     # What a family provides -------------------------------------------------------------------------------
 
     def _fit(self, X: Any, sample_weight: Any, *, continued: bool, one_pass: bool) -> Self:
+        objective = self._resolve_objective()
+        if (
+            isinstance(objective, FlowMatching)
+            and objective.pairing != "independent"
+            and self.anomaly is None
+        ):
+            warn_user(
+                f"{objective!r} matches rows with noise: the flow along the differential equation is right, but the "
+                "default anomaly asks what lies behind noise that has nothing to do with the row. Choose "
+                "anomaly='reconstruction' or 'likelihood', or pairing='independent'."
+            )
         super()._fit(X, sample_weight, continued=continued, one_pass=one_pass)
         self._forget_normalizer()
         return self

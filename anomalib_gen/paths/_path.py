@@ -26,6 +26,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -107,11 +108,14 @@ class Path(Component):
         Raises
         ------
         ValueError
-            If the path's parameters make no levels that are positive, finite and rise.
+            If the path's parameters are no numbers, or make no levels that are positive, finite and rise.
         """
-        if self.n_steps is not None and self.n_steps < 1:
+        if self.n_steps is not None and not (isinstance(self.n_steps, Integral) and self.n_steps >= 1):
             raise ValueError(f"n_steps must be a positive integer, got {self!r}.")
-        low, high = self.noise_level(torch.tensor(self.time_range, dtype=torch.float64)).tolist()
+        try:
+            low, high = self.noise_level(torch.tensor(self.time_range, dtype=torch.float64)).tolist()
+        except TypeError as error:
+            raise ValueError(f"The parameters of {self!r} must be numbers: {error}.") from error
         if not 0 < low < high < math.inf:
             raise ValueError(
                 f"{self!r} has noise levels from {low:.3g} to {high:.3g}, which must be positive, finite and rise."

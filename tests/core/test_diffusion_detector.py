@@ -1,5 +1,7 @@
 """DiffusionDetector: its paths, networks, densities and rows in the units of X."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from scipy import stats
 from anomalib_gen import DiffusionDetector
 from anomalib_gen.anomaly import ClosedFormResidual, CombinedAnomaly, DiffusionTime, ScoreNorm
 from anomalib_gen.models import EnergyModel, ScoreDenoiser
-from anomalib_gen.objectives import DiffusionTimeEstimation, NoiseContrastive
+from anomalib_gen.objectives import DiffusionTimeEstimation, FlowMatching, NoiseContrastive
 from anomalib_gen.paths import EDM, PATHS, CosineBetas, Linear
 
 
@@ -250,3 +252,15 @@ def test_wrong_arguments_are_named(rows, fitted):
         make(denoiser="closed-form", objective="improved-ddpm").fit(rows)
     with pytest.raises(ValueError, match="cannot learn variances"):
         make(network="energy", objective="improved-ddpm").fit(rows)
+
+
+def test_matched_noise_and_the_default_anomaly_are_warned_of():
+    X = np.random.default_rng(0).normal(size=(60, 2))
+    settings = {"hidden_features": 8, "max_iter": 3, "random_state": 0, "device": "cpu"}
+    matched = FlowMatching(pairing="optimal-transport")
+    with pytest.warns(UserWarning, match=r"matches rows with noise.*anomaly='reconstruction'"):
+        DiffusionDetector(objective=matched, **settings).fit(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DiffusionDetector(objective=matched, anomaly="reconstruction", **settings).fit(X)
+        DiffusionDetector(objective="flow-matching", **settings).fit(X)

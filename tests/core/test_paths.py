@@ -171,5 +171,11 @@ def test_levels_that_are_none_are_refused(path):
 def test_grids_that_are_none_are_refused():
     with pytest.raises(ValueError, match=r"n_steps must be a positive integer, got LinearBetas\(n_steps=0\)"):
         _ = LinearBetas(n_steps=0).noise_levels
+    with pytest.raises(
+        ValueError, match=r"n_steps must be a positive integer, got CosineBetas\(n_steps=2.5\)"
+    ):
+        _ = CosineBetas(n_steps=2.5).noise_levels
+    with pytest.raises(ValueError, match=r"parameters of VarianceExploding\(sigma_min='a'\) must be numbers"):
+        _ = VarianceExploding(sigma_min="a").noise_levels
     with pytest.raises(ValueError, match="rho must be positive and finite"):
         EDM(rho=0.0).grid(3)
