@@ -223,7 +223,9 @@ class DiffusionDetector(GenerativeDetector):
     -----
     How the default for tables adapts to the data: gradient steps grow with the number of rows (`max_iter`), training
     ends when held-out rows say so, the network starts at zero on top of the closed form and has a share in the anomaly
-    that grows with the number of rows, and the closed form's bandwidths are the spacing of the rows.
+    that grows with the number of rows, N / (2 (N + 1000)) of N, and the closed form's bandwidths are the spacing of the
+    rows, as far as columns let them be apart. The size of the network is the same for all: with few rows it has next to
+    no say.
 
     A detector with stored rows keeps three copies of the training rows (images, and two histograms of each) in single
     precision, of a million rows and two gigabytes at most, an even choice of more; so does its model folder. Its kernel
