@@ -49,6 +49,7 @@ from anomalib_gen.persistence._files import (
     TENSORS,
     check_place,
     list_folder,
+    local_path,
     make_folder,
     part_name,
     read_file,
@@ -115,7 +116,8 @@ def save(
     Raises
     ------
     ModelFolderError
-        If the model has a part that cannot be saved without pickle; the message names it.
+        If the model has a part that cannot be saved without pickle; the message names it. Or if the folder is an
+        address (``scheme://...``): model folders are local.
     FileExistsError
         If there is something under that name already.
     NotFittedError
@@ -166,6 +168,7 @@ def save_described(
             f"save is for detectors of anomalib_gen and pipelines around them, got {type(model).__name__!r}."
         )
     check_is_fitted(model)
+    place = local_path(folder)
     paths = normalise_trusted(trusted)
     encoder = Encoder(paths, lambda estimator: dump_estimator(estimator, paths))
     name = type(model).__name__
@@ -199,7 +202,7 @@ def save_described(
             f"{name} has too many parts to be saved: {len(files[DOCUMENT])} bytes of description."
         )
     files[CARD] = model_card(document).encode()
-    write_folder(Path(folder), files, overwrite=overwrite)
+    write_folder(place, files, overwrite=overwrite)
     return str(document["hash"])
 
 
@@ -222,7 +225,7 @@ def load(folder: str | PathLike[str], *, trusted: Collection[str] = (), max_byte
     Raises
     ------
     ModelFolderError
-        If the folder is damaged, was changed, or holds what a model folder must not hold.
+        If the folder is damaged, was changed, or holds what a model folder must not hold, or is an address.
     FileNotFoundError
         If there is no such folder.
 
@@ -236,7 +239,7 @@ def load(folder: str | PathLike[str], *, trusted: Collection[str] = (), max_byte
     Nothing of the folder is ever run, unlike with pickle. See `anomalib_gen.persistence` for what the content hash
     protects from.
     """
-    return _load(Path(folder), trusted, max_bytes)[0]
+    return _load(local_path(folder), trusted, max_bytes)[0]
 
 
 def load_described(
@@ -263,7 +266,7 @@ def load_described(
     ModelFolderError, FileNotFoundError
         As for `load`.
     """
-    return _load(Path(folder), trusted, max_bytes)
+    return _load(local_path(folder), trusted, max_bytes)
 
 
 def inspect(folder: str | PathLike[str]) -> dict[str, Any]:
@@ -285,7 +288,7 @@ def inspect(folder: str | PathLike[str]) -> dict[str, Any]:
     FileNotFoundError
         If there is no such folder.
     """
-    path = Path(folder)
+    path = local_path(folder)
     return _facts(steadily(path, lambda: _read_document(path)[0]))
 
 
@@ -308,7 +311,7 @@ def read_reference(folder: str | PathLike[str], *, max_bytes: int = MAX_BYTES) -
     ModelFolderError, FileNotFoundError
         As for `load`; the other files are not read.
     """
-    path = Path(folder)
+    path = local_path(folder)
     return steadily(path, lambda: _read_reference(path, max_bytes))
 
 
@@ -344,7 +347,7 @@ def verify(folder: str | PathLike[str], *, trusted: Collection[str] = (), max_by
     FileNotFoundError
         If there is no such folder.
     """
-    return str(_load(Path(folder), trusted, max_bytes)[1]["hash"])
+    return str(_load(local_path(folder), trusted, max_bytes)[1]["hash"])
 
 
 def _load(folder: Path, trusted: Collection[str], max_bytes: int) -> tuple[Any, dict[str, Any]]:

@@ -36,6 +36,8 @@ TENSORS = "tensors.safetensors"
 CARD = "MODEL_CARD.md"
 REFERENCE = "reference.json"
 PART = re.compile(r"part-\d{1,4}\.skops", re.ASCII)
+ADDRESS = re.compile(r"[\w+.:-]{2,}:/")
+"""How addresses begin, also of those that went through `Path`, which takes one of their slashes; no drive does."""
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".dill")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 Result = TypeVar("Result")
@@ -44,6 +46,22 @@ Result = TypeVar("Result")
 def part_name(number: int) -> str:
     """File of a scikit-learn estimator."""
     return f"part-{number}.skops"
+
+
+def local_path(folder: str | os.PathLike[str]) -> Path:
+    """Path of a model folder, which is one of this machine.
+
+    Raises
+    ------
+    ModelFolderError
+        If it is an address, such as one of an object store: as a path it would be that of a folder named like it.
+    """
+    if ADDRESS.match(str(folder)):
+        raise ModelFolderError(
+            f"{folder} is an address, and model folders are local: their files are checked and replaced together. Give "
+            "a folder of this machine, and copy it from or to the store with the store's own tools."
+        )
+    return Path(folder)
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
@@ -125,17 +143,19 @@ def _remove_abandoned(folder: Path) -> None:
                     os.close(handle)
 
 
-def check_place(folder: Path, *, overwrite: bool) -> None:
+def check_place(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
     """Tell before a long computation what `write_folder` would refuse after it.
 
     Raises
     ------
     FileExistsError
         As `write_folder`.
+    ModelFolderError
+        If it is no path of this machine.
     OSError
         If the folder that it would be in is none, or cannot be written to.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.abspath(local_path(folder)))
     _refuse_existing(folder, overwrite=overwrite)
     above = next(path for path in folder.parents if os.path.lexists(path))
     if not above.is_dir():

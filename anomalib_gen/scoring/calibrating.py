@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,7 +58,7 @@ def calibrate_files(options: CalibrateOptions, log: Log) -> dict[str, Any]:
     UsageError, DataError
         As the exit codes say. What was there is then untouched.
     """
-    folder = Path(options.output or options.model)
+    folder = options.output or options.model
     if os.path.lexists(folder) and not options.overwrite:
         what = "Choose another --output" if options.output else "Give an --output"
         raise UsageError(f"{folder} exists already. {what}, or replace it with --overwrite.")
@@ -101,12 +100,12 @@ def calibrate_files(options: CalibrateOptions, log: Log) -> dict[str, Any]:
     flagged = float((s < threshold).mean())
     log.info(
         f"saved {folder}, hash {content}: {flagged:.3%} of {count(len(s), 'row')} are below the threshold",
-        model=str(folder),
+        model=folder,
         hash=content,
     )
     return {
         "model": content,
-        "folder": str(folder),
+        "folder": folder,
         "method": options.method,
         "rows": sample.n_rows,
         "scores": len(s),

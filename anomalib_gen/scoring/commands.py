@@ -44,7 +44,11 @@ Logs = Annotated[LogFormat, typer.Option("--log-format", help="Messages for peop
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", metavar="FOLDER", help="Model folder that `fit` made. Required.", show_default=False
+        "--model",
+        "-m",
+        metavar="FOLDER",
+        help="Local folder of a model. Required.",
+        show_default=False,
     ),
 ]
 Overwrite = Annotated[
@@ -53,7 +57,7 @@ Overwrite = Annotated[
         "--overwrite", help="Replace an output that exists, by the new one as soon as that is complete."
     ),
 ]
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Model folder.", show_default=False)]
+Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="Local folder of a model.", show_default=False)]
 
 models = typer.Typer(
     no_args_is_help=True,
@@ -80,7 +84,11 @@ def fit(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", metavar="FOLDER", help="Model folder to make. Required.", show_default=False
+            "--model",
+            "-m",
+            metavar="FOLDER",
+            help="Local folder of the model to make. Required.",
+            show_default=False,
         ),
     ] = None,
     detector: Annotated[

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -63,7 +62,7 @@ def fit_files(options: FitOptions, log: Log) -> str:
     UsageError, DataError
         As the exit codes say.
     """
-    folder = Path(options.model)
+    folder = options.model
     if os.path.lexists(folder) and not options.overwrite:
         raise UsageError(f"{folder} exists already. Choose another folder, or replace it with --overwrite.")
     check_folder(folder, overwrite=options.overwrite)
@@ -86,7 +85,7 @@ def fit_files(options: FitOptions, log: Log) -> str:
         raise UsageError(str(error)) from None
     except OSError as error:
         raise explain_os_error(error, f"writing {folder}") from None
-    log.info(f"saved {folder}, hash {content}", model=str(folder), hash=content)
+    log.info(f"saved {folder}, hash {content}", model=folder, hash=content)
     return content
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,7 @@ def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
     return model, facts
 
 
-def check_folder(folder: Path, *, overwrite: bool) -> None:
+def check_folder(folder: str, *, overwrite: bool) -> None:
     """Refuse a place where no model folder can be written, before hours of work.
 
     Raises
@@ -48,7 +47,7 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
     """
     try:
         persistence.check_place(folder, overwrite=overwrite)
-    except FileExistsError as error:
+    except (FileExistsError, ModelFolderError) as error:
         raise UsageError(str(error).replace("overwrite=True", "--overwrite")) from None
     except OSError as error:
         raise explain_os_error(error, f"writing {folder}") from None

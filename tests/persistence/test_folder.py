@@ -107,6 +107,25 @@ def test_saving_replaces_only_when_asked(tiny, X, tmp_path):
     assert (other / "thesis.txt").read_text() == "three years"
 
 
+@pytest.mark.parametrize(
+    "place", ["s3://bucket/model", "memory://b", "file:///tmp/model", Path("s3://bucket/model")], ids=str
+)
+def test_an_address_is_no_folder(fitted, tmp_path, monkeypatch, place):
+    """As a path, ``s3://bucket/model`` would be a folder named ``s3:`` right here."""
+    monkeypatch.chdir(tmp_path)
+    for use in (fitted.save, load, persistence.verify, persistence.inspect, persistence.read_reference):
+        with pytest.raises(ModelFolderError, match=r"is an address, and model folders are local.* copy it"):
+            use(place)
+    with pytest.raises(ModelFolderError, match="is an address"):
+        persistence.check_place(place, overwrite=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_colon_makes_no_address(fitted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fitted.save("models/2026-11-27T03:15") == persistence.verify("models/2026-11-27T03:15")
+
+
 @pytest.mark.parametrize("with_exchange", [True, False])
 def test_a_folder_is_replaced_without_the_exchange_of_names(tiny, X, tmp_path, monkeypatch, with_exchange):
     if not with_exchange:

@@ -217,6 +217,22 @@ def test_a_place_for_no_model_is_refused_before_the_work(run, model, tmp_path, c
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "three years"
 
 
+def test_an_address_is_no_model_folder(run, rows, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows(60, 0).to_parquet("rows.parquet")
+    for code, arguments in (
+        (1, ("fit", "rows.parquet", "--exclude", "id", "-m", "s3://bucket/model")),
+        (1, ("calibrate", "rows.parquet", "-m", model, "-o", "memory://x/m")),
+        (2, ("score", "rows.parquet", "-m", "memory://b", "-o", "out.parquet")),
+        (2, ("evaluate", "rows.parquet", "-m", "memory://b", "--label", "kind")),
+        (2, ("models", "verify", "memory://b")),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == code, result.output
+        assert f"{arguments[-1] if code == 1 else 'memory://b'} is an address" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
+
+
 def test_evaluate_replaces_no_input(run, rows, model, tmp_path):
     path = tmp_path / "a.csv"
     rows(20, 0).assign(y=1).to_csv(path, index=False)
