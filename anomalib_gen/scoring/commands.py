@@ -235,7 +235,7 @@ def score(
     complete; OUTPUT.run.json says what it was made from. Memory does not grow with the files.
 
     For a nightly job use `--resume --overwrite`: what was killed goes on, what is done is left alone, and other input
-    is scored anew.
+    is scored anew. An output of another size than its run wrote is not taken for done.
 
     **Exit codes**: 0 done; 1 usage, or another run writes to the output; 2 files that cannot be read or written, or do
     not fit the model; 3 more outliers than `--alert-above`; 4 done, but for bad rows or files; 5 internal error.

@@ -9,6 +9,7 @@ upload goes to a temporary name first.
 from __future__ import annotations
 
 import dataclasses
+import json
 import posixpath
 import shutil
 from collections.abc import Callable
@@ -18,11 +19,12 @@ from typing import Any
 from anomalib_gen.scoring._errors import DataError, UsageError
 from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import ScoreOptions
-from anomalib_gen.scoring.parts import digest, quarantine_beside, record_of, sole_run
+from anomalib_gen.scoring.parts import digest, quarantine_beside, record_of, sole_run, to_json
 from anomalib_gen.scoring.sources import find_inputs
 
 WHOLE_OBJECTS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "r2"}
 """Stores in which an upload appears when it is complete."""
+OTHER_SIZE = "{output} has {found:,} bytes, and its run wrote {expected:,}: it was cut off or changed"
 
 
 def score_to_store(options: ScoreOptions, log: Log, score: Callable[[ScoreOptions], Any]) -> Any:
@@ -80,8 +82,9 @@ def _score_and_upload(
         # So that a run that is done in the store is known here. An empty file stands for the output, and no output
         # is ever empty.
         store.get(".run.json", record)
-        before = record.read_bytes()
-        output.touch()
+        if _is_whole(options, store, record, log):
+            before = record.read_bytes()
+            output.touch()
     here = dataclasses.replace(  # type: ignore[type-var]
         options, output=str(output), work=None, overwrite=options.overwrite or not is_there
     )
@@ -96,6 +99,32 @@ def _score_and_upload(
         log.info(f"uploaded {options.output}", output=options.output)
     shutil.rmtree(output.parent, ignore_errors=True)
     return summary
+
+
+def _is_whole(options: ScoreOptions, store: _Store, record: Path, log: Log) -> bool:
+    """Whether an object is as large as its record says, which is then left without the size: that of no stand-in.
+
+    Raises
+    ------
+    DataError
+        If it is not, and must not be replaced.
+    """
+    try:
+        facts = json.loads(record.read_bytes())
+        expected = facts.pop("bytes", None)
+    except (ValueError, AttributeError):
+        return True  # (It is no record, and will not be taken for one.)
+    if expected is None:
+        return True
+    if (found := store.size("")) in (None, expected):
+        record.write_bytes(to_json(facts))
+        return True
+    record.unlink()
+    damage = OTHER_SIZE.format(output=options.output, found=found, expected=expected)
+    if not options.overwrite:
+        raise DataError(f"{damage}. Score the files again with --overwrite, or choose another output.")
+    log.warning(f"{damage}, so the files are scored again")
+    return False
 
 
 class _Store:
@@ -132,6 +161,11 @@ class _Store:
         """Whether there is an object."""
         self._call("invalidate_cache")
         return bool(self._call("exists", self.place + suffix))
+
+    def size(self, suffix: str) -> int | None:
+        """Bytes of an object; None where the store does not tell."""
+        found: int | None = self._call("size", self.place + suffix)
+        return found
 
     def get(self, suffix: str, path: Path) -> None:
         """Download an object."""

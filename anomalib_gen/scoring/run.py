@@ -37,9 +37,9 @@ from anomalib_gen.scoring.parts import (
     to_json,
     write_file,
 )
-from anomalib_gen.scoring.remote import score_to_store
+from anomalib_gen.scoring.remote import OTHER_SIZE, score_to_store
 from anomalib_gen.scoring.rows import finite, load_model, score_rows, threshold_of
-from anomalib_gen.scoring.sinks import check_schema, is_replaceable, kind_of_output, write_result
+from anomalib_gen.scoring.sinks import check_schema, is_replaceable, kind_of_output, size_of, write_result
 from anomalib_gen.scoring.sources import (
     Input,
     Part,
@@ -195,6 +195,7 @@ class _Run:
             self.options.resume
             and not unfinished
             and (record := self._recorded())
+            and self._is_whole(record)
             and self._is_as_asked(record)
         ):
             self.parts.remove()
@@ -219,10 +220,27 @@ class _Run:
             record = json.loads(self.record.read_bytes())
             if record["plan"] == digest(self.plan):
                 counts = {name: int(record[name]) for name in ("rows", "outliers", "bad_rows", "bad_files")}
-                return {**counts, "quarantine": record["quarantine"]}
+                return {**counts, "quarantine": record["quarantine"], "bytes": record.get("bytes")}
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return None
+
+    def _is_whole(self, record: dict[str, Any]) -> bool:
+        """Whether the output is as large as it was when it was made; earlier versions did not record that.
+
+        Raises
+        ------
+        DataError
+            If it is not, and must not be replaced.
+        """
+        expected, found = record.pop("bytes"), size_of(self.output)
+        if expected is None or expected == found:
+            return True
+        damage = OTHER_SIZE.format(output=self.output, found=found, expected=expected)
+        if not self.options.overwrite:
+            raise DataError(f"{damage}. Score the files again with --overwrite, or choose another output.")
+        self.log.warning(f"{damage}, so the files are scored again")
+        return False
 
     def _is_as_asked(self, record: dict[str, Any]) -> bool:
         """Whether a finished run is what this one would be; a quarantine that is wanted elsewhere is moved there.
@@ -500,6 +518,7 @@ class _Run:
             "outliers": self.summary.outliers,
             "bad_rows": self.summary.bad_rows,
             "bad_files": self.summary.bad_files,
+            "bytes": size_of(self.output),
         }
         write_file(self.record, to_json(record) + b"\n")
 

@@ -139,6 +139,12 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def size_of(path: Path) -> int:
+    """Bytes of an output, of a folder those of its parts; zero of one that is not there."""
+    files = path.glob("part-*.parquet") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.exists())
+
+
 def is_replaceable(path: Path) -> bool:
     """Whether something under the name of an output looks like one: a file, or a folder of parts alone."""
     if kind_of_output(path) == "folder" and (path.is_symlink() or not path.is_dir()):

@@ -279,6 +279,48 @@ def test_a_full_disk_leaves_earlier_results(run, incoming, model, tmp_path, expe
     assert record.exists()
 
 
+@pytest.mark.parametrize("name", ["out.parquet", "folder"])
+@pytest.mark.usefixtures("small_parts")
+def test_an_output_that_was_damaged_since_is_not_taken_for_complete(
+    run, incoming, model, tmp_path, counted, name
+):
+    output = tmp_path / "scores" / name
+    arguments = command(incoming, model, output)
+    assert run(*arguments).exit_code == 4
+    damaged = max(output.iterdir()) if output.is_dir() else output
+    whole, size = damaged.read_bytes(), running.size_of(output)
+    damaged.write_bytes(whole[:1000])
+    counted.clear()
+    result = run(*arguments)
+    assert result.exit_code == 2
+    lost = len(whole) - 1000
+    assert f"{output} has {size - lost:,} bytes, and its run wrote {size:,}" in result.stderr
+    assert "with --overwrite" in result.stderr
+    assert damaged.read_bytes() == whole[:1000]
+    assert not counted
+    result = run(*arguments, "--overwrite")
+    assert result.exit_code == 4
+    assert "so the files are scored again" in result.stderr
+    assert damaged.read_bytes() == whole
+    assert counted
+    counted.clear()
+    assert run(*arguments, "--overwrite").exit_code == 4
+    assert not counted
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_record_that_knows_no_size_is_trusted(run, incoming, model, tmp_path, counted):
+    output = tmp_path / "out.parquet"
+    assert run(*command(incoming, model, output)).exit_code == 4
+    path = tmp_path / "out.parquet.run.json"
+    record = json.loads(path.read_bytes())
+    assert record.pop("bytes") == output.stat().st_size
+    path.write_text(json.dumps(record))
+    counted.clear()
+    assert run(*command(incoming, model, output)).exit_code == 4
+    assert not counted
+
+
 SLOW_PARTS = """
 import sys, time
 import anomalib_gen.scoring.run as running

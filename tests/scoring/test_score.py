@@ -173,6 +173,28 @@ def test_an_output_in_an_object_store(run, rows, model, loaded, tmp_path, monkey
     assert results_in(store)["s.parquet.run.json"] != first["s.parquet.run.json"]
 
 
+def test_an_object_that_was_damaged_since_is_scored_again(run, rows, model, tmp_path, monkeypatch, store):
+    source, place = write(rows(50, 1), tmp_path / "rows.parquet"), "memory://out/s.parquet"
+    options = ("score", source, "-m", model, "-o", place, "--work", tmp_path / "work", "--resume")
+    assert run(*options).exit_code == 0
+    first = results_in(store)
+    store.pipe_file("/out/s.parquet", first["s.parquet"][:1000])
+    result = run(*options)
+    assert result.exit_code == 2
+    assert f"{place} has 1,000 bytes, and its run wrote {len(first['s.parquet']):,}" in result.stderr
+    result = run(*options, "--overwrite")
+    assert result.exit_code == 0
+    assert "so the files are scored again" in result.stderr
+    assert results_in(store) == first
+    # A record of an earlier version knows no size.
+    record = json.loads(first["s.parquet.run.json"])
+    del record["bytes"]
+    store.pipe_file("/out/s.parquet.run.json", json.dumps(record).encode())
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "score_rows", lambda *arguments, **options: pytest.fail("scored again"))
+        assert run(*options).exit_code == 0
+
+
 @pytest.mark.usefixtures("small_parts")
 def test_a_store_that_fails_loses_nothing(run, rows, model, tmp_path, monkeypatch, store):
     frame = rows(350, 1)
