@@ -78,8 +78,15 @@ class Summary:
     code: int = DONE
 
 
-def score_files(options: ScoreOptions, log: Log) -> Summary:
+def score_files(options: ScoreOptions, log: Log, *, shown: str | None = None) -> Summary:
     """Score files with a saved model.
+
+    Parameters
+    ----------
+    options : ScoreOptions
+    log : Log
+    shown : str, optional
+        What messages call the output; for one in a store it is not the file that is written here.
 
     Raises
     ------
@@ -87,7 +94,9 @@ def score_files(options: ScoreOptions, log: Log) -> Summary:
         As the exit codes say. Earlier results are then untouched.
     """
     if is_remote(options.output):
-        summary: Summary = score_to_store(options, log, lambda here: score_files(here, log))
+        summary: Summary = score_to_store(
+            options, log, lambda here: score_files(here, log, shown=options.output)
+        )
         return summary
     output = Path(options.output.removeprefix("file://"))
     kind_of_output(output)
@@ -114,7 +123,7 @@ def score_files(options: ScoreOptions, log: Log) -> Summary:
     try:
         make_folder(output.parent)
         with sole_run(output):
-            return _Run(options, output, model, facts["hash"], wanted, inputs, plan, log).run()
+            return _Run(options, output, model, facts["hash"], wanted, inputs, plan, log, shown).run()
     except OSError as error:
         raise explain_os_error(error, f"writing {output}") from error
 
@@ -150,6 +159,7 @@ class _Run:
         inputs: list[Input],
         plan: dict[str, Any],
         log: Log,
+        shown: str | None,
     ) -> None:
         self.options, self.output, self.model, self.wanted = options, output, model, wanted
         self.inputs, self.plan, self.log = inputs, plan, log
@@ -160,6 +170,8 @@ class _Run:
         self.parts = Parts(output.with_name(f".{output.name}.parts"))
         self.record = record_of(output)
         self.quarantine = Path(options.quarantine or quarantine_beside(output))
+        self.shown = shown or str(output)
+        self.shown_quarantine = options.quarantine or f"{self.shown}.quarantine.jsonl"
         self.summary = Summary()
         self.key_types: dict[str, pa.DataType] | None = None
 
@@ -199,17 +211,17 @@ class _Run:
             and self._is_as_asked(record)
         ):
             self.parts.remove()
-            self.log.info(f"{self.output} is complete already; nothing to do")
+            self.log.info(f"{self.shown} is complete already; nothing to do")
             self.summary.code = self._code()
             return True
         # (A run that was killed at its very end has left the output and its parts.)
         if not self.options.overwrite and not (self.options.resume and unfinished):
             raise UsageError(
-                f"{self.output} exists already. Choose another output, or replace it with --overwrite."
+                f"{self.shown} exists already. Choose another output, or replace it with --overwrite."
             )
         if not is_replaceable(self.output):
             raise UsageError(
-                f"{self.output} is nothing that `score` has made there (a folder with other things in it, a link to a "
+                f"{self.shown} is nothing that `score` has made there (a folder with other things in it, a link to a "
                 "folder, or a file where a folder is wanted), and is not replaced. Choose another output, or remove it."
             )
         return False
@@ -236,7 +248,7 @@ class _Run:
         expected, found = record.pop("bytes"), size_of(self.output)
         if expected is None or expected == found:
             return True
-        damage = OTHER_SIZE.format(output=self.output, found=found, expected=expected)
+        damage = OTHER_SIZE.format(output=self.shown, found=found, expected=expected)
         if not self.options.overwrite:
             raise DataError(f"{damage}. Score the files again with --overwrite, or choose another output.")
         self.log.warning(f"{damage}, so the files are scored again")
@@ -258,7 +270,7 @@ class _Run:
         ):
             if count > limit:
                 raise DataError(
-                    f"{self.output} is complete, but without {count} bad {what}, more than {limit} "
+                    f"{self.shown} is complete, but without {count} bad {what}, more than {limit} "
                     f"(--max-bad-{what}). Allow as many, or mend them and run again."
                 )
         if quarantine == self.options.quarantine:
@@ -268,8 +280,9 @@ class _Run:
             entries = read_quarantine(old, self.summary.bad_rows, self.summary.bad_files)
             mine = {item.path for item in self.inputs}
             if entries is None or not {entry.get("file") for entry in entries} <= mine:
+                shown = quarantine or f"{self.shown}.quarantine.jsonl"
                 self.log.warning(
-                    f"{old} is gone or another run's, so the files are scored again for {self.quarantine}"
+                    f"{shown} is gone or another run's, so the files are scored again for {self.quarantine}"
                 )
                 self.summary = Summary()
                 return False
@@ -324,7 +337,7 @@ class _Run:
             rule = f"more bad rows than {allowed} (--max-bad-rows)" if allowed else "a bad row"
             raise DataError(
                 f"{item.path} has {rule}: row {bad[0]['row']}, {bad[0]['reason']}. Mend it and run again, or allow "
-                f"more with --max-bad-rows; such rows go to {self.quarantine}."
+                f"more with --max-bad-rows; such rows go to {self.shown_quarantine}."
             )
 
     # Scoring ------------------------------------------------------------------------------------------------
@@ -503,9 +516,9 @@ class _Run:
         self._write_record()
         self.parts.remove()
         if not summary.rows:
-            self.log.warning(f"no row was scored: {self.output} is empty")
+            self.log.warning(f"no row was scored: {self.shown} is empty")
         if quarantined:
-            self.log.warning(f"{len(quarantined)} bad rows or files are in {self.quarantine}")
+            self.log.warning(f"{len(quarantined)} bad rows or files are in {self.shown_quarantine}")
 
     def _write_record(self) -> None:
         record = {

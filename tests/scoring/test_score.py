@@ -195,6 +195,29 @@ def test_an_object_that_was_damaged_since_is_scored_again(run, rows, model, tmp_
         assert run(*options).exit_code == 0
 
 
+def test_messages_name_the_output_in_the_store(run, rows, model, tmp_path, store):
+    """And not the file on this machine that is uploaded as it."""
+    frame = rows(50, 1)
+    frame.loc[7, "x"] = np.nan
+    source, place = write(frame, tmp_path / "rows.parquet"), "memory://out/s.parquet"
+    options = ("score", source, "-m", model, "-o", place, "--work", tmp_path / "work", "--resume")
+    for more, code, message in (
+        ((), 2, f"such rows go to {place}.quarantine.jsonl"),
+        (("--max-bad-rows", 1), 4, f"are in {place}.quarantine.jsonl"),
+        (("--max-bad-rows", 1), 4, f"{place} is complete already"),
+        ((), 2, f"{place} is complete, but without 1 bad rows"),
+        (
+            ("--max-bad-rows", 1, "--overwrite", "--quarantine", tmp_path / "bad.jsonl"),
+            4,
+            f"{place}.quarantine.jsonl is gone",
+        ),
+    ):
+        result = run(*options, *more)
+        assert result.exit_code == code, result.output
+        assert message in result.stderr
+        assert "work" not in result.stderr
+
+
 @pytest.mark.usefixtures("small_parts")
 def test_a_store_that_fails_loses_nothing(run, rows, model, tmp_path, monkeypatch, store):
     frame = rows(350, 1)
