@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Sequence
 from enum import IntEnum, StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.commands import register
 
 # Newer versions of typer carry their own copy of click, so the class is taken from where typer itself has it.
-_UsageError = typer.BadParameter.__mro__[1]
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 class ExitCode(IntEnum):
@@ -47,20 +50,32 @@ class Suite(StrEnum):
 class _Group(TyperGroup):
     """Commands with our exit codes."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
+        # What goes wrong before a command runs, or in a way that it does not know, is said in its format all the same.
+        given = sys.argv[1:] if args is None else list(args)
+        as_json = "--log-format=json" in given or ("--log-format", "json") in pairwise(given)
         try:
-            return super().main(*args, **kwargs)
+            if as_json:
+                raise SystemExit(super().main(args, *more, **{**options, "standalone_mode": False}))
+            return super().main(args, *more, **options)
+        except _UsageError as error:
+            Log(as_json=True).error(error.format_message(), code=int(ExitCode.USAGE))
+            raise SystemExit(int(ExitCode.USAGE)) from None
         except SystemExit as error:
             # The parser leaves with 2 on wrong usage; here 2 means data.
             if isinstance(error.__context__, _UsageError):
                 raise SystemExit(int(ExitCode.USAGE)) from None
             raise
-        except Exception:  # whatever it is, a scheduler is to see the code of an internal error
-            traceback.print_exc()
-            print(  # noqa: T201
-                "anomalib-gen: internal error. This is a bug; please report it with the lines above.",
-                file=sys.stderr,
-            )
+        except Exception as error:  # whatever it is, a scheduler is to see the code of an internal error
+            if as_json:
+                Log(as_json=True).error(
+                    f"internal error, {type(error).__name__}: {error}. This is a bug; please report it.",
+                    code=int(ExitCode.INTERNAL),
+                    traceback=traceback.format_exc(),
+                )
+            else:
+                traceback.print_exc()
+                Log().error("internal error. This is a bug; please report it with the lines above.")
             raise SystemExit(int(ExitCode.INTERNAL)) from None
 
 

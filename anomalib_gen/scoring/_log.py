@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 
@@ -59,3 +62,27 @@ class Log:
         else:
             mark = "" if level == "info" else f"{level}: "
             print(f"anomalib-gen: {mark}{message}", file=stream, flush=True)
+
+
+@contextlib.contextmanager
+def python_warnings_in(log: Log) -> Iterator[None]:
+    """Make messages of what Python warns of while a command runs; which warnings are shown stays as it is."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        name = category.__name__
+        text = str(message) if category is UserWarning else f"{name}: {message}"
+        log.warning(text, category=name, place=f"{filename}:{lineno}")
+
+    before = warnings.showwarning
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before

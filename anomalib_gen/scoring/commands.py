@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from anomalib_gen.scoring._errors import DATA, DONE, INTERRUPTED, ScoringError
-from anomalib_gen.scoring._log import Log, count
+from anomalib_gen.scoring._log import Log, count, python_warnings_in
 
 
 class LogFormat(StrEnum):
@@ -68,9 +68,10 @@ models = typer.Typer(
 
 @contextlib.contextmanager
 def reported(log: Log, *, resumable: bool = False) -> Iterator[None]:
-    """Turn errors that are a user's to mend into one message and an exit code."""
+    """Turn errors that are a user's to mend into one message and an exit code, and warnings into messages."""
     try:
-        yield
+        with python_warnings_in(log):
+            yield
     except ScoringError as error:
         log.error(str(error), code=error.code)
         raise typer.Exit(error.code) from None
@@ -409,7 +410,8 @@ def _folder_errors() -> Iterator[None]:
     from anomalib_gen.persistence import ModelFolderError
 
     try:
-        yield
+        with python_warnings_in(Log()):
+            yield
     except (ModelFolderError, OSError) as error:
         Log().error(str(error))
         raise typer.Exit(DATA) from None

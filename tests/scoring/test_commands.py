@@ -2,6 +2,7 @@
 
 import decimal
 import json
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from sklearn.metrics import average_precision_score, f1_score, precision_score, 
 
 from anomalib_gen import FlowDetector, load, persistence
 from anomalib_gen.scoring import config
+from anomalib_gen.scoring import run as scoring_run
 from anomalib_gen.scoring._errors import UsageError
 from anomalib_gen.scoring._log import count
 
@@ -272,6 +274,87 @@ def test_help_names_every_option_of_a_command(run):
         for field in options.__dataclass_fields__:
             if field not in ("input", "columns", "scores"):
                 assert f"--{field.replace('_', '-')}" in text
+
+
+# Messages --------------------------------------------------------------------------------------------------
+
+
+def messages(result):
+    """What a run with `--log-format json` says; every line must be JSON."""
+    return [json.loads(line) for line in result.stderr.splitlines()]
+
+
+def test_warnings_of_python_are_messages(run, rows, model, tmp_path, monkeypatch):
+    rows(20, 1).to_parquet(tmp_path / "rows.parquet")
+    real = scoring_run.score_rows
+
+    def warn(*arguments, **options):
+        np.log(np.zeros(1))
+        warnings.warn("The folder's transformers are old.")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(scoring_run, "score_rows", warn)
+    before = warnings.showwarning
+    arguments = (
+        "score",
+        tmp_path / "rows.parquet",
+        "-m",
+        model,
+        "-o",
+        tmp_path / "out.parquet",
+        "--overwrite",
+    )
+    result = run(*arguments, "--quiet", "--log-format", "json")
+    assert result.exit_code == 0, result.output
+    found = [(entry["level"], entry["message"], entry["category"]) for entry in messages(result)]
+    assert found == [
+        ("warning", "RuntimeWarning: divide by zero encountered in log", "RuntimeWarning"),
+        ("warning", "The folder's transformers are old.", "UserWarning"),
+    ]
+    assert all(entry["place"].startswith(__file__) for entry in messages(result))
+    assert run(*arguments, "--quiet").stderr.splitlines() == [
+        "anomalib-gen: warning: RuntimeWarning: divide by zero encountered in log",
+        "anomalib-gen: warning: The folder's transformers are old.",
+    ]
+    assert warnings.showwarning is before
+
+
+@pytest.mark.parametrize("form", [("--log-format", "json"), ("--log-format=json",)])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--max-bad-rows", "many"), "Invalid value for '--max-bad-rows'"),
+        (("--no-such-option",), "No such option"),
+        (("a.csv",), "score needs --model"),
+    ],
+)
+def test_wrong_usage_is_a_message(run, form, arguments, message):
+    for order in ((*arguments, *form), (*form, *arguments)):
+        result = run("score", *order)
+        assert result.exit_code == 1
+        (found,) = messages(result)
+        assert (found["level"], found["code"]) == ("error", 1)
+        assert message in found["message"]
+    assert run("score", *form, "--help").exit_code == 0
+    # (What format is wanted is not known here.)
+    result = run("score", "--log-format", "yaml")
+    assert result.exit_code == 1
+    assert "Usage" in result.stderr
+
+
+def test_an_internal_error_is_a_message(run, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring_run, "load_model", lambda folder: 1 / 0)
+    arguments = ("score", "a.csv", "-m", model, "-o", tmp_path / "out.csv")
+    result = run(*arguments, "--log-format", "json")
+    assert result.exit_code == 5
+    (found,) = messages(result)
+    assert found["code"] == 5
+    assert "internal error, ZeroDivisionError: division by zero. This is a bug" in found["message"]
+    assert "Traceback" in found["traceback"]
+    result = run(*arguments)
+    assert result.exit_code == 5
+    assert result.stderr.startswith("Traceback")
+    assert "internal error. This is a bug" in result.stderr.splitlines()[-1]
 
 
 # Configuration ---------------------------------------------------------------------------------------------
