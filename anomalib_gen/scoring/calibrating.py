@@ -63,7 +63,7 @@ def calibrate_files(options: CalibrateOptions, log: Log) -> dict[str, Any]:
         what = "Choose another --output" if options.output else "Give an --output"
         raise UsageError(f"{folder} exists already. {what}, or replace it with --overwrite.")
     check_folder(folder, overwrite=options.overwrite)
-    model, facts = load_model(options.model)
+    model, facts = load_model(options.model, options.trusted)
     wanted = wanted_by(facts["schema"], (), model)
     summary, sample = Summariser(), _Sample(MAX_SCORES)
     for frame, part in scored_rows(options.input, model, wanted, log):
@@ -92,6 +92,7 @@ def calibrate_files(options: CalibrateOptions, log: Log) -> dict[str, Any]:
             schema=facts["schema"],
             reference=reference.to_bytes(),
             overwrite=options.overwrite,
+            trusted=options.trusted,
         )
     except (FileExistsError, ModelFolderError) as error:
         raise UsageError(str(error).replace("overwrite=True", "--overwrite")) from None

@@ -51,6 +51,16 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+Trusted = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trusted",
+        metavar="PATH",
+        help="Import path of a class or function of your own (package.module:name) that the model may be made of, as "
+        "named when it was saved; its module is imported, which runs its code. May be repeated.",
+        show_default=False,
+    ),
+]
 Overwrite = Annotated[
     bool,
     typer.Option(
@@ -142,6 +152,7 @@ def fit(
 def score(
     input: Inputs = None,
     model: Model = None,
+    trusted: Trusted = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -250,6 +261,7 @@ def score(
         flags: dict[str, Any] = {
             "input": input,
             "model": model,
+            "trusted": trusted,
             "output": output,
             "key": key,
             "max_bad_rows": max_bad_rows,
@@ -284,6 +296,7 @@ def score(
 def evaluate(
     input: Inputs = None,
     model: Model = None,
+    trusted: Trusted = None,
     label: Annotated[
         str | None, typer.Option(metavar="NAME", help="Column with the labels. Required.", show_default=False)
     ] = None,
@@ -315,7 +328,14 @@ def evaluate(
     with reported(log):
         from anomalib_gen.scoring.config import EvaluateOptions, resolve
 
-        flags = {"input": input, "model": model, "label": label, "anomaly": anomaly, "output": output}
+        flags = {
+            "input": input,
+            "model": model,
+            "trusted": trusted,
+            "label": label,
+            "anomaly": anomaly,
+            "output": output,
+        }
         options = resolve(EvaluateOptions, "evaluate", {**flags, "overwrite": overwrite}, config)
         require()
         from anomalib_gen.scoring.evaluation import evaluate_files
@@ -333,6 +353,7 @@ def report(
         ),
     ] = None,
     model: Model = None,
+    trusted: Trusted = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -385,6 +406,7 @@ def report(
         flags: dict[str, Any] = {
             "scores": scores,
             "model": model,
+            "trusted": trusted,
             "output": output,
             "top": top,
             "overwrite": overwrite,
@@ -408,12 +430,13 @@ def require(*more: str) -> None:
 @contextlib.contextmanager
 def _folder_errors() -> Iterator[None]:
     from anomalib_gen.persistence import ModelFolderError
+    from anomalib_gen.scoring.rows import for_command_line
 
     try:
         with python_warnings_in(Log()):
             yield
     except (ModelFolderError, OSError) as error:
-        Log().error(str(error))
+        Log().error(for_command_line(error))
         raise typer.Exit(DATA) from None
 
 
@@ -429,6 +452,7 @@ def inspect(folder: Folder) -> None:
 @models.command()
 def verify(
     folder: Folder,
+    trusted: Trusted = None,
     expected: Annotated[
         str | None, typer.Option("--hash", metavar="HASH", help="Content hash that the model must have.")
     ] = None,
@@ -437,7 +461,7 @@ def verify(
     from anomalib_gen import persistence
 
     with _folder_errors():
-        found = persistence.verify(folder)
+        found = persistence.verify(folder, trusted=trusted or ())
     typer.echo(found)
     if expected is not None and found != expected:
         Log().error(f"{folder} is sound, but is another model than {expected}")

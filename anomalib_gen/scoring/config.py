@@ -86,6 +86,7 @@ class ScoreOptions:
 
     input: tuple[str, ...] = option("texts")
     model: str = option("text")
+    trusted: tuple[str, ...] = option("texts", ())
     output: str = option("text")
     key: tuple[str, ...] = option("texts", ())
     quarantine: str | None = option("text", None)
@@ -105,6 +106,7 @@ class EvaluateOptions:
 
     input: tuple[str, ...] = option("texts")
     model: str = option("text")
+    trusted: tuple[str, ...] = option("texts", ())
     label: str = option("text")
     anomaly: str = option("text", "-1")
     output: str | None = option("text", None)
@@ -117,6 +119,7 @@ class ReportOptions:
 
     scores: str = option("text")
     model: str = option("text")
+    trusted: tuple[str, ...] = option("texts", ())
     output: str | None = option("text", None)
     top: int = option("integer", 100, least=1, most=1000)
     overwrite: bool = option("flag", False)
@@ -128,6 +131,7 @@ class CalibrateOptions:
 
     input: tuple[str, ...] = option("texts")
     model: str = option("text")
+    trusted: tuple[str, ...] = option("texts", ())
     output: str | None = option("text", None)
     method: str = option("text", "false-positive-rate", among=METHODS)
     rate: float = option("number", 0.05, least=1e-12, most=0.5)
@@ -142,6 +146,7 @@ class ExplainOptions:
 
     input: tuple[str, ...] = option("texts")
     model: str = option("text")
+    trusted: tuple[str, ...] = option("texts", ())
     output: str = option("text")
     key: tuple[str, ...] = option("texts", ())
     top: int = option("integer", 100, least=1, most=1_000_000)

@@ -36,7 +36,7 @@ def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
         raise UsageError(f"--output {output} is a folder. Name a file.")
     if output is not None and output.exists() and not options.overwrite:
         raise UsageError(f"{output} exists already. Choose another output, or replace it with --overwrite.")
-    model, facts = load_model(options.model)
+    model, facts = load_model(options.model, options.trusted)
     wanted = wanted_by(facts["schema"], (options.label,), model)
     inputs = find_inputs(options.input)
     if output is not None:

@@ -79,7 +79,7 @@ def explain_files(options: ExplainOptions, log: Log) -> int:
     kind_of_output(output)
     if clash := sorted(set(options.key) & set(ADDED)):
         raise UsageError(f"--key {clash[0]} has the name of a column that is added. Rename it in the input.")
-    model, facts = load_model(options.model)
+    model, facts = load_model(options.model, options.trusted)
     wanted = wanted_by(facts["schema"], options.key, model)
     inputs = find_inputs(options.input)
     check_output(options.output, "--output", inputs)

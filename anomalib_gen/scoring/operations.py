@@ -15,6 +15,7 @@ from anomalib_gen.scoring.commands import (
     Model,
     Overwrite,
     Quiet,
+    Trusted,
     reported,
     require,
 )
@@ -27,6 +28,7 @@ def _option(*flags: str, **settings: Any) -> Any:
 def calibrate(
     input: Inputs = None,
     model: Model = None,
+    trusted: Trusted = None,
     output: Annotated[
         str | None,
         _option(
@@ -83,6 +85,7 @@ def calibrate(
         flags = {
             "input": input,
             "model": model,
+            "trusted": trusted,
             "output": output,
             "method": method,
             "rate": rate,
@@ -100,6 +103,7 @@ def calibrate(
 def explain(
     input: Inputs = None,
     model: Model = None,
+    trusted: Trusted = None,
     output: Annotated[
         str | None,
         _option("--output", "-o", metavar="PATH", help="File to make, as for `score`. Required."),
@@ -162,6 +166,7 @@ def explain(
         flags = {
             "input": input,
             "model": model,
+            "trusted": trusted,
             "output": output,
             "key": key,
             "top": top,

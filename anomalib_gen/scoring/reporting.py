@@ -229,7 +229,7 @@ def gather(scores: Path, options: ReportOptions, log: Log, judged: MonitorOption
     record, folder = _read_record(scores), options.model
     quarantine = Path(record["quarantine"] or quarantine_beside(scores))
     entries = read_quarantine(quarantine, record["bad_rows"], record["bad_files"])
-    model, facts = load_model(folder)
+    model, facts = load_model(folder, options.trusted)
     if facts["hash"] != record["model"]:
         raise DataError(
             f"{scores} was made by the model {record['model'][:HASH_DIGITS]}, and {folder} is "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,14 @@ from anomalib_gen.persistence import ModelFolderError
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 
 
-def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
+def load_model(folder: str, trusted: Collection[str] = ()) -> tuple[Any, dict[str, Any]]:
     """Model of a folder, and what the folder says of itself.
+
+    Parameters
+    ----------
+    folder : str
+    trusted : list of str, default=()
+        As for `persistence.load`.
 
     Raises
     ------
@@ -24,9 +32,9 @@ def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
         If there is none, or it is damaged or scores no rows.
     """
     try:
-        model, facts = persistence.load_described(folder)
+        model, facts = persistence.load_described(folder, trusted=trusted)
     except (ModelFolderError, OSError) as error:
-        raise DataError(str(error)) from None
+        raise DataError(for_command_line(error)) from None
     if not hasattr(model, "score_samples"):
         raise DataError(f"{folder} holds a {type(model).__name__}, which scores no rows.")
     shape = tuple(getattr(detector_in(model), "event_shape_", ()))
@@ -36,6 +44,15 @@ def load_model(folder: str) -> tuple[Any, dict[str, Any]]:
             "Score images in Python: anomalib_gen.load(folder).score_samples(images)."
         )
     return model, facts
+
+
+def for_command_line(error: Exception) -> str:
+    """Message about a model folder, with what is to be done in the words of the command line."""
+
+    def as_options(found: re.Match[str]) -> str:
+        return "add " + " ".join(f"--trusted {path}" for path in re.findall(r"'([^']*)'", found[1]))
+
+    return re.sub(r"(?:save and )?load with trusted=\[([^]]*)\]", as_options, str(error))
 
 
 def check_folder(folder: str, *, overwrite: bool) -> None:

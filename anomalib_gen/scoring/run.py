@@ -102,7 +102,7 @@ def score_files(options: ScoreOptions, log: Log, *, shown: str | None = None) ->
     kind_of_output(output)
     if clash := sorted(set(options.key) & {*ADDED, *(field.name for field in top_fields(options.explain))}):
         raise UsageError(f"--key {clash[0]} has the name of a column that is added. Rename it in the input.")
-    model, facts = load_model(options.model)
+    model, facts = load_model(options.model, options.trusted)
     inputs = find_inputs(options.input)
     _refuse_overlap(options, output, inputs)
     wanted = wanted_by(facts["schema"], options.key, model)

@@ -1,6 +1,7 @@
 """The commands `fit`, `evaluate` and `models`, and their configuration."""
 
 import decimal
+import importlib
 import json
 import warnings
 
@@ -11,11 +12,12 @@ import pyarrow.parquet as papq
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score, roc_auc_score
 
-from anomalib_gen import FlowDetector, load, persistence
+from anomalib_gen import EnergyDetector, FlowDetector, load, persistence, save
 from anomalib_gen.scoring import config
 from anomalib_gen.scoring import run as scoring_run
 from anomalib_gen.scoring._errors import UsageError
 from anomalib_gen.scoring._log import count
+from anomalib_gen.scoring.rows import for_command_line
 
 FLOW = (
     "anomalib_gen.FlowDetector(transform='realnvp', n_layers=2, hidden_features=8, max_iter=20, device='cpu')"
@@ -267,6 +269,55 @@ def test_models(run, model, tmp_path):
     assert run("models").exit_code in (0, 1, 2)
 
 
+OWN = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, n_features, *more, **options):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(n_features, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def forward(self, x, *more):
+        return self.layers(x)
+"""
+
+
+def test_models_with_code_of_ones_own(run, rows, tmp_path, monkeypatch):
+    (tmp_path / "own_networks.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    net = importlib.import_module("own_networks").Net
+    frame, folder, given = rows(60, 0), tmp_path / "own", tmp_path / "rows.parquet"
+    frame.assign(y=np.where(np.arange(60) < 6, -1, 1)).to_parquet(given)
+    X = frame[["x", "n"]]
+    detector = EnergyDetector(network=net, max_iter=3, random_state=0, device="cpu").fit(X)
+    save(detector, folder, X=X, trusted=["own_networks:Net"])
+    output, calibrated = tmp_path / "out.parquet", tmp_path / "calibrated"
+    commands = [
+        ("models", "verify", folder),
+        ("score", given, "-m", folder, "-o", output),
+        ("calibrate", given, "-m", folder, "-o", calibrated),
+        ("evaluate", given, "-m", folder, "--label", "y"),
+        ("explain", given, "-m", folder, "-o", tmp_path / "why.csv", "--top", 2),
+        ("report", output, "-m", folder),
+    ]
+    for arguments in commands:
+        refused = run(*arguments)
+        assert refused.exit_code == 2
+        assert "If you trust it, add --trusted own_networks:Net." in refused.stderr
+        result = run(*arguments, "--trusted", "own_networks:Net")
+        assert result.exit_code in (0, 4), result.output
+    (tmp_path / "own.toml").write_text("[score]\ntrusted = ['own_networks:Net']\n")
+    result = run(
+        "score", given, "-m", calibrated, "-o", output, "--overwrite", "--config", tmp_path / "own.toml"
+    )
+    assert result.exit_code == 0, result.output
+
+
+def test_messages_about_several_classes_name_the_options():
+    text = for_command_line(ValueError("If you do trust them, save and load with trusted=['a.b', 'c.d']."))
+    assert text == "If you do trust them, add --trusted a.b --trusted c.d."
+
+
 def test_help_names_every_option_of_a_command(run):
     for name, options in config.COMMANDS.items():
         text = run(name, "--help").output
@@ -343,7 +394,7 @@ def test_wrong_usage_is_a_message(run, form, arguments, message):
 
 
 def test_an_internal_error_is_a_message(run, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring_run, "load_model", lambda folder: 1 / 0)
+    monkeypatch.setattr(scoring_run, "load_model", lambda folder, trusted: 1 / 0)
     arguments = ("score", "a.csv", "-m", model, "-o", tmp_path / "out.csv")
     result = run(*arguments, "--log-format", "json")
     assert result.exit_code == 5
