@@ -353,6 +353,11 @@ def test_hadolint_likes_the_dockerfile():
     subprocess.run(["hadolint", EXAMPLES / "docker" / "Dockerfile"], check=True)
 
 
+def test_the_compose_file_asks_for_nothing():
+    """Compose reads all of it for every command, and `docker compose build` knows no day."""
+    assert "$" not in (EXAMPLES / "docker" / "compose.yaml").read_text()
+
+
 def test_the_compose_file_runs_the_command(place, command):
     yaml = pytest.importorskip("yaml")
     services = yaml.safe_load((EXAMPLES / "docker" / "compose.yaml").read_text())["services"]
@@ -373,7 +378,12 @@ def test_the_compose_file_runs_the_command(place, command):
     assert [name for name, (_, fixed) in where.items() if not fixed] == ["scores"]
     assert {name for name in where if "." in name} == {"nightly.sh", "score.toml"}
     # What the container would run, in a folder like its own.
-    arguments = [str(part).replace("${DAY:?}", YESTERDAY) for part in service["command"]]
+    (arguments,) = (
+        shlex.split(line.split("score", 1)[1].replace("$(date -d yesterday +%F)", YESTERDAY))
+        for line in (EXAMPLES / "docker" / "README.md").read_text().splitlines()
+        if line.startswith("    docker compose run --rm score")
+    )
+    assert "command" not in service  # the day takes its place
     done = run_in(place, [*service["entrypoint"], *arguments], command())
     assert done.returncode == 0, done.stderr
     assert_scored(place)
