@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import types
 from pathlib import Path
 
@@ -348,9 +349,17 @@ def test_the_dockerfile_is_sound():
     assert all((ROOT / source).exists() for source in copied)
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
-def test_hadolint_likes_the_dockerfile():
-    subprocess.run(["hadolint", EXAMPLES / "docker" / "Dockerfile"], check=True)
+# (Installed beside this Python, which need not be on the path.)
+HADOLINT = shutil.which("hadolint", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed")
+def test_hadolint_likes_the_dockerfile(tmp_path):
+    subprocess.run([HADOLINT, EXAMPLES / "docker" / "Dockerfile"], check=True)
+    (tmp_path / "Dockerfile").write_text("FROM python:latest\n")
+    assert subprocess.run(
+        [HADOLINT, tmp_path / "Dockerfile"], capture_output=True
+    ).returncode  # (It would say so.)
 
 
 def test_the_compose_file_asks_for_nothing():
