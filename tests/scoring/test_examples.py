@@ -195,6 +195,8 @@ def test_systemd_acts_on_codes():
     assert found["Restart"] == "on-failure"
     assert found["RestartPreventExitStatus"].split() == ["1", "2", "3"]
     assert found["OnFailure"] == "anomalib-alert.service"
+    assert (found["StartLimitBurst"], found["StartLimitIntervalSec"]) == ("3", "1h")  # the first start counts
+    assert "up to twice within an hour" in (EXAMPLES / "systemd" / "README.md").read_text()
     assert set(found["ReadWritePaths"].split()) == {"/srv/anomalies/scores"}
 
 
