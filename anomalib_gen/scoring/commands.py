@@ -62,9 +62,11 @@ Trusted = Annotated[
     ),
 ]
 Overwrite = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--overwrite", help="Replace an output that exists, by the new one as soon as that is complete."
+        "--overwrite/--no-overwrite",
+        show_default=False,
+        help="Replace an output that exists, by the new one as soon as that is complete.",
     ),
 ]
 Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="Local folder of a model.", show_default=False)]
@@ -122,7 +124,7 @@ def fit(
         int | None,
         typer.Option(min=0, metavar="N", help="Seed of the detector. Default: 0.", show_default=False),
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: Overwrite = None,
     config: Config = None,
     quiet: Quiet = False,
     log_format: Logs = LogFormat.text,
@@ -203,12 +205,13 @@ def score(
         ),
     ] = None,
     p_values: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--p-values",
+            "--p-values/--no-p-values",
+            show_default=False,
             help="Demand the column p_value, which models of `calibrate --method conformal` always add.",
         ),
-    ] = False,
+    ] = None,
     explain: Annotated[
         int | None,
         typer.Option(
@@ -228,13 +231,14 @@ def score(
         ),
     ] = None,
     resume: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--resume",
+            "--resume/--no-resume",
+            show_default=False,
             help="Go on where a run over the same files and with the same model was killed; do nothing if it is done.",
         ),
-    ] = False,
-    overwrite: Overwrite = False,
+    ] = None,
+    overwrite: Overwrite = None,
     config: Config = None,
     quiet: Quiet = False,
     log_format: Logs = LogFormat.text,
@@ -312,7 +316,7 @@ def evaluate(
         str | None,
         typer.Option("--output", "-o", metavar="FILE", help="JSON file to make.", show_default=False),
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: Overwrite = None,
     config: Config = None,
     quiet: Quiet = False,
     log_format: Logs = LogFormat.text,
@@ -382,7 +386,7 @@ def report(
         str | None,
         typer.Option(metavar="NAME", help="Series in the history, as for `monitor`.", show_default=False),
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: Overwrite = None,
     config: Config = None,
     quiet: Quiet = False,
     log_format: Logs = LogFormat.text,

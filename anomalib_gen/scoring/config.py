@@ -9,7 +9,8 @@ The file has a table for each command, and keys that are called like the flags, 
     key = ["id"]
     max-bad-rows = 100
 
-A flag wins over the file. Paths in a file are relative to the folder that the command runs in, like those of flags.
+A flag wins over the file; what the file switches on, ``--no-...`` switches off. Paths in a file are relative to the
+folder that the command runs in, like those of flags.
 """
 
 from __future__ import annotations
@@ -231,7 +232,7 @@ def resolve(cls: type[Options], name: str, flags: Mapping[str, Any], config: Pat
     name : str
         The command, a table of the file.
     flags : mapping of str to object
-        Values of flags; None, an empty list and False stand for one that was not given.
+        Values of flags; None and an empty list stand for one that was not given.
     config : Path, optional
 
     Raises
@@ -245,7 +246,7 @@ def resolve(cls: type[Options], name: str, flags: Mapping[str, Any], config: Pat
     values = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         flag = flags.get(field.name)
-        if flag is not None and flag is not False and flag != []:
+        if flag is not None and flag != []:
             values[field.name] = _check(flag, field, f"--{field.name.replace('_', '-')}")
         elif field.name in table:
             values[field.name] = _check(

@@ -60,7 +60,7 @@ def calibrate(
     tail_fraction: Annotated[
         float | None, _option(metavar="NUMBER", help="Share of the rows that make a tail. Default: 0.1.")
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: Overwrite = None,
     config: Config = None,
     quiet: Quiet = False,
     log_format: Logs = LogFormat.text,
@@ -106,7 +106,12 @@ def explain(
     trusted: Trusted = None,
     output: Annotated[
         str | None,
-        _option("--output", "-o", metavar="PATH", help="File to make, as for `score`. Required."),
+        _option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="File or folder to make on this machine; endings as for `score`. Required.",
+        ),
     ] = None,
     key: Annotated[
         list[str] | None,
@@ -116,12 +121,12 @@ def explain(
         int | None, _option(min=1, metavar="N", help="Explain the N lowest rows, lowest first. Default: 100.")
     ] = None,
     flagged: Annotated[
-        bool,
-        typer.Option(
-            "--flagged",
+        bool | None,
+        _option(
+            "--flagged/--no-flagged",
             help="Explain all rows below the threshold, in the files' order, and not the lowest N.",
         ),
-    ] = False,
+    ] = None,
     features: Annotated[
         int | None,
         _option(
@@ -143,7 +148,7 @@ def explain(
             help="auto (default), integrated-gradients, score, reconstruction or conditional.",
         ),
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: Overwrite = None,
     config: Config = None,
     quiet: Quiet = False,
     log_format: Logs = LogFormat.text,
@@ -234,7 +239,9 @@ def monitor(
         str | None,
         _option("--output", "-o", metavar="FILE", help="JSON file with everything that was found."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print that JSON rather than a table.")] = False,
+    as_json: Annotated[
+        bool | None, _option("--json/--no-json", help="Print that JSON rather than a table.")
+    ] = None,
     prometheus: Annotated[
         str | None,
         _option(metavar="FILE", help="Metrics for the node exporter's textfile collector (.prom)."),

@@ -423,6 +423,27 @@ def test_a_file_gives_what_flags_do_not(run, rows, model, tmp_path):
     assert (tmp_path / "b.csv").read_text().startswith('"n"')
 
 
+@pytest.mark.parametrize("command", sorted(config.COMMANDS))
+def test_flags_switch_off_what_a_file_switches_on(run, tmp_path, monkeypatch, command):
+    options, found = config.COMMANDS[command], []
+    switches = [
+        name for name, field in options.__dataclass_fields__.items() if field.metadata["kind"] == "flag"
+    ]
+    (tmp_path / "run.toml").write_text("\n".join([f"[{command}]", *(f"{name} = true" for name in switches)]))
+    real = config.resolve
+
+    def resolve(cls, name, flags, file):
+        needed = {"input": ["a"], "scores": "a", "model": "m", "output": "o", "label": "y"}
+        given = {key: value for key, value in needed.items() if key in cls.__dataclass_fields__}
+        found.append(real(cls, name, {**flags, **given}, file))
+        raise UsageError("enough")
+
+    monkeypatch.setattr(config, "resolve", resolve)
+    for value, flags in ((True, []), (False, [f"--no-{name.replace('_', '-')}" for name in switches])):
+        assert run(command, "--config", tmp_path / "run.toml", *flags).exit_code == 1
+        assert [getattr(found[-1], name) for name in switches] == [value] * len(switches)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
