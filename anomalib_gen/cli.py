@@ -88,7 +88,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Anomaly detection with generative models.",
     epilog="Exit codes: 0 done, 1 usage, 2 data that cannot be found, read or written, 3 alert, 4 done in part, "
-    "5 internal error.",
+    "5 internal error, 130 stopped with Ctrl-C.",
 )
 
 

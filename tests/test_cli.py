@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -121,6 +122,22 @@ def test_importing_the_command_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_shell_completes_commands_and_options(tmp_path):
+    environment = {**os.environ, "HOME": str(tmp_path), "_ANOMALIB_GEN_COMPLETE": "complete_bash"}
+
+    def complete(words):
+        return subprocess.run(
+            [sys.executable, "-c", "from anomalib_gen.cli import app; app(prog_name='anomalib-gen')"],
+            env={**environment, "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)},
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+
+    assert complete("anomalib-gen mon") == ["monitor"]
+    assert complete("anomalib-gen score --max-bad") == ["--max-bad-rows", "--max-bad-files"]
+    assert "--install-completion" in run("--help").output
 
 
 def test_package_runs_as_the_command():
