@@ -352,22 +352,6 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-@pytest.mark.usefixtures("small_parts")
-def test_a_run_that_is_killed_goes_on_to_the_same_bytes(run, rows, model, tmp_path, counted):
-    rows(2030, 1).to_parquet(tmp_path / "rows.parquet")
-    assert run(*command(tmp_path / "rows.parquet", model, tmp_path / "whole" / "out.csv")).exit_code == 0
-    folder = tmp_path / "killed"
-    process = start(command(tmp_path / "rows.parquet", model, folder / "out.csv"))
-    wait_for(lambda: len(list(folder.glob(".out.csv.parts/*.arrow"))) >= 3)
-    process.kill()
-    process.wait()
-    done = len(list(folder.glob(".out.csv.parts/*.arrow")))
-    counted.clear()
-    assert run(*command(tmp_path / "rows.parquet", model, folder / "out.csv")).exit_code == 0
-    assert len(counted) == 21 - done < 21
-    assert results(folder) == results(tmp_path / "whole")
-
-
 # Imports once, then forks for each run: a process of its own, that can be killed, without the start of one.
 FORKS = (
     SLOW_PARTS
@@ -386,9 +370,54 @@ for line in sys.stdin:
 )
 
 
+@pytest.fixture
+def forks():
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    with process:
+        yield process
+        process.stdin.close()
+        assert process.wait() == 0
+
+
+def begin(forks, arguments):
+    """Start a run; its exit code is what `forks` prints next."""
+    forks.stdin.write(json.dumps([str(item) for item in arguments]).encode() + b"\n")
+    return int(forks.stdout.readline())
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_run_that_is_killed_three_times_goes_on_to_the_same_bytes(
+    run, rows, model, tmp_path, counted, forks
+):
+    """After some parts, wherever it is then; early enough that none of the processes gets through."""
+    rows(4030, 1).to_parquet(tmp_path / "rows.parquet")
+    assert run(*command(tmp_path / "rows.parquet", model, tmp_path / "whole" / "out.csv")).exit_code == 0
+    folder = tmp_path / "killed"
+    chance, done = random.Random(0), 0
+    for least in sorted(chance.sample(range(1, 20), 3)):
+        pid = begin(forks, command(tmp_path / "rows.parquet", model, folder / "out.csv"))
+        wait_for(lambda least=least: len(list(folder.glob(".out.csv.parts/*.arrow"))) >= least)
+        time.sleep(chance.uniform(0, 0.05))
+        os.kill(pid, signal.SIGKILL)
+        assert int(forks.stdout.readline()) == -signal.SIGKILL
+        assert len(list(folder.glob(".out.csv.parts/*.arrow"))) >= max(done, least)
+        done = len(list(folder.glob(".out.csv.parts/*.arrow")))
+        assert not (folder / "out.csv").exists()
+    counted.clear()
+    assert run(*command(tmp_path / "rows.parquet", model, folder / "out.csv")).exit_code == 0
+    assert len(counted) == 41 - done < 41
+    assert results(folder) == results(tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--p-values", "--explain", 2)], ids=["scores", "explanations"])
-def test_runs_that_are_killed_fifty_times_go_on_to_the_same_bytes(run, rows, model, tmp_path, more):
+def test_runs_that_are_killed_fifty_times_go_on_to_the_same_bytes(run, rows, model, tmp_path, forks, more):
     """Killed at random moments until one is through, and then another, until there were fifty kills."""
     if more:
         rows(500, 9).to_parquet(tmp_path / "normal.parquet")
@@ -399,23 +428,15 @@ def test_runs_that_are_killed_fifty_times_go_on_to_the_same_bytes(run, rows, mod
     incoming.mkdir()
     for k in range(4):
         rows(730, k).to_parquet(incoming / f"{k}.parquet")
-    forks = subprocess.Popen(
-        [sys.executable, "-c", FORKS],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        bufsize=0,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
     def run_for(folder, seconds):
         """Exit code, and how long it took."""
-        arguments = [str(item) for item in command(incoming, model, folder / "out.csv", *more)]
-        forks.stdin.write(json.dumps(arguments).encode() + b"\n")
-        pid, begin = int(forks.stdout.readline()), time.monotonic()
+        pid = begin(forks, command(incoming, model, folder / "out.csv", *more))
+        started = time.monotonic()
         if not select.select([forks.stdout], [], [], seconds)[0]:
             with contextlib.suppress(ProcessLookupError):  # it was just through
                 os.kill(pid, signal.SIGKILL)
-        return int(forks.stdout.readline()), time.monotonic() - begin
+        return int(forks.stdout.readline()), time.monotonic() - started
 
     code, longest = run_for(tmp_path / "whole", None)
     assert code == 0
@@ -438,8 +459,6 @@ def test_runs_that_are_killed_fifty_times_go_on_to_the_same_bytes(run, rows, mod
         assert results(folder) == expected
         n_runs += 1
         print(f"{n_kills} kills of {n_runs} runs", flush=True)
-    forks.stdin.close()
-    assert forks.wait() == 0
     print(
         f"{n_kills} kills of {n_runs} runs; {n_with_parts} with parts on the disk, {n_with_output} with the output"
     )
