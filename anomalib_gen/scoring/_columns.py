@@ -68,9 +68,11 @@ def choose(wanted: Wanted, file_schema: pa.Schema, path: str) -> list[str]:
         If columns are missing or are of another type than the model was fitted to.
     """
     present = file_schema.names
+    odd = len(present) == 1 and any(mark in present[0] for mark in ";|\t,")
+    hint = " Fields of .csv are separated by commas, and those of .tsv by tabs." if odd else ""
     missing_keys = [key for key in wanted.keys if key not in present]
     if missing_keys:
-        raise DataError(f"{path} has no column {_listed(missing_keys)}. It has {_listed(present)}.")
+        raise DataError(f"{path} has no column {_listed(missing_keys)}. It has {_listed(present)}.{hint}")
     if wanted.names is None:
         names = [name for name in present if name not in wanted.keys]
         if len(names) != wanted.count:
@@ -82,8 +84,6 @@ def choose(wanted: Wanted, file_schema: pa.Schema, path: str) -> list[str]:
         names = list(wanted.names)
         missing = [name for name in names if name not in present]
         if missing:
-            odd = len(present) == 1 and any(mark in present[0] for mark in ";|\t,")
-            hint = " Fields of .csv are separated by commas, and those of .tsv by tabs." if odd else ""
             raise DataError(
                 f"{path} lacks the column{'s' if len(missing) > 1 else ''} {_listed(missing)}, which the model needs. "
                 f"It has {_listed(present)}.{hint}"

@@ -788,9 +788,10 @@ def test_only_what_is_needed_is_read(run, rows, model, loaded, tmp_path):
 
 def test_mistakes_of_the_night_are_named(run, rows, model, tmp_path):
     rows(20, 1).to_csv(tmp_path / "semi.csv", sep=";", index=False)
-    result = run("score", tmp_path / "semi.csv", "-m", model, "-o", tmp_path / "s.parquet")
-    assert result.exit_code == 2
-    assert "It has 'id;x;n;kind'. Fields of .csv are separated by commas" in result.stderr
+    for key in ((), ("--key", "id")):
+        result = run("score", tmp_path / "semi.csv", "-m", model, *key, "-o", tmp_path / "s.parquet")
+        assert result.exit_code == 2
+        assert "It has 'id;x;n;kind'. Fields of .csv are separated by commas" in result.stderr
     rows(20, 1)[:0].to_parquet(tmp_path / "empty.parquet")
     result = run("score", tmp_path / "empty.parquet", "-m", model, "-o", tmp_path / "s.parquet", "--quiet")
     assert result.exit_code == 0
