@@ -26,8 +26,8 @@ Inputs = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="INPUT",
-        help="Files, folders or globs of Parquet, Feather, Arrow, CSV or TSV files (text also as .gz, .bz2, .zst). "
-        "Required.",
+        help="Files, folders or globs of Parquet, Feather, Arrow, CSV or TSV files (text in UTF-8, also as .gz, .bz2, "
+        ".zst). Required.",
         show_default=False,
     ),
 ]
@@ -177,7 +177,8 @@ def score(
         typer.Option(
             min=0,
             metavar="N",
-            help="Leave out up to so many rows that cannot be scored, listed in the quarantine file. Default: 0.",
+            help="Leave out up to so many rows that cannot be scored, listed in the quarantine file; in text also "
+            "lines with a quote too many or that are no UTF-8. Default: 0.",
             show_default=False,
         ),
     ] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -23,7 +24,7 @@ from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import FitOptions
 from anomalib_gen.scoring.rows import check_folder
-from anomalib_gen.scoring.sources import Input, find_inputs, parse_options
+from anomalib_gen.scoring.sources import Input, find_inputs, open_text, parse_text, partition_of
 
 MIN_KEYS = 50
 """Rows from which on a text that is another in every row is taken for a key."""
@@ -98,9 +99,10 @@ def read_frame(inputs: list[Input], columns: tuple[str, ...] | list[str], exclud
         If a file cannot be read or has other columns than the first.
     """
     tables: list[pa.Table] = []
+    needed = set(columns).__contains__ if columns else lambda name: name not in exclude
     for item in inputs:
         try:
-            table = _read(item)
+            table = _read(item, needed)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{item.path} cannot be read: {str(error).splitlines()[0]}") from None
         names = list(columns) or [name for name in table.column_names if name not in exclude]
@@ -139,18 +141,27 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column
 
 
-def _read(item: Input) -> pa.Table:
+def _read(item: Input, needed: Callable[[str], bool]) -> pa.Table:
     import pyarrow.dataset as pads
 
-    kind: Any = item.kind
-    if item.is_text:
-        kind = pads.CsvFileFormat(
-            parse_options=parse_options(item.kind),
-            # Types are guessed from the first block.
-            read_options=pacsv.ReadOptions(block_size=2**26),
-            convert_options=pacsv.ConvertOptions(strings_can_be_null=True),
-        )
-    return pads.dataset(item.place, format=kind, filesystem=item.filesystem, partitioning="hive").to_table()
+    if not item.is_text:
+        return pads.dataset(
+            item.place, format=item.kind, filesystem=item.filesystem, partitioning="hive"
+        ).to_table()
+    # Types are guessed from the first block.
+    text = open_text(item, needed, block_bytes=2**26)
+    try:
+        table = parse_text(text, item, pacsv.ConvertOptions(strings_can_be_null=True)).read_all()
+    except pa.ArrowInvalid:
+        if not text.bad:
+            raise
+    if text.bad:
+        reason, _ = next(iter(text.bad.values()))
+        raise DataError(f"{item.path} has a bad row: {reason}. Mend it and run again.")
+    for name, value in partition_of(item.place).items():
+        table = table.drop_columns(name) if name in table.column_names else table
+        table = table.append_column(name, pa.repeat(value, len(table)))
+    return table
 
 
 def with_encoding(detector: Any, frame: pd.DataFrame, log: Log) -> Any:

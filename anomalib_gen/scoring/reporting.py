@@ -53,7 +53,8 @@ from anomalib_gen.scoring.sources import (
     Reader,
     find_inputs,
     is_remote,
-    parse_options,
+    open_text,
+    parse_text,
     rows_per_part,
 )
 
@@ -333,17 +334,17 @@ def _batches(scores: Path) -> Iterator[pa.Table]:
 
     items = find_inputs([str(scores)])
     for item in items:
-        kind: Any = item.kind
-        if item.is_text:
-            kind = pads.CsvFileFormat(parse_options=parse_options(item.kind))
-        dataset = pads.dataset(item.place, format=kind, filesystem=item.filesystem)
         if item.is_text:
             # Keys are text, and not the numbers that they may look like.
-            keys = {name: pa.string() for name in dataset.schema.names if name not in ADDED}
+            with open_text(item, lambda name: True) as text:
+                names = parse_text(text, item, pacsv.ConvertOptions(), first=True).schema.names
+            keys = {name: pa.string() for name in names if name not in ADDED}
             convert = pacsv.ConvertOptions(column_types=keys, null_values=[""], strings_can_be_null=True)
-            kind = pads.CsvFileFormat(parse_options=parse_options(item.kind), convert_options=convert)
-            dataset = pads.dataset(item.place, format=kind, filesystem=item.filesystem)
-        for batch in dataset.scanner(batch_size=2**16, batch_readahead=2).to_batches():
+            batches = iter(parse_text(open_text(item, lambda name: True), item, convert))
+        else:
+            dataset = pads.dataset(item.place, format=item.kind, filesystem=item.filesystem)
+            batches = dataset.scanner(batch_size=2**16, batch_readahead=2).to_batches()
+        for batch in batches:
             yield pa.Table.from_batches([batch])
 
 

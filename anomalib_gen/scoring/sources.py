@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ import pyarrow.fs as pafs
 
 from anomalib_gen.scoring._columns import Wanted, check_types, choose, to_frame
 from anomalib_gen.scoring._errors import DataError, UsageError
+from anomalib_gen.scoring.text import SHOWN_CHARACTERS, CheckedText
 
 VALUES_PER_PART = 2**22
 """Values of a part: some tens of megabytes."""
@@ -36,6 +38,8 @@ FORMATS = {
 TEXTS = {".csv": ",", ".tsv": "\t"}
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".br")
 CSV_BLOCK_BYTES = 2**22
+READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError, ValueError)
+"""What reading a damaged file may raise."""
 NO_VALUES = pa.array(pacsv.ConvertOptions().null_values)
 """What stands for a missing value in text."""
 
@@ -200,9 +204,59 @@ def _find(pattern: str) -> list[Input]:
     return found
 
 
-def parse_options(delimiter: str, note: Any = None) -> pacsv.ParseOptions:
-    """How lines of text are cut: a line break in quotes is part of a value, wherever it falls."""
-    return pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note)
+def open_text(item: Input, needed: Callable[[str], bool], block_bytes: int | None = None) -> CheckedText:
+    """Bytes of a text file, decompressed, of which what is no row is marked.
+
+    Parameters
+    ----------
+    item : Input
+    needed : callable
+        Whether a column of a name is wanted.
+    block_bytes : int, optional
+        What is parsed at a time.
+    """
+    stream = item.filesystem.open_input_stream(item.place)
+    return CheckedText(stream, item.path, item.kind, needed, block_bytes or CSV_BLOCK_BYTES)
+
+
+def parse_text(
+    text: CheckedText, item: Input, convert: pacsv.ConvertOptions, note: Any = None, *, first: bool = False
+) -> pacsv.CSVStreamingReader:
+    """Batches of checked text.
+
+    Parameters
+    ----------
+    text : CheckedText
+    item : Input
+    convert : pyarrow.csv.ConvertOptions
+    note : callable, optional
+        Takes rows of another number of fields than the header has. Without one they are an error.
+    first : bool, default=False
+        Whether no more than the first block is wanted, for the names of columns.
+    """
+    return pacsv.open_csv(
+        pa.BufferReader(text.read()) if first else pa.PythonFile(text, mode="r"),
+        # (So large that a block is what the text gives at a time.)
+        read_options=pacsv.ReadOptions(use_threads=note is None, block_size=2**27),
+        parse_options=pacsv.ParseOptions(
+            delimiter=item.kind, newlines_in_values=True, invalid_row_handler=note
+        ),
+        convert_options=convert,
+    )
+
+
+def partition_of(place: str) -> dict[str, pa.Scalar]:
+    """Values of the columns that the folders of a file are named after, ``name=value``."""
+    found = {}
+    for folder in place.split("/")[:-1]:
+        name, equals, value = folder.partition("=")
+        if equals:
+            text = pa.scalar(None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value), pa.string())
+            try:
+                found[unquote(name)] = text.cast(pa.int32())
+            except pa.ArrowInvalid:
+                found[unquote(name)] = text
+    return found
 
 
 def _below(path: str, folder: str) -> str:
@@ -269,6 +323,8 @@ class Reader:
     ----------
     names : list of str
         The model's columns in this file.
+    schema : pyarrow.Schema
+        Types of the columns that are read.
 
     Raises
     ------
@@ -283,45 +339,68 @@ class Reader:
         if not item.size and "://" not in item.path:
             raise DataError(f"{item.path} is empty: it has 0 bytes.")
         try:
-            self._dataset = self._open(None)
-            self.names = choose(wanted, self._dataset.schema, item.path)
-            self._columns = list(dict.fromkeys([*wanted.keys, *self.names]))
+            self._dataset: Any = None
             if item.is_text:
-                # Everything as text: types are for `_columns`, row by row.
-                self._dataset = self._open({name: pa.string() for name in self._columns})
+                present = self._text_schema()
             else:
-                check_types(wanted, self.names, self._dataset.schema, item.path)
-        except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
+                self._dataset = pads.dataset(
+                    item.place, format=item.kind, filesystem=item.filesystem, partitioning="hive"
+                )
+                present = self._dataset.schema
+            self.names = choose(wanted, present, item.path)
+            self._columns = list(dict.fromkeys([*wanted.keys, *self.names]))
+            if not item.is_text:
+                check_types(wanted, self.names, present, item.path)
+        except READ_ERRORS as error:
             raise DataError(f"{item.path} cannot be read: {_first_line(error)}.") from None
+        self.schema = pa.schema([present.field(name) for name in self._columns])
 
-    def _open(self, column_types: dict[str, pa.DataType] | None) -> Any:
-        kind: Any = self.item.kind
-        if self.item.is_text:
-            kind = pads.CsvFileFormat(
-                parse_options=parse_options(self.item.kind, self._note),
-                read_options=pacsv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
-                convert_options=pacsv.ConvertOptions(
-                    column_types=column_types,
-                    # (Types are guessed at first, of what is no missing value.)
-                    null_values=NO_VALUES.to_pylist() if column_types is None else [""],
-                    strings_can_be_null=True,
-                ),
-            )
-        return pads.dataset(
-            self.item.place, format=kind, filesystem=self.item.filesystem, partitioning="hive"
-        )
+    def _text_schema(self) -> pa.Schema:
+        """Everything is text: types are for `_columns`, row by row."""
+        with open_text(self.item, lambda name: False) as text:
+            # (Whatever number of fields the first rows have.)
+            found = parse_text(text, self.item, pacsv.ConvertOptions(), lambda row: "skip", first=True).schema
+        self._partition = partition_of(self.item.place)
+        names = [name for name in found.names if name not in self._partition]
+        fields = [pa.field(name, pa.string()) for name in names]
+        return pa.schema([*fields, *(pa.field(name, v.type) for name, v in self._partition.items())])
 
-    def _note(self, row: Any) -> str:
-        if row.number is not None:
+    def _text_batches(self) -> Iterator[pa.RecordBatch]:
+        columns = [name for name in self._columns if name not in self._partition]
+        text = open_text(self.item, columns.__contains__)
+
+        def note(row: Any) -> str:
             # Counted from 1, the header included.
             reason = f"the line has {row.actual_columns} fields, not {row.expected_columns}"
-            self._malformed.setdefault(int(row.number) - 2, (reason, str(row.text)[:1000]))
-        return "skip"
+            line = str(row.text)
+            self._malformed.setdefault(
+                int(row.number) - 2, text.bad.get(line, (reason, line[:SHOWN_CHARACTERS]))
+            )
+            return "skip"
 
-    @property
-    def schema(self) -> pa.Schema:
-        """Types of the columns that are read."""
-        return pa.schema([self._dataset.schema.field(name) for name in self._columns])
+        convert = pacsv.ConvertOptions(
+            column_types=dict.fromkeys(columns, pa.string()),
+            include_columns=columns,
+            null_values=[""],
+            strings_can_be_null=True,
+        )
+        for batch in parse_text(text, self.item, convert, note):
+            found = {
+                name: pa.repeat(self._partition[name], batch.num_rows)
+                if name in self._partition
+                else batch.column(name)
+                for name in self._columns
+            }
+            yield pa.record_batch(found, schema=self.schema)
+
+    def _batches(self, n_rows: int) -> Iterator[pa.RecordBatch]:
+        if self.item.is_text:
+            return self._text_batches()
+        scanner = self._dataset.scanner(
+            columns=self._columns, batch_size=min(n_rows, 2**16), batch_readahead=2, fragment_readahead=1
+        )
+        batches: Iterator[pa.RecordBatch] = scanner.to_batches()
+        return batches
 
     def parts(self, n_rows: int) -> Iterator[Part]:
         """Cut the file into parts of `n_rows` rows; the last one may be shorter, and empty.
@@ -331,16 +410,9 @@ class Reader:
         DataError
             If the file is damaged.
         """
-        scanner = self._dataset.scanner(
-            columns=self._columns,
-            batch_size=min(n_rows, 2**16),
-            batch_readahead=2,
-            fragment_readahead=1,
-            use_threads=not self.item.is_text,
-        )
         start, held, batches = 0, 0, []
         try:
-            for batch in scanner.to_batches():
+            for batch in self._batches(n_rows):
                 while batch.num_rows:
                     piece = batch.slice(0, n_rows - held)
                     batch = batch.slice(piece.num_rows)
@@ -353,7 +425,7 @@ class Reader:
                 if held == n_rows:
                     yield self._part(batches, start, held, last=False)
                     start, held, batches = start + held, 0, []
-        except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
+        except READ_ERRORS as error:
             self._refuse_changed()
             raise DataError(f"{self.item.path} cannot be read: {_first_line(error)}.") from None
         self._refuse_changed()
