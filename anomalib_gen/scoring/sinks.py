@@ -14,9 +14,7 @@ import pyarrow.parquet as papq
 
 from anomalib_gen.persistence import swap, sync_folder
 from anomalib_gen.scoring._errors import DataError, UsageError
-from anomalib_gen.scoring.sources import kind_of_file
-
-CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".br": "brotli"}
+from anomalib_gen.scoring.sources import CODECS, kind_of_file
 
 
 def kind_of_output(path: Path) -> str:

@@ -36,7 +36,8 @@ FORMATS = {
     ".ipc": "feather",
 }
 TEXTS = {".csv": ",", ".tsv": "\t"}
-COMPRESSED = (".gz", ".bz2", ".zst", ".lz4", ".br")
+CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".br": "brotli"}
+"""Of compressed text, by the ending."""
 CSV_BLOCK_BYTES = 2**22
 READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError, ValueError)
 """What reading a damaged file may raise."""
@@ -76,13 +77,10 @@ class Input:
 
 def kind_of_file(name: str) -> str | None:
     """Format of a file by its name, or None."""
-    stem = name.lower()
-    for ending in COMPRESSED:
-        stem = stem.removesuffix(ending)
-    ending = os.path.splitext(stem)[1]
-    if ending in TEXTS:
-        return TEXTS[ending]
-    return FORMATS.get(ending) if stem == name.lower() else None
+    stem, ending = os.path.splitext(name.lower())
+    if ending in CODECS:
+        return TEXTS.get(os.path.splitext(stem)[1])
+    return TEXTS.get(ending) or FORMATS.get(ending)
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Input]:
@@ -187,7 +185,7 @@ def _find(pattern: str) -> list[Input]:
             if unknown:
                 raise DataError(
                     f"{prefix}{place} is of no known format. Files end in .parquet, .feather, .arrow, .csv or .tsv; "
-                    "those of text may be compressed (.gz, .bz2, .zst)."
+                    f"those of text may be compressed ({', '.join(CODECS)})."
                 )
             files = [info]
         for entry in files:
@@ -215,7 +213,8 @@ def open_text(item: Input, needed: Callable[[str], bool], block_bytes: int | Non
     block_bytes : int, optional
         What is parsed at a time.
     """
-    stream = item.filesystem.open_input_stream(item.place)
+    codec = CODECS.get(os.path.splitext(item.place.lower())[1])
+    stream = item.filesystem.open_input_stream(item.place, compression=codec)
     return CheckedText(stream, item.path, item.kind, needed, block_bytes or CSV_BLOCK_BYTES)
 
 

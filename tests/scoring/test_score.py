@@ -26,9 +26,14 @@ from anomalib_gen.scoring import run as running
 from anomalib_gen.scoring import sources
 from anomalib_gen.scoring._errors import DataError
 from anomalib_gen.scoring.rows import threshold_of
+from anomalib_gen.scoring.sources import CODECS
 
 
 def read(path):
+    codec = CODECS.get(path.suffix)
+    if codec is not None:
+        with pa.input_stream(str(path), compression=codec) as file:
+            return pd.read_csv(file, sep="\t" if ".tsv" in path.name else ",", dtype={"id": str})
     if path.is_dir():
         return pd.concat([pd.read_parquet(part) for part in sorted(path.iterdir())], ignore_index=True)
     if path.suffix == ".parquet":
@@ -45,7 +50,9 @@ def write(frame, path):
     elif path.suffix in (".feather", ".arrow"):
         pyarrow.feather.write_feather(pa.Table.from_pandas(frame), path)
     else:
-        frame.to_csv(path, index=False, sep="\t" if ".tsv" in path.name else ",")
+        text = frame.to_csv(index=False, sep="\t" if ".tsv" in path.name else ",").encode()
+        with pa.output_stream(str(path), compression=CODECS.get(path.suffix)) as file:
+            file.write(text)
     return path
 
 
@@ -61,7 +68,11 @@ def assert_scored(output, frame, loaded, model):
     assert set(found["model"]) == {persistence.verify(model)[:16]}
 
 
-@pytest.mark.parametrize("ending", [".parquet", ".feather", ".arrow", ".csv", ".tsv", ".csv.gz", ".csv.bz2"])
+PLAIN = [".parquet", ".feather", ".arrow", ".csv", ".tsv"]
+FORMATS = [*PLAIN, *(f"{text}{codec}" for text in (".csv", ".tsv") for codec in CODECS)]
+
+
+@pytest.mark.parametrize("ending", FORMATS)
 @pytest.mark.usefixtures("small_parts")
 def test_every_format_in_and_out(run, rows, model, loaded, tmp_path, ending):
     frame = rows(350, 1)
