@@ -27,7 +27,7 @@ Inputs = Annotated[
     typer.Argument(
         metavar="INPUT",
         help="Files, folders or globs of Parquet, Feather, Arrow, CSV or TSV files (text in UTF-8, also as .gz, .bz2, "
-        ".zst, .lz4, .br). Required.",
+        ".zst, .lz4, .br); scheme://... through fsspec. Required.",
         show_default=False,
     ),
 ]

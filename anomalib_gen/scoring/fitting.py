@@ -24,7 +24,7 @@ from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import FitOptions
 from anomalib_gen.scoring.rows import check_folder
-from anomalib_gen.scoring.sources import Input, find_inputs, open_text, parse_text, partition_of
+from anomalib_gen.scoring.sources import Input, find_inputs, open_text, parse_text, partition_of, unreadable
 
 MIN_KEYS = 50
 """Rows from which on a text that is another in every row is taken for a key."""
@@ -103,8 +103,8 @@ def read_frame(inputs: list[Input], columns: tuple[str, ...] | list[str], exclud
     for item in inputs:
         try:
             table = _read(item, needed)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{item.path} cannot be read: {str(error).splitlines()[0]}") from None
+        except Exception as error:
+            raise unreadable(error, item.path) from None
         names = list(columns) or [name for name in table.column_names if name not in exclude]
         missing = [name for name in [*names, *exclude] if name not in table.column_names]
         if missing:

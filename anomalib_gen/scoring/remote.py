@@ -146,16 +146,21 @@ class _Store:
             self.files, self.place = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise UsageError(f"--output {url}: {error}") from None
+        except Exception as error:
+            raise self._failed(error) from None
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         try:
             return getattr(self.files, method)(*arguments, **options)
         except Exception as error:
-            # Whatever the libraries of stores raise: none of it is an error of this program.
-            first = (str(error).strip().splitlines() or [""])[0][:300]
-            raise DataError(
-                f"{self.url}: {type(error).__name__} {first}. What was scored is kept: --resume goes on from here."
-            ) from None
+            raise self._failed(error) from None
+
+    def _failed(self, error: Exception) -> DataError:
+        """Whatever the libraries of stores raise: none of it is an error of this program."""
+        first = (str(error).strip().splitlines() or [""])[0][:300]
+        return DataError(
+            f"{self.url}: {type(error).__name__} {first}. What was scored is kept: --resume goes on from here."
+        )
 
     def exists(self, suffix: str) -> bool:
         """Whether there is an object."""

@@ -22,7 +22,7 @@ import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 
 from anomalib_gen.scoring._columns import Wanted, check_types, choose, to_frame
-from anomalib_gen.scoring._errors import DataError, UsageError
+from anomalib_gen.scoring._errors import DataError, ScoringError, UsageError
 from anomalib_gen.scoring.text import SHOWN_CHARACTERS, CheckedText
 
 VALUES_PER_PART = 2**22
@@ -93,6 +93,8 @@ def find_inputs(patterns: Sequence[str]) -> list[Input]:
     ------
     DataError
         If a pattern names nothing, or a file of an unknown format.
+    UsageError
+        If no file system is installed for a scheme.
     """
     found: dict[str, Input] = {}
     for pattern in patterns:
@@ -102,8 +104,8 @@ def find_inputs(patterns: Sequence[str]) -> list[Input]:
             raise DataError(
                 f"{shown_path(pattern)} names a file whose name is no UTF-8, and such files cannot be read. Rename it."
             ) from None
-        except OSError as error:
-            raise DataError(f"{pattern} cannot be read: {error}.") from None
+        except Exception as error:
+            raise unreadable(error, pattern) from None
         if not here:
             raise DataError(
                 f"{pattern} names no file. Files end in .parquet, .feather, .arrow, .csv or .csv.gz."
@@ -113,6 +115,18 @@ def find_inputs(patterns: Sequence[str]) -> list[Input]:
             here_only = "://" not in item.path
             found.setdefault(os.path.abspath(item.place) if here_only else item.path, item)
     return list(found.values())
+
+
+def unreadable(error: Exception, path: str) -> Exception:
+    """What to raise for an error of reading: one that names the file, or for a defect of this program the error itself.
+
+    Libraries of object stores have errors of their own, none of which is this program's.
+    """
+    is_known = isinstance(error, READ_ERRORS)
+    if isinstance(error, ScoringError) or not (is_known or "://" in path):
+        return error
+    kind = "" if is_known else f"{type(error).__name__} "
+    return DataError(f"{path} cannot be read: {kind}{_first_line(error)}.")
 
 
 def shown_path(path: str) -> str:
@@ -150,7 +164,10 @@ def _find(pattern: str) -> list[Input]:
     if "://" in pattern:
         import fsspec
 
-        remote, place = fsspec.core.url_to_fs(pattern)
+        try:
+            remote, place = fsspec.core.url_to_fs(pattern)
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"{pattern}: {_first_line(error)}.") from None
         filesystem: Any = pafs.PyFileSystem(pafs.FSSpecHandler(remote))
         prefix = pattern.split("://", 1)[0] + "://"
         magic = any(mark in place for mark in "*?[")
@@ -350,8 +367,8 @@ class Reader:
             self._columns = list(dict.fromkeys([*wanted.keys, *self.names]))
             if not item.is_text:
                 check_types(wanted, self.names, present, item.path)
-        except READ_ERRORS as error:
-            raise DataError(f"{item.path} cannot be read: {_first_line(error)}.") from None
+        except Exception as error:
+            raise unreadable(error, item.path) from None
         self.schema = pa.schema([present.field(name) for name in self._columns])
 
     def _text_schema(self) -> pa.Schema:
@@ -424,9 +441,9 @@ class Reader:
                 if held == n_rows:
                     yield self._part(batches, start, held, last=False)
                     start, held, batches = start + held, 0, []
-        except READ_ERRORS as error:
+        except Exception as error:
             self._refuse_changed()
-            raise DataError(f"{self.item.path} cannot be read: {_first_line(error)}.") from None
+            raise unreadable(error, self.item.path) from None
         self._refuse_changed()
         yield self._part(batches, start, held, last=True)
 

@@ -272,6 +272,65 @@ def test_outputs_that_no_store_takes(run, rows, model, tmp_path, monkeypatch, st
     assert store.find("/out") == []
 
 
+@pytest.mark.parametrize("command", ["fit", "score"])
+@pytest.mark.parametrize("scheme", ["magic", "broken"])
+def test_inputs_that_no_driver_is_there_for(run, model, tmp_path, monkeypatch, command, scheme):
+    """As an output there: a message, whether the scheme is unknown or its driver is not installed."""
+    registry = pytest.importorskip("fsspec.registry")
+    missing = {"class": "no_such_driver.Files", "err": "Install no_such_driver"}
+    monkeypatch.setitem(registry.known_implementations, "broken", missing)
+    options = {"fit": ("-m", tmp_path / "m"), "score": ("-m", model, "-o", tmp_path / "out.parquet")}[command]
+    result = run(command, f"{scheme}://in/rows.csv", *options, "--log-format", "json")
+    assert result.exit_code == 1
+    (entry,) = map(json.loads, result.stderr.splitlines())
+    assert {"magic": "magic", "broken": "Install no_such_driver"}[scheme] in entry["message"]
+
+
+@pytest.mark.parametrize("method", ["info", "glob", "open", "fsspec"])
+@pytest.mark.parametrize("command", ["fit", "score"])
+def test_whatever_the_library_of_a_store_raises_is_no_bug(
+    run, rows, model, tmp_path, monkeypatch, store, command, method
+):
+    write(rows(20, 1), tmp_path / "rows.csv")
+    store.put_file(str(tmp_path / "rows.csv"), "/in/rows.csv")
+
+    class NoCredentialsError(Exception):
+        pass
+
+    def fail(*arguments, **options):
+        raise NoCredentialsError("Unable to locate credentials")
+
+    place = (
+        "fsspec.core.url_to_fs"
+        if method == "fsspec"
+        else f"fsspec.implementations.memory.MemoryFileSystem.{method}"
+    )
+    monkeypatch.setattr(place, fail)
+    options = {"fit": ("-m", tmp_path / "m"), "score": ("-m", model, "-o", tmp_path / "out.parquet")}[command]
+    source = "memory://in/*.csv" if method == "glob" else "memory://in/rows.csv"
+    result = run(command, source, *options, "--log-format", "json")
+    assert result.exit_code == 2, result.output
+    (entry,) = map(json.loads, result.stderr.splitlines())
+    assert entry["message"].startswith("memory://")
+    assert "cannot be read: NoCredentialsError Unable to locate credentials" in entry["message"]
+    if (command, method) == ("score", "fsspec"):
+        result = run("score", tmp_path / "rows.csv", "-m", model, "-o", "memory://out/a.csv")
+        assert result.exit_code == 2
+        assert "memory://out/a.csv: NoCredentialsError" in result.stderr
+
+
+def test_a_defect_is_one_line_of_json_too(run, rows, model, tmp_path, monkeypatch):
+    source = write(rows(20, 1), tmp_path / "rows.csv")
+    monkeypatch.setattr(running, "find_inputs", lambda patterns: [][0])
+    arguments = ("score", source, "-m", model, "-o", tmp_path / "out.parquet")
+    result = run(*arguments, "--log-format", "json")
+    assert result.exit_code == 5
+    (entry,) = map(json.loads, result.stderr.splitlines())
+    assert "IndexError" in entry["message"]
+    assert "Traceback" in entry["traceback"]
+    assert "Traceback" in run(*arguments).stderr
+
+
 def test_a_model_without_names_takes_columns_by_position(run, fitted, X, tmp_path):
     fitted.save(tmp_path / "model", X=X)
     frame = pd.DataFrame(X, columns=["p", "q", "r"]).assign(key=range(len(X)))
