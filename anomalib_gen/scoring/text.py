@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from anomalib_gen.scoring._errors import DataError
@@ -99,9 +99,12 @@ class CheckedText(io.RawIOBase):
         """Close what it reads from."""
         if not self.closed:
             self._stream.close()
+            # (What waits in it would stay until cycles are looked for.)
+            self._chunks.close()
+            self._held = b""
         super().close()
 
-    def _read_all(self) -> Iterator[bytes]:
+    def _read_all(self) -> Generator[bytes, None, None]:
         rest, block = b"", self._stream.read(self._block_bytes).removeprefix(BYTE_ORDER_MARK)
         while block:
             data = rest + block
