@@ -251,7 +251,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=list(PRESETS), default="small")
-    parser.add_argument("--tasks", nargs="+", default=["held-out", "against", "one-class-cifar10"])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--no-peers", action="store_true", help="leave out the detectors of other libraries")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

@@ -364,6 +364,20 @@ def test_image_detection_goes_on_where_it_stopped(digits_home):
     assert "| mnist | VAEDetector | 1 |" in text
 
 
+def test_image_detection_runs_every_task_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    script = importlib.import_module("image_detection")
+    asked = []
+    monkeypatch.setattr(
+        script, "run_benchmark", lambda detectors, **options: asked.append(options["datasets"])
+    )
+    for options in ((), ("--tasks", "against")):
+        monkeypatch.setattr(sys, "argv", ["image_detection.py", "--output", str(tmp_path), *options])
+        script.main()
+    assert asked == [[task for group in script.TASKS.values() for task in group], script.TASKS["against"]]
+    assert "mnist:only-9" in asked[0]
+
+
 def test_recorded_cells_of_several_calls_add_up(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
     script = importlib.import_module("image_detection")
