@@ -53,7 +53,7 @@ class InputComplexity(Component):
     """Minus the log-density of an image less its code length, in nats (equation 1).
 
     It helps where anomalies are simpler, or more complex, than normal images as a whole: pictures from another source,
-    flat or blurred ones. It does not where they are alike in complexity and differ in what they show, such as one
+    flat or blurred ones. It fails where they are alike in complexity and differ in what they show, such as one
     digit among others: there code lengths are noise that is added to the likelihood.
 
     Parameters

@@ -27,9 +27,9 @@ class Typicality(Component):
 
     Of a model that has a bound on the log-density and not itself (an autoencoder), both are taken of the bound.
 
-    It helps where anomalies get *higher* densities than normal rows do (simple images, rows at a mode). On tables,
-    where anomalies lie in empty regions, it is weaker than the likelihood, because half of what it measures is how
-    ordinary a row is.
+    It helps where anomalies get *higher* densities than normal rows do (simple images, rows at a mode). It fails
+    where densities of both are alike, as of most digits held out among others. On tables, where anomalies lie in empty
+    regions, it is weaker than the likelihood, because half of what it measures is how ordinary a row is.
 
     Attributes
     ----------

@@ -14,10 +14,15 @@ from sklearn.pipeline import make_pipeline
 from anomalib_gen import ComposedDetector, DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
 from anomalib_gen.anomaly import (
     IMAGE_ANOMALIES,
+    ClosedFormResidual,
+    DiffusionReconstruction,
     Energy,
     InputComplexity,
     Likelihood,
+    LikelihoodRegret,
     MultiScaleReconstruction,
+    ScoreNorm,
+    Typicality,
 )
 from anomalib_gen.anomaly.multiscale_reconstruction import pyramid_distance
 from anomalib_gen.images import ChannelsFirst, likelihood_ratio, mutate_pixels
@@ -62,6 +67,25 @@ def flow(nature):
 def anomaly_auroc(detector, normal, anomalous):
     scores = -detector.score_samples(np.concatenate([normal, anomalous]))
     return roc_auc_score(np.arange(len(scores)) >= len(normal), scores)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        *IMAGE_ANOMALIES.values(),
+        ClosedFormResidual,
+        DiffusionReconstruction,
+        LikelihoodRegret,
+        ScoreNorm,
+        Typicality,
+        likelihood_ratio,
+    ],
+    ids=lambda what: what.__name__,
+)
+def test_what_images_are_scored_by_says_when_it_helps_and_when_it_fails(what):
+    text = " ".join(what.__doc__.split())
+    assert "It helps where " in text
+    assert "It fails where " in text
 
 
 def test_flat_images_are_likelier_than_real_ones_and_complexity_puts_them_right(flow, nature):
