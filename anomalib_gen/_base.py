@@ -91,6 +91,8 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
 
     _objectives: ClassVar[Any]
     _anomalies: ClassVar[Any]
+    _image_anomalies: ClassVar[Any] = IMAGE_ANOMALIES
+    """Further ones that `anomaly` takes by name for images, of a family whose models have what they need."""
     _image_steps: ClassVar[tuple[int, int]] = (20, 400)
     """Passes over images that ``max_iter="auto"`` stands for, and the gradient steps that they are cut to."""
 
@@ -411,12 +413,18 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         return other
 
     def _resolve_anomaly(self, model: nn.Module | None = None) -> Component:
-        images = len(getattr(self, "event_shape_", ())) > 1
-        known = {**self._anomalies, **IMAGE_ANOMALIES} if images else self._anomalies
         component: Component = resolve_component(
-            self.anomaly, known=known, argument="anomaly", default=lambda: self._default_anomaly(model)
+            self.anomaly,
+            known=self._known_anomalies(),
+            argument="anomaly",
+            default=lambda: self._default_anomaly(model),
         )
         return component
+
+    def _known_anomalies(self) -> dict[str, Any]:
+        """Names that `anomaly` takes, and their components: for tables, or for images once `event_shape_` is one's."""
+        images = len(getattr(self, "event_shape_", ())) > 1
+        return {**self._anomalies, **(self._image_anomalies if images else {})}
 
     def _set_anomaly(
         self,

@@ -87,6 +87,10 @@ class MultiScaleReconstruction(Component):
 
     def residuals(self, model: Any, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """What reconstruction changes in images ``(B, C, H, W)``, from each level in units of it."""
+        if not (hasattr(model, "denoise") or hasattr(model, "reconstruct")):
+            raise AttributeError(
+                "it has no reconstruction of images, as autoencoders (reconstruct) and diffusion models (denoise) have"
+            )
         if not hasattr(model, "denoise"):
             coordinates = model.observation.coordinates
             yield coordinates(x) - coordinates(model.reconstruct(x))

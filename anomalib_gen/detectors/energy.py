@@ -32,7 +32,7 @@ from torch import nn
 from anomalib_gen import _runtime
 from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._component import Component
-from anomalib_gen.anomaly import Energy, ScoreNorm
+from anomalib_gen.anomaly import Energy, InputComplexity, ScoreNorm
 from anomalib_gen.models.energy import EnergyModel
 from anomalib_gen.networks import NETWORKS, build_network, make_network
 from anomalib_gen.objectives import OBJECTIVES
@@ -191,6 +191,7 @@ class EnergyDetector(GenerativeDetector):
 
     _objectives: ClassVar[Any] = {name: OBJECTIVES[name] for name in ENERGY_OBJECTIVES}
     _anomalies: ClassVar[Any] = {"energy": Energy, "score_norm": ScoreNorm}
+    _image_anomalies: ClassVar[Any] = {"input_complexity": InputComplexity}
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **GenerativeDetector._parameter_constraints,
         "network": [StrOptions(set(NETWORKS)), callable],

@@ -29,7 +29,7 @@ from torch import nn
 
 from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._component import Component
-from anomalib_gen.anomaly import Likelihood, Typicality
+from anomalib_gen.anomaly import InputComplexity, Likelihood, Typicality
 from anomalib_gen.models.flow import FLOW_TRANSFORMS, FlowModel, make_flow_transform
 from anomalib_gen.models.glow import FlattenedTransform, Glow
 from anomalib_gen.networks import build_network
@@ -202,6 +202,7 @@ class FlowDetector(GenerativeDetector):
 
     _objectives: ClassVar[Any] = {"likelihood": MaximumLikelihood}
     _anomalies: ClassVar[Any] = {"likelihood": Likelihood, "typicality": Typicality}
+    _image_anomalies: ClassVar[Any] = {"input_complexity": InputComplexity}
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **GenerativeDetector._parameter_constraints,
         "transform": [StrOptions({"auto", "glow", *FLOW_TRANSFORMS}), callable],
@@ -300,11 +301,11 @@ class FlowDetector(GenerativeDetector):
     def _default_anomaly(self, model: nn.Module | None) -> Component:
         return Likelihood()
 
-    def _resolve_transform(self, *, images: bool = False) -> Any:
-        """Transform in use for tables, or for images."""
+    def _resolve_transform(self) -> Any:
+        """Transform in use for tables, or for images once `event_shape_` is one's."""
         choice = self.get_params()["transform"]
         if choice == "auto":
-            return "glow" if images else "realnvp"
+            return "glow" if len(getattr(self, "event_shape_", ())) > 1 else "realnvp"
         return choice
 
     def _make_model(self, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]) -> nn.Module:
@@ -318,7 +319,7 @@ class FlowDetector(GenerativeDetector):
                 )
             levels = (float(self.noise), float(self.max_noise))
         context_features = None if levels is None else 1
-        choice = self._resolve_transform(images=images)
+        choice = self._resolve_transform()
         if callable(choice):
             transform = build_network(
                 choice, event_shape if images else features, context_features, argument="transform"

@@ -25,6 +25,7 @@ from anomalib_gen.anomaly import (
     Typicality,
 )
 from anomalib_gen.anomaly.multiscale_reconstruction import pyramid_distance
+from anomalib_gen.heatmaps import explain_images
 from anomalib_gen.images import ChannelsFirst, likelihood_ratio, mutate_pixels
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -238,9 +239,16 @@ def test_models_that_reconstruct_have_a_multiscale_distance(family, digits):
     assert (detector.score_samples(changed) < scores).mean() > 0.8
 
 
-def test_models_that_do_not_are_told_so(digits):
-    with pytest.raises(TypeError, match="does not work with FlowModel"):
-        small(FlowDetector, anomaly=MultiScaleReconstruction()).fit(digits)
+@pytest.mark.parametrize("family", [EnergyDetector, FlowDetector], ids=lambda family: family.__name__)
+def test_models_that_do_not_are_told_so(digits, family):
+    lacks = r"does not work with (Flow|Energy)Model: it has no reconstruction of images, as autoencoders"
+    with pytest.raises(TypeError, match=lacks):
+        small(family, anomaly=MultiScaleReconstruction()).fit(digits)
+    # It is no name of theirs, and not offered as one.
+    with pytest.raises(ValueError, match=r"Known names: (?!.*'multiscale).*'input_complexity'"):
+        small(family, anomaly="multiscale_reconstruction").fit(digits)
+    with pytest.raises(TypeError, match=r"kind='residual' does not work with .*: it has no reconstruction"):
+        explain_images(small(family).fit(digits), digits[:2], kind="residual")
 
 
 # Likelihood ratios ---------------------------------------------------------------------------------------------
