@@ -148,12 +148,17 @@ def benchmark(
         bool,
         typer.Option(
             "--library",
-            help="Add every family of the library, and every transform, denoiser, objective and anomaly (hours).",
+            help="Add every family of the library, and every transform, denoiser, objective and anomaly, on images "
+            "those of images, too (hours).",
         ),
     ] = False,
     peers: Annotated[
         bool,
-        typer.Option("--peers", help="Add 11 shallow detectors of scikit-learn and pyod at their defaults."),
+        typer.Option(
+            "--peers",
+            help="Add 11 shallow detectors of scikit-learn and pyod at their defaults; in the suites of images 5, "
+            "which see pixels or their principal components.",
+        ),
     ] = False,
     deep_peers: Annotated[
         bool, typer.Option("--deep-peers", help="Add 3 deep detectors of pyod at their defaults (slow).")
@@ -165,7 +170,8 @@ def benchmark(
             help="Data sets, separated by commas: ADBench names, builtin:breast_cancer, builtin:digits, "
             "builtin:wine, or npz files with X and y (+1 normal, -1 anomaly); image tasks such as mnist:not-1 or "
             "cifar10:only-0 for the suites of images. May be repeated. "
-            "Default: every ADBench table on this machine.",
+            "Default: every ADBench table on this machine; in the suites of images MNIST with a digit held out and "
+            "with one against the rest, and CIFAR-10 with one class against the rest and against other sources.",
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(metavar="LIST", help="Seeds, such as 0-4 or 0,1,2.")] = "0-4",
@@ -204,12 +210,17 @@ def benchmark(
     - *clean*: one-class detection; equal rows are kept once, half of the normal rows train.
     - *clean-unsupervised*: the rows are halved without labels, so anomalies stay in training.
     - *published*: as in DTE (ICLR 2024), with its defects, for comparison with published figures only.
+    - *images*: MNIST and CIFAR-10 in their own split; at most 4,000 normal images train and 2,000 test. The files must
+      be on this machine.
+    - *images-full*: the same with all images; a GPU helps.
 
     **Examples**
 
     - `anomalib-gen benchmark --detector anomalib_gen.FlowDetector --peers --datasets cardio,thyroid`
     - `anomalib-gen benchmark --library --peers --deep-peers --time-limit 600`: everything, as in docs/benchmark.md
     - `anomalib-gen benchmark --detector 'maf=anomalib_gen.FlowDetector(transform="maf")' --seeds 0,1`
+    - `anomalib-gen benchmark --suite images --detector anomalib_gen.DiffusionDetector --peers --datasets mnist:not-1
+      --seeds 0`
     """
     _require_extra()
     folder = output or Path("anomalib-gen-benchmark") / suite.value

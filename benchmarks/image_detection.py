@@ -273,7 +273,7 @@ def main() -> None:
     tasks = [task for name in options.tasks for task in TASKS.get(name, [name])]
     detectors = specifications(options.families, options.preset, options.device)
     if not (options.no_peers or options.quick):
-        detectors.append("image-peers")
+        detectors += ["peers", "deep-peers"]
     if not options.record_only:
         start = time.perf_counter()
         try:

@@ -86,6 +86,33 @@ def test_run_report_and_partial_failure(table, tmp_path):
     assert (output / "report.html").is_file()
 
 
+def test_help_of_the_benchmark_tells_of_images():
+    text = " ".join(run("benchmark", "--help").output.replace("│", " ").split())
+    assert "images: MNIST and CIFAR-10 in their own split" in text
+    assert "images-full: the same with all images" in text
+    assert "--suite images --detector anomalib_gen.DiffusionDetector --peers" in text
+    assert "in the suites of images MNIST with a digit held out" in text
+
+
+def test_sets_of_detectors_follow_the_suite(tmp_path, monkeypatch):
+    import anomalib_gen.benchmark
+    from anomalib_gen.benchmark import parse_detectors
+    from anomalib_gen.benchmark.runner import run_benchmark
+
+    found = {}
+
+    def parse(detectors, **options):
+        found[options["images"]] = {detector.name for detector in parse_detectors(detectors, **options)}
+        raise ValueError("enough")
+
+    monkeypatch.setattr("anomalib_gen.benchmark.runner.parse_detectors", parse)
+    monkeypatch.setattr(anomalib_gen.benchmark, "run_benchmark", run_benchmark)
+    for suite in ("clean", "images"):
+        run("benchmark", "--suite", suite, "--library", "--peers", "--output", tmp_path / suite)
+    assert {"kNN(1), 64 PCA", "FlowDetector input_complexity"} <= found[True] - found[False]
+    assert {"sklearn.LOF", "FlowDetector glow"} & found[True] == set()
+
+
 def test_internal_errors_are_code_5(monkeypatch, tmp_path):
     from anomalib_gen.benchmark import demo
 

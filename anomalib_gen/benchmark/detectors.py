@@ -179,13 +179,15 @@ def parse_detector(text: str) -> Detector:
     return detector
 
 
-def parse_detectors(detectors: Iterable[str | Detector]) -> list[Detector]:
+def parse_detectors(detectors: Iterable[str | Detector], *, images: bool = False) -> list[Detector]:
     """Read several detectors; ``library``, ``peers`` and ``deep-peers`` stand for the named sets.
 
     Parameters
     ----------
     detectors : iterable of str or Detector
         Texts for `parse_detector`, names of sets, or detectors already read.
+    images : bool, default=False
+        Whether the sets are those for images rather than for tables.
 
     Returns
     -------
@@ -203,7 +205,7 @@ def parse_detectors(detectors: Iterable[str | Detector]) -> list[Detector]:
         if isinstance(item, Detector):
             members = (item,)
         elif item in _SETS:
-            members = _SETS[item]()
+            members = _SETS[item](images)
         else:
             members = (parse_detector(item),)
         for detector in members:
@@ -390,21 +392,25 @@ IMAGE_PEERS: tuple[Detector, ...] = (
     _named("sklearn.IsolationForest", "sklearn.ensemble.IsolationForest"),
     _named("sklearn.IsolationForest, 64 PCA", _ON_COMPONENTS, detector="sklearn.ensemble.IsolationForest"),
     _named("pyod.PCA", "pyod.models.pca.PCA"),
-    *DEEP_PEERS,
 )
-"""Detectors of tables that see pixels, nearest neighbours and isolation forest on principal components as well, and the
-deep ones of pyod."""
+"""Shallow detectors of tables that see pixels, nearest neighbours and isolation forest on principal components as well.
+The deep ones are those of tables."""
 
-NOT_FOR_TABLES = {"auto", "glow"}
-"""Names that `library_detectors` leaves out: one that stands for others, and one for images."""
+LEFT_OUT = {"auto", "glow"}
+"""Names that `library_detectors` leaves out: one that stands for others, and one for images, whose default it is."""
 VARIED = ("transform", "denoiser", "objective", "anomaly")
 """Parameters by which `library_detectors` tells the methods of a family apart."""
 
 
-def library_detectors() -> tuple[Detector, ...]:
+def library_detectors(*, images: bool = False) -> tuple[Detector, ...]:
     """Return every family of the library at its defaults, and with every transform, denoiser, objective and anomaly.
 
     One parameter is varied at a time, over all names that it takes; families and names are found, not listed.
+
+    Parameters
+    ----------
+    images : bool, default=False
+        Whether names and defaults are those for images rather than for tables.
 
     Returns
     -------
@@ -420,7 +426,9 @@ def library_detectors() -> tuple[Detector, ...]:
         path = f"anomalib_gen.{name}"
         found.append(_named(name, path))
         detector = family()
-        known = {"objective": family._objectives, "anomaly": family._anomalies}
+        if images:
+            detector.event_shape_ = (1, 28, 28)  # of these; any would do
+        known = {"objective": family._objectives, "anomaly": detector._known_anomalies()}
         for parameter in VARIED:
             if parameter not in detector.get_params():
                 continue
@@ -433,19 +441,19 @@ def library_detectors() -> tuple[Detector, ...]:
             # What the default stands for, which is in the list already.
             resolve = getattr(detector, f"_resolve_{parameter}", None)
             default = repr(detector.get_params()[parameter] if resolve is None else resolve())
-            for value in sorted(set(names) - NOT_FOR_TABLES):
+            for value in sorted(set(names) - LEFT_OUT):
                 part = components[value]() if components else value
                 if repr(part) != default:
                     found.append(_named(f"{name} {value}", path, **{parameter: value}))
     return tuple(found)
 
 
-_SETS: dict[str, Callable[[], tuple[Detector, ...]]] = {
-    "library": library_detectors,
-    "peers": lambda: PEERS,
-    "deep-peers": lambda: DEEP_PEERS,
-    "image-peers": lambda: IMAGE_PEERS,
+_SETS: dict[str, Callable[[bool], tuple[Detector, ...]]] = {
+    "library": lambda images: library_detectors(images=images),
+    "peers": lambda images: IMAGE_PEERS if images else PEERS,
+    "deep-peers": lambda images: DEEP_PEERS,
 }
+"""Sets by name, given whether the data are images."""
 
 
 def _bad(text: str, reason: str) -> ValueError:

@@ -67,7 +67,7 @@ def run_benchmark(
     ----------
     detectors : iterable of str or Detector
         Texts such as ``sklearn.neighbors.LocalOutlierFactor(novelty=True)`` (see `parse_detector`), or the
-        names of sets, ``peers`` and ``deep-peers``.
+        names of sets, ``library``, ``peers`` and ``deep-peers``, which suites of images have of their own.
     suite : {"clean", "clean-unsupervised", "published", "images", "images-full"}
         The protocol; a folder belongs to one. Those of images have data sets such as ``mnist:not-1`` (digit 1 is the
         anomaly) and ``cifar10:only-0`` (class 0 is normal); detectors of tables see images as rows of pixels.
@@ -76,7 +76,8 @@ def run_benchmark(
         the workers print in ``workers.log``.
     datasets : sequence of str, optional
         ADBench names, ``builtin:`` names (``builtin:digits``), or paths of npz files with a table ``X`` and
-        labels ``y`` (+1 normal, -1 anomaly). Default: every ADBench table on this machine.
+        labels ``y`` (+1 normal, -1 anomaly); tasks such as ``mnist:not-1`` for the suites of images. Default: every
+        ADBench table on this machine, or all tasks of images.
     seeds : iterable of int, default=(0, 1, 2, 3, 4)
         Seeds of the splits and of the detectors that take a ``random_state``.
     jobs : int, default=1
@@ -119,7 +120,7 @@ def run_benchmark(
     suites = (*PROTOCOLS, *IMAGE_SUITES)
     if suite not in suites:
         raise ValueError(f"suite must be one of {', '.join(map(repr, suites))}, got {suite!r}.")
-    chosen = parse_detectors(detectors)
+    chosen = parse_detectors(detectors, images=suite in IMAGE_SUITES)
     if not chosen:
         raise ValueError("detectors is empty: name at least one detector, or a set such as 'peers'.")
     seeds = list(dict.fromkeys(int(seed) for seed in seeds))

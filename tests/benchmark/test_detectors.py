@@ -129,6 +129,21 @@ def test_the_library_is_found_with_all_its_methods():
                 assert len(set(known) - named) <= 1
 
 
+def test_the_library_for_images_has_the_anomalies_and_the_defaults_of_images():
+    found = library_detectors(images=True)
+    assert parse_detectors(["library"], images=True) == list(found)
+    names = {detector.name for detector in found}
+    assert names >= {f"{family} input_complexity" for family in ("DiffusionDetector", "EnergyDetector")}
+    assert names >= {f"{family} input_complexity" for family in ("FlowDetector", "VAEDetector")}
+    assert {name for name in names if name.endswith("multiscale_reconstruction")} == {
+        "DiffusionDetector multiscale_reconstruction",
+        "VAEDetector multiscale_reconstruction",
+    }
+    assert {"FlowDetector realnvp", "DiffusionDetector network", "DiffusionDetector hybrid"} <= names
+    assert not {"FlowDetector glow", "DiffusionDetector closed-form", "DiffusionDetector closed_form"} & names
+    assert not any("input_complexity" in detector.name for detector in library_detectors())
+
+
 @pytest.fixture
 def cloud():
     rng = np.random.default_rng(0)
@@ -214,9 +229,11 @@ def test_detectors_of_either_direction_see_principal_components(detector, cloud)
     np.testing.assert_array_equal(clone(wrapped).fit(train).score_samples(test), scores)
 
 
-def test_peers_of_images_are_known_by_one_name():
-    names = [detector.name for detector in parse_detectors(["image-peers"])]
-    assert {"kNN(1), 64 PCA", "sklearn.IsolationForest, 64 PCA", "pyod.DeepSVDD"} <= set(names)
+def test_peers_of_images_have_the_names_of_peers():
+    assert parse_detectors(["peers"], images=True) == list(IMAGE_PEERS)
+    assert len(IMAGE_PEERS) == 5
+    assert {"kNN(1), 64 PCA", "sklearn.IsolationForest, 64 PCA"} <= {peer.name for peer in IMAGE_PEERS}
+    assert parse_detectors(["deep-peers"], images=True) == list(DEEP_PEERS)
     for detector in IMAGE_PEERS:
         assert parse_detector(f"{detector.name}={detector.specification}") == detector
 
