@@ -29,6 +29,7 @@ Rows are standardised, and compressed beyond five deviations, so that all of thi
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -78,6 +79,19 @@ DENOISERS = ("closed-form", "hybrid", "network")
 NETWORKS = ("auto", "convolutional", "energy", "mlp", "residual")
 ENERGY_STEPS = 32
 """Steps of the bound that `energy` is; with more it is tighter, by about the same for rows of one cluster."""
+OF_NETWORKS = (
+    "parametrization",
+    "hidden_features",
+    "n_blocks",
+    "learning_rate",
+    "weight_decay",
+    "batch_size",
+    "max_iter",
+    "n_iter_no_change",
+    "max_grad_norm",
+    "ema_decay",
+)
+"""Parameters that nothing uses where there is no network."""
 TABLE_LEVELS = {"sigma_min": 0.01, "sigma_max": 20.0}
 """Noise levels of the default path: those of images (0.002 to 80) reach far beyond what tables need at both ends."""
 
@@ -112,7 +126,8 @@ class DiffusionDetector(GenerativeDetector):
         For images it takes "closed-form", which tells abnormal ones much better than networks do so far, as it compares
         gradients and lets parts of images move (`anomalib_gen.models.ImageMemory`); and "network" where `network` or
         `objective` asks for one, or `objective` is a component, whose settings need one. Name the denoiser if you set
-        another anomaly, sizes or training alone: these ask for nothing.
+        another anomaly, sizes or training alone: these ask for nothing. A warning names those that go
+        unused.
     network : {"auto", "residual", "mlp", "convolutional", "energy"} or callable, default="auto"
         The network. "convolutional", for images only, is a residual U-Net with attention, with an eighth of
         `hidden_features` as channels at its finest level; "auto" takes it for images, and "residual" for tables.
@@ -684,6 +699,8 @@ class DiffusionDetector(GenerativeDetector):
                     f"denoiser='closed-form' has no network that could learn variances, as {objective!r} wants to. "
                     "Choose another denoiser or objective."
                 )
+            if self.denoiser is None:
+                self._warn_of_unused()
             return ClosedFormDenoiser(path, event_shape, torch.from_numpy(grain))
         if self.network == "energy":
             if learned_variance:
@@ -715,6 +732,17 @@ class DiffusionDetector(GenerativeDetector):
             grain=torch.from_numpy(grain),
             learned_variance=learned_variance,
         )
+
+    def _warn_of_unused(self) -> None:
+        """Warn of sizes and training that were asked for where the default for images has no network."""
+        defaults = inspect.signature(DiffusionDetector).parameters
+        unused = [name for name in OF_NETWORKS if getattr(self, name) != defaults[name].default]
+        if unused:
+            warn_user(
+                f"DiffusionDetector stores images by default and trains no network, so {', '.join(unused)} "
+                f"{'are' if len(unused) > 1 else 'is'} not used. Set denoiser='network' to train one, or "
+                "denoiser='closed-form' to silence this."
+            )
 
     def _make_network(
         self, inputs: tuple[int, ...], outputs: tuple[int, ...], context_features: int

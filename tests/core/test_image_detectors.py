@@ -1,6 +1,7 @@
 """The four detectors on images: the same border, the same promises, and what is peculiar to pixels."""
 
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -456,9 +457,28 @@ def test_an_autoencoder_codes_digits_as_principal_components_do():
     ],
 )
 def test_images_are_stored_unless_something_asks_for_a_network(digits, options, model):
-    detector = DiffusionDetector(max_iter=1, hidden_features=8, random_state=0, device="cpu", **options)
+    sizes = {} if model is ClosedFormDenoiser else {"max_iter": 1, "hidden_features": 8}
+    detector = DiffusionDetector(random_state=0, device="cpu", **sizes, **options)
     assert type(detector.fit(digits[:30]).model_) is model
     assert np.isfinite(detector.score_samples(digits[30:34])).all()
+
+
+def test_sizes_and_training_that_stored_images_do_not_use_are_told(digits):
+    shared = {"random_state": 0, "device": "cpu"}
+    with pytest.warns(
+        UserWarning, match=r"so hidden_features, max_iter are not used\. Set denoiser='network'"
+    ):
+        DiffusionDetector(max_iter=1, hidden_features=8, **shared).fit(digits[:30])
+    with pytest.warns(UserWarning, match="so learning_rate is not used"):
+        DiffusionDetector(learning_rate=1e-3, **shared).partial_fit(digits[:30])
+    table = digits[:30].reshape(30, 64)[:, 20:24].astype(float)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # What is used, and what was asked for by name.
+        DiffusionDetector(contamination=0.1, validation_fraction=0.2, **shared).fit(digits[:30])
+        for denoiser in ("closed-form", "network"):
+            DiffusionDetector(denoiser=denoiser, max_iter=1, hidden_features=8, **shared).fit(digits[:30])
+        DiffusionDetector(max_iter=1, hidden_features=8, **shared).fit(table)
 
 
 def test_the_default_of_images_draws_restores_and_has_a_density(digits):
