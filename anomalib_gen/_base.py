@@ -273,7 +273,8 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         ----------
         X : array-like or data frame of shape (n_samples, n_features), or (n_samples, channels, height, width)
             At least two rows. Memory-mapped arrays are read in blocks. Images of uint8 are taken for whole numbers
-            from 0 to 255 and dequantised; images of any other type, whole numbers included, for real ones.
+            from 0 to 255 and dequantised; images of any other type, whole numbers included, for real ones, with a
+            warning if these are whole numbers from 0 to 255.
         y : ignored
             For scikit-learn's conventions.
         sample_weight : array-like of shape (n_samples,), optional

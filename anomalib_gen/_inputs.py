@@ -11,6 +11,7 @@ from sklearn.utils.validation import validate_data
 
 from anomalib_gen._runtime import row_blocks
 from anomalib_gen._scaling import rows_per_block
+from anomalib_gen._warnings import warn_user
 
 MIN_SIDE = 8
 """Smallest height and width of images: below this they are tables of a few columns."""
@@ -45,6 +46,8 @@ def validate_rows(detector: Any, X: Any, *, reset: bool, min_rows: int) -> npt.N
     if images:
         X = stack_images(X)
         check_images(detector, X, reset=reset)
+        if reset:
+            warn_of_whole_numbers(X)
     elif not reset and len(getattr(detector, "event_shape_", ())) == 3:
         wanted = ", ".join(str(size) for size in detector.event_shape_)
         hint = " Of one image that is X[None]." if np.shape(X) == tuple(detector.event_shape_) else ""
@@ -227,6 +230,22 @@ def check_images(detector: Any, X: npt.NDArray[Any], *, reset: bool) -> None:
         raise ValueError(
             f"{type(detector).__name__} was fitted on {fitted}, and X is {X.dtype}: its units may differ. "
             f"Give {'uint8' if eight_bit else 'floating-point'} images in the units of `fit`."
+        )
+
+
+def warn_of_whole_numbers(X: npt.NDArray[Any]) -> None:
+    """Warn of images that hold grey levels of 8 bits in another type, in which they are taken for real numbers.
+
+    Zeros and ones are no grey levels.
+    """
+    if X.size == 0 or X.dtype.kind not in "iu" or X.dtype == np.uint8:
+        return
+    low, high = int(X.min()), int(X.max())
+    if low >= 0 and 1 < high <= 255:
+        warn_user(
+            f"X has images of whole numbers from {low} to {high} in {X.dtype}, which are taken for real numbers and not "
+            "spread over their cells. Give X.astype(numpy.uint8) if these are grey levels of 8 bits, or "
+            "X.astype(float) to silence this."
         )
 
 

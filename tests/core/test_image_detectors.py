@@ -139,6 +139,23 @@ def test_images_of_real_numbers(digits, family):
         detector.score_samples(digits)
 
 
+@each_family
+def test_grey_levels_in_another_type_are_pointed_out(digits, family):
+    detector = small(family, max_iter=1)
+    with pytest.warns(UserWarning, match=r"from 0 to 240 in int64, .* Give X\.astype\(numpy\.uint8\)") as found:
+        detector.fit(digits[:20].astype(np.int64))
+    assert found[0].filename == __file__
+    assert not detector._eight_bit
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        detector.score_samples(digits[:2].astype(np.int64))  # once is enough
+        detector.fit(digits[:20].astype(float))
+        detector.fit(digits[:20])
+        detector.fit((digits[:20] > 100).astype(np.int64))
+        detector.fit(digits[:20].astype(np.int64) - 100)
+        detector.fit(digits[:20].reshape(20, 64)[:, 20:24].astype(np.int64))
+
+
 def test_methods_that_give_rows_give_images(trained, digits):
     vae, diffusion = trained(VAEDetector, n_components=2), trained(DiffusionDetector)
     assert vae.transform(digits).shape == (80, 2)
