@@ -211,6 +211,12 @@ def check_images(detector: Any, X: npt.NDArray[Any], *, reset: bool) -> None:
                 f" If these are channels-last images, {channels} x {height} with {width} channels, put "
                 "anomalib_gen.images.ChannelsFirst() before the detector."
             )
+        elif height in (1, 3) and min(channels, width) >= MIN_SIDE:
+            hint = (
+                f" If these were channels-first images, {width} x {channels} with {height} "
+                f"channel{'s' if height > 1 else ''}, that went through anomalib_gen.images.ChannelsFirst(), leave it "
+                "out: it takes channels-last images."
+            )
         raise ValueError(
             f"X has shape {X.shape}, which is read as (images, channels, height, width); height and width must be at "
             f"least {MIN_SIDE}.{hint}"
@@ -243,8 +249,8 @@ def warn_of_whole_numbers(X: npt.NDArray[Any]) -> None:
     low, high = int(X.min()), int(X.max())
     if low >= 0 and 1 < high <= 255:
         warn_user(
-            f"X has images of whole numbers from {low} to {high} in {X.dtype}, which are taken for real numbers and not "
-            "spread over their cells. Give X.astype(numpy.uint8) if these are grey levels of 8 bits, or "
+            f"X has images of whole numbers from {low} to {high} in {X.dtype}, which are taken for real numbers and "
+            "not spread over their cells. Give X.astype(numpy.uint8) if these are grey levels of 8 bits, or "
             "X.astype(float) to silence this."
         )
 

@@ -194,6 +194,8 @@ class _ImageTransformer(TransformerMixin, BaseEstimator):
 class ChannelsFirst(_ImageTransformer):
     """Bring images with channels at the end, or grey ones without, into the layout of detectors.
 
+    Images that have their channels in front already do not go through it: detectors refuse what comes out, saying so.
+
     Examples
     --------
     >>> import numpy as np

@@ -10,6 +10,7 @@ from scipy.special import logsumexp
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
+from sklearn.pipeline import make_pipeline
 
 from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
 from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain
@@ -142,7 +143,9 @@ def test_images_of_real_numbers(digits, family):
 @each_family
 def test_grey_levels_in_another_type_are_pointed_out(digits, family):
     detector = small(family, max_iter=1)
-    with pytest.warns(UserWarning, match=r"from 0 to 240 in int64, .* Give X\.astype\(numpy\.uint8\)") as found:
+    with pytest.warns(
+        UserWarning, match=r"from 0 to 240 in int64, .* Give X\.astype\(numpy\.uint8\)"
+    ) as found:
         detector.fit(digits[:20].astype(np.int64))
     assert found[0].filename == __file__
     assert not detector._eight_bit
@@ -218,10 +221,19 @@ def test_channels_at_the_end_are_pointed_out():
         ValueError, match=r"channels-last images, 32 x 32 with 3 channels, put .*ChannelsFirst"
     ):
         FlowDetector().fit(np.zeros((4, 32, 32, 3), np.uint8))
-    with pytest.raises(ValueError, match="at least 8"):
+    with pytest.raises(ValueError, match=r"at least 8\.$"):
         FlowDetector().fit(np.zeros((4, 1, 4, 32), np.uint8))
     with pytest.raises(ValueError, match="dim 3"):
         FlowDetector().fit(np.zeros((4, 32, 32), np.uint8))
+
+
+@pytest.mark.parametrize(("channels", "told"), [(1, "1 channel,"), (3, "3 channels,")])
+def test_channels_that_were_moved_from_the_front_are_pointed_out(channels, told):
+    pipeline = make_pipeline(ChannelsFirst(), FlowDetector())
+    with pytest.raises(
+        ValueError, match=rf"channels-first images, 32 x 24 with {told} .*ChannelsFirst\(\), leave it out"
+    ):
+        pipeline.fit(np.zeros((4, channels, 32, 24), np.uint8))
 
 
 def test_images_of_different_shapes_are_named(trained, digits):
