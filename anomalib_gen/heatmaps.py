@@ -6,9 +6,11 @@ made of one number a value or a place:
     "residual":     r_j^2, r = x - xhat, what the model would change;
     "score":        s_j^2, s = grad log p(x), how steeply the density rises if the value changes; of a model that
                     is conditional on noise, the mean over a ladder of levels of (s * level)_j^2;
-    "likelihood":   -log p(x_j | z), what an autoencoder's decoder charges for the value; of a multi-scale flow the
-                    share of each pixel in -log p(x), with the values that its layers give to the place and what they
-                    stretch there (models.glow). Before they are averaged these add up to -log p(x);
+    "likelihood":   of an autoencoder -E_q[log p(x_j | z)], what its decoder charges for the value, and an even share of
+                    KL(q(z | x) || N(0, I)), which belongs to no place; of a multi-scale flow the share of each pixel in
+                    -log p(x), with the values that its layers give to the place and what they stretch there
+                    (models.glow). Before they are averaged the former add up to minus the evidence lower bound, the
+                    latter to -log p(x), of images as they are (not spread over cells) and in standardised pixels;
     "matching":     what an image has at a place and the stored images that match it best have not, or the reverse
                     (models.matching).
 
@@ -34,6 +36,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch.nn import functional as F
 
 from anomalib_gen._base import GenerativeDetector
+from anomalib_gen._runtime import scoring_generator
 from anomalib_gen.anomaly import MultiScaleReconstruction
 from anomalib_gen.anomaly._levels import level_ladder
 from anomalib_gen.samplers import score_of
@@ -128,7 +131,7 @@ def explain_images(
         raise ValueError(f"smooth must be a positive integer or 'auto', got {smooth!r}.")
 
     def values(model: Any, x: torch.Tensor) -> torch.Tensor:
-        return _average(_pixels(model, x, kind).sum(1), window)
+        return _average(_pixels(model, x, kind, scoring_generator(detector._scoring_seed)).sum(1), window)
 
     def maps_of(images: Any) -> npt.NDArray[np.float64]:
         rows = detector._validate(images, reset=False)
@@ -162,7 +165,7 @@ def resolve_kind(model: Any, kind: str) -> str:
     return "likelihood" if hasattr(getattr(model, "transform", None), "log_prob_by_place") else "score"
 
 
-def _pixels(model: Any, x: torch.Tensor, kind: str) -> torch.Tensor:
+def _pixels(model: Any, x: torch.Tensor, kind: str, generator: torch.Generator) -> torch.Tensor:
     """The quantity of each value of images ``(B, C, H, W)``, of the same shape, or of each pixel, ``(B, 1, H, W)``."""
     kind = resolve_kind(model, kind)
     try:
@@ -173,7 +176,7 @@ def _pixels(model: Any, x: torch.Tensor, kind: str) -> torch.Tensor:
         if kind == "likelihood":
             if hasattr(model, "log_prob_by_place"):
                 return -model.log_prob_by_place(x).unsqueeze(1)
-            return -model.observation.value_log_probs(x, model.decode(model.encode(x).mean))
+            return _bound_by_value(model, x, generator)
         if hasattr(model, "score") and getattr(model, "noise_levels", None) is not None:
             return _mean(
                 (level * model.score(x, x.new_full((len(x),), level))).square()
@@ -184,6 +187,14 @@ def _pixels(model: Any, x: torch.Tensor, kind: str) -> torch.Tensor:
         raise TypeError(
             f"kind={kind!r} does not work with {type(model).__name__}: {error}. Choose another kind."
         ) from error
+
+
+def _bound_by_value(model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Share of each value of images ``(B, *E)`` in minus the evidence lower bound, with the draws of `NegativeELBO`."""
+    q = model.encode(x)
+    noise = model.draw_balanced_noise("auto", generator)
+    charged = _mean(-model.observation.value_log_probs(x, model.decode(q.draw(e))) for e in noise)
+    return charged + (q.kl().sum(1) / x[0].numel()).reshape(-1, 1, 1, 1)
 
 
 def _score(model: Any, x: torch.Tensor) -> torch.Tensor:

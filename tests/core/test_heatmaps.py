@@ -9,7 +9,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 
 from anomalib_gen import ComposedDetector, DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
-from anomalib_gen.anomaly import ReconstructionError
+from anomalib_gen._runtime import scoring_generator
+from anomalib_gen.anomaly import NegativeELBO, ReconstructionError
 from anomalib_gen.calibration import SplitConformalDetector
 from anomalib_gen.heatmaps import _average, explain_images
 from anomalib_gen.images import ChannelsFirst
@@ -75,14 +76,19 @@ def test_residuals_add_up_to_the_reconstruction_error(trained, digits):
     np.testing.assert_allclose(maps.mean(axis=(1, 2)), errors, rtol=1e-4)
 
 
-def test_likelihoods_add_up_to_that_of_the_decoder(trained, digits):
+def test_likelihoods_of_an_autoencoder_add_up_to_its_bound(trained, digits):
     detector = trained(VAEDetector)
     maps = explain_images(detector, digits[:20], kind="likelihood", smooth=1)
-    model = detector.model_
+    model = detector._model_on(torch.device("cpu"))
     x = torch.from_numpy(detector._scaler.transform(digits[:20])).float()
     with torch.no_grad():
-        expected = -model.log_likelihood(x, model.encode(x).mean)
-    np.testing.assert_allclose(maps.sum(axis=(1, 2)), expected.numpy(), rtol=1e-3, atol=1e-2)
+        expected = NegativeELBO()(model, x, scoring_generator(detector._scoring_seed))
+        divergence = model.kl(x)
+    np.testing.assert_allclose(maps.sum(axis=(1, 2)), expected.numpy(), rtol=1e-4, atol=1e-3)
+    assert float(divergence.min()) > 1  # it would be missed
+    # Alone and among others, whatever the draws.
+    alone = explain_images(detector, digits[4:5], kind="likelihood", smooth=1)
+    np.testing.assert_allclose(alone, maps[4:5], rtol=1e-4, atol=1e-4)
 
 
 def test_shares_add_up_to_a_flow_s_likelihood(trained, digits):
