@@ -8,7 +8,8 @@ and seed), until the budget is used up, and goes on where it stopped when it is 
 
 Workers of ``--jobs`` take turns on one GPU: they help with what the CPU does (reading, judging), not with training.
 
-``--record NAME`` writes the cells finished so far to ``benchmarks/results/NAME.csv`` and ``.md``, with the device;
+``--record NAME`` writes the cells finished so far to ``benchmarks/results/NAME.csv`` and ``.md``, with the device that
+each was run on, which stands in ``devices.json`` beside the cells;
 cells that stand there and are not among them stay, so that calls on several machines add up. The tables hold average
 precision on MNIST with one digit held out and AUROC on one class of CIFAR-10, each beside published figures, CIFAR-10
 against other sources of the same coding, and bits per dimension where the anomaly is a density
@@ -25,6 +26,7 @@ Needs the ``benchmark`` extra, and the files of both collections (``ANOMALIB_GEN
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import tempfile
@@ -197,10 +199,39 @@ def tables(results: pd.DataFrame) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def device_name() -> str:
-    if torch.cuda.is_available():
+def device_name(device: str = "auto") -> str:
+    """Name of what detectors with that `device` run on in this process."""
+    if torch.cuda.is_available() and device != "cpu":
         return torch.cuda.get_device_name()
     return f"CPU, {environment()['processor']}"
+
+
+def finished_cells(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "cells").glob("*.json")}
+
+
+def note_devices(folder: Path, before: set[str], device: str) -> None:
+    """Keep beside the cells what those that were finished since `before` ran on, with the version of torch.
+
+    Cells that had no note before get none: what they ran on is not known.
+    """
+    here = f"{device_name(device)}, torch {torch.__version__}"
+    notes = read_devices(folder) | dict.fromkeys(sorted(finished_cells(folder) - before), here)
+    (folder / "devices.json").write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+
+
+def read_devices(folder: Path) -> dict[str, str]:
+    path = folder / "devices.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def devices_of(folder: Path) -> pd.DataFrame:
+    """Device of each cell of a folder, by task, seed and specification."""
+    notes, rows = read_devices(folder), []
+    for file in sorted(finished_cells(folder)):
+        cell = json.loads((folder / "cells" / file).read_text(encoding="utf-8"))["cell"]
+        rows.append((cell["dataset"], cell["seed"], cell["detector"], notes.get(file, "not noted")))
+    return pd.DataFrame(rows, columns=["dataset", "seed", "specification", "device"])
 
 
 def record(folder: Path, name: str, command: str) -> None:
@@ -209,7 +240,8 @@ def record(folder: Path, name: str, command: str) -> None:
     suite = results["suite"].iloc[0]
     columns = ["dataset", "seed", "detector", "status", "auroc", "average_precision", "bits_per_dimension"]
     columns += ["fit_seconds", "score_seconds", "n_train", "n_test", "n_anomalies", "specification", "error"]
-    results = results[columns].assign(device=f"{device_name()}, torch {torch.__version__}")
+    keys = ["dataset", "seed", "specification"]
+    results = results[columns].merge(devices_of(folder).drop_duplicates(keys), on=keys, how="left")
     results = results.round(
         {"auroc": 4, "average_precision": 4, "bits_per_dimension": 3} | {"fit_seconds": 1, "score_seconds": 1}
     )
@@ -276,6 +308,7 @@ def main() -> None:
         detectors += ["peers", "deep-peers"]
     if not options.record_only:
         start = time.perf_counter()
+        before = finished_cells(options.output)
         try:
             with stopped_after(options.budget):
                 run_benchmark(
@@ -291,6 +324,9 @@ def main() -> None:
             print(f"{stopped.finished} of {stopped.total} cells are done. The same command goes on.")
         except KeyboardInterrupt:  # before the first cell, or after the last
             print("Stopped. The same command goes on.")
+        finally:
+            if finished_cells(options.output) > before:
+                note_devices(options.output, before, options.device)
     if not list((options.output / "cells").glob("*.json")):
         print("No cell is done yet. If that stays so, the budget is shorter than a cell.")
     elif options.record:

@@ -362,6 +362,29 @@ def test_image_detection_goes_on_where_it_stopped(digits_home):
     assert rows["VAEDetector"][1] == "–"  # digit 4 was not run
     assert rows["chance"][0] == "0.100"
     assert "| mnist | VAEDetector | 1 |" in text
+    notes = json.loads((folder / "devices.json").read_text())
+    assert set(notes) == {path.name for path in (folder / "cells").glob("*.json")}
+    assert all(note.startswith("CPU, ") and ", torch " in note for note in notes.values())
+
+
+def test_a_cell_keeps_the_device_that_it_was_run_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    script = importlib.import_module("image_detection")
+    (tmp_path / "cells").mkdir()
+
+    def finish(seed, device):
+        before = script.finished_cells(tmp_path)
+        cell = {"dataset": "mnist:not-1", "seed": seed, "detector": "a.B()"}
+        (tmp_path / "cells" / f"{seed}.json").write_text(json.dumps({"cell": cell}))
+        if device:
+            monkeypatch.setattr(script, "device_name", lambda asked: f"{device} ({asked})")
+            script.note_devices(tmp_path, before, "auto")
+
+    for seed, device in enumerate((None, "first", "second")):  # the first of a run without notes
+        finish(seed, device)
+    found = script.devices_of(tmp_path)
+    assert found["device"].str.partition(",")[0].tolist() == ["not noted", "first (auto)", "second (auto)"]
+    assert found["specification"].tolist() == ["a.B()"] * 3
 
 
 def test_image_detection_runs_every_task_unless_told_otherwise(tmp_path, monkeypatch):
@@ -392,8 +415,10 @@ def test_recorded_cells_of_several_calls_add_up(tmp_path, monkeypatch):
         common = {"suite": "images", "seed": 0, "status": "ok", "average_precision": 0.5, "fit_seconds": 1.0}
         common |= {"score_seconds": 1.0, "n_train": 40, "n_test": 20, "n_anomalies": 2}
         common |= {"bits_per_dimension": np.nan, "specification": "", "error": None}
-        monkeypatch.setattr(script, "load_results", lambda folder: pd.DataFrame(cells).assign(**common))
-        monkeypatch.setattr(script, "device_name", lambda: device)
+        results = pd.DataFrame(cells).assign(**common)
+        notes = results[["dataset", "seed", "specification"]].assign(device=f"{device}, torch 2")
+        monkeypatch.setattr(script, "load_results", lambda folder: results)
+        monkeypatch.setattr(script, "devices_of", lambda folder: notes)
         script.record(tmp_path, "found", "command")
         return pd.read_csv(tmp_path / "found.csv")
 
