@@ -75,7 +75,7 @@ def combinations():
                 for name in known:
                     part = QUICK.get((family, name), name)
                     marks = [pytest.mark.slow] if name in SLOW else []
-                    # (For images a network is the default denoiser, and these ask for stored rows.)
+                    # (These ask for stored rows, and `small` for a network alone.)
                     stored = {"denoiser": "hybrid"} if name in ("closed_form", "combined") else {}
                     yield pytest.param(
                         family, {argument: part, **stored}, id=f"{family.__name__}-{name}", marks=marks
