@@ -10,6 +10,7 @@ from scipy.special import logsumexp
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
+from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 
 from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
@@ -18,7 +19,7 @@ from anomalib_gen.anomaly import IMAGE_ANOMALIES, DiffusionELBO, LikelihoodRegre
 from anomalib_gen.features import FeatureExtractor
 from anomalib_gen.images import ChannelsFirst
 from anomalib_gen.models import ClosedFormDenoiser, HybridDenoiser, NetworkDenoiser, ScoreDenoiser
-from anomalib_gen.objectives import Denoising
+from anomalib_gen.objectives import Denoising, GradientPenalty, PersistentContrastiveDivergence
 from anomalib_gen.objectives._smoothing import dequantise
 
 FAMILIES = [DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector]
@@ -490,6 +491,35 @@ def test_images_are_stored_unless_something_asks_for_a_network(digits, options, 
     detector = DiffusionDetector(random_state=0, device="cpu", **sizes, **options)
     assert type(detector.fit(digits[:30]).model_) is model
     assert np.isfinite(detector.score_samples(digits[30:34])).all()
+
+
+@pytest.mark.slow
+def test_persistent_chains_on_images_stay_bounded_and_find_noise():
+    """Some hundred steps, with all that keeps energies from growing steep."""
+    images = (load_digits().images[:600, None] * 15).astype(np.uint8)
+    train, test = images[:500], images[500:]
+    detector = EnergyDetector(
+        objective=GradientPenalty(PersistentContrastiveDivergence(n_steps=5, buffer_size=256)),
+        spectral_norm=3.0,
+        max_iter=200,
+        n_iter_no_change=100,
+        hidden_features=16,
+        random_state=0,
+        device="cpu",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of training that diverges
+        detector.fit(train)
+    assert detector.n_iter_ == 200
+    assert np.abs(detector.loss_curve_).max() < 50
+    random = np.random.default_rng(0)
+    noise = random.integers(0, 256, test.shape, dtype=np.uint8)
+    shuffled = random.permuted(test.reshape(100, 64), axis=1).reshape(test.shape)
+    of_digits, of_noise, of_shuffled = map(detector.energy, (test, noise, shuffled))
+    assert np.ptp(np.concatenate([of_digits, of_noise, of_shuffled])) < 200
+    odd = np.repeat([False, True], 100)
+    assert roc_auc_score(odd, np.concatenate([of_digits, of_noise])) > 0.95
+    assert roc_auc_score(odd, np.concatenate([of_digits, of_shuffled])) > 0.9
 
 
 def test_sizes_and_training_that_stored_images_do_not_use_are_told(digits):
