@@ -189,6 +189,21 @@ def test_any_size_and_number_of_channels(family, shape):
     assert np.isfinite(detector.score_samples(images[:2])).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "detector",
+    [*(small(family, max_iter=1) for family in FAMILIES), DiffusionDetector(random_state=0, device="cpu")],
+    ids=[*(family.__name__ for family in FAMILIES), "stored"],
+)
+def test_large_images_are_fitted_and_scored(detector):
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 256, 256), dtype=np.uint8)
+    detector = clone(detector).fit(images)
+    assert detector.event_shape_ == (3, 256, 256)
+    scores = detector.score_samples(images[:2])
+    assert scores.shape == (2,)
+    assert np.isfinite(scores).all()
+
+
 def test_batches_shrink_with_the_size_of_images():
     detector = FlowDetector()
     for shape, rows in (((3,), 256), ((1, 28, 28), 64), ((3, 64, 64), 64), ((3, 256, 256), 4)):
