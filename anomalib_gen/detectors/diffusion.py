@@ -506,7 +506,7 @@ class DiffusionDetector(GenerativeDetector):
         ratios = -self.energy(rows) - self.log_prob(rows)
         top = ratios.max()
         values = np.exp(ratios - top)
-        error = 1.96 * values.std() / values.mean() / np.sqrt(n_samples)
+        error = float(1.96 * values.std() / values.mean() / np.sqrt(n_samples))
         log_z = float(top + np.log(values.mean()))
         self.log_normalizer_interval_ = (log_z - error, log_z + error)
         self.log_normalizer_ = log_z
