@@ -149,15 +149,17 @@ def _read(item: Input, needed: Callable[[str], bool]) -> pa.Table:
             item.place, format=item.kind, filesystem=item.filesystem, partitioning="hive"
         ).to_table()
     # Types are guessed from the first block.
-    text = open_text(item, needed, block_bytes=2**26)
-    try:
-        table = parse_text(text, item, pacsv.ConvertOptions(strings_can_be_null=True)).read_all()
-    except pa.ArrowInvalid:
-        if not text.bad:
-            raise
+    convert = pacsv.ConvertOptions(strings_can_be_null=True)
+    with open_text(item, needed, block_bytes=2**26) as text:
+        try:
+            tables = list(parse_text(text, item, convert))
+        except pa.ArrowInvalid:
+            if not text.bad:
+                raise
     if text.bad:
         reason, _ = next(iter(text.bad.values()))
         raise DataError(f"{item.path} has a bad row: {reason}. Mend it and run again.")
+    table = pa.concat_tables(tables) if tables else pa.table({name: pa.nulls(0) for name in text.names})
     for name, value in partition_of(item.place).items():
         table = table.drop_columns(name) if name in table.column_names else table
         table = table.append_column(name, pa.repeat(value, len(table)))

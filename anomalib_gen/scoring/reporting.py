@@ -337,15 +337,13 @@ def _batches(scores: Path) -> Iterator[pa.Table]:
         if item.is_text:
             # Keys are text, and not the numbers that they may look like.
             with open_text(item, lambda name: True) as text:
-                names = parse_text(text, item, pacsv.ConvertOptions(), first=True).schema.names
-            keys = {name: pa.string() for name in names if name not in ADDED}
-            convert = pacsv.ConvertOptions(column_types=keys, null_values=[""], strings_can_be_null=True)
-            batches = iter(parse_text(open_text(item, lambda name: True), item, convert))
+                keys = {name: pa.string() for name in text.names if name not in ADDED}
+                convert = pacsv.ConvertOptions(column_types=keys, null_values=[""], strings_can_be_null=True)
+                yield from parse_text(text, item, convert)
         else:
             dataset = pads.dataset(item.place, format=item.kind, filesystem=item.filesystem)
-            batches = dataset.scanner(batch_size=2**16, batch_readahead=2).to_batches()
-        for batch in batches:
-            yield pa.Table.from_batches([batch])
+            for batch in dataset.scanner(batch_size=2**16, batch_readahead=2).to_batches():
+                yield pa.Table.from_batches([batch])
 
 
 def _read_scores(scores: Path, found: RunReport, n_top: int) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:

@@ -236,29 +236,47 @@ def open_text(item: Input, needed: Callable[[str], bool], block_bytes: int | Non
 
 
 def parse_text(
-    text: CheckedText, item: Input, convert: pacsv.ConvertOptions, note: Any = None, *, first: bool = False
-) -> pacsv.CSVStreamingReader:
-    """Batches of checked text.
+    text: CheckedText, item: Input, convert: pacsv.ConvertOptions, note: Any = None
+) -> Iterator[pa.Table]:
+    """Tables of checked text, a block at a time.
+
+    Nothing goes on in the background: a thread that still has objects of Python when it ends takes the process with it.
 
     Parameters
     ----------
     text : CheckedText
     item : Input
     convert : pyarrow.csv.ConvertOptions
+        Types that it leaves open are guessed from the first block.
     note : callable, optional
-        Takes rows of another number of fields than the header has. Without one they are an error.
-    first : bool, default=False
-        Whether no more than the first block is wanted, for the names of columns.
+        Takes rows of another number of fields than the header has, of each the number of rows before it in the file,
+        and returns "skip" or "error". Without one they are an error.
     """
-    return pacsv.open_csv(
-        pa.BufferReader(text.read()) if first else pa.PythonFile(text, mode="r"),
-        # (So large that a block is what the text gives at a time.)
-        read_options=pacsv.ReadOptions(use_threads=note is None, block_size=2**27),
-        parse_options=pacsv.ParseOptions(
-            delimiter=item.kind, newlines_in_values=True, invalid_row_handler=note
-        ),
-        convert_options=convert,
-    )
+    n_before, n_noted = 0, 0
+
+    def numbered(row: Any) -> str:
+        nonlocal n_noted
+        n_noted += 1
+        # Counted from 1, those that are noted included.
+        answer: str = note(row, n_before + int(row.number) - 1)
+        return answer
+
+    for chunk in text:
+        table = pacsv.read_csv(
+            pa.BufferReader(chunk),
+            read_options=pacsv.ReadOptions(
+                column_names=text.names, use_threads=False, block_size=max(len(chunk), 1)
+            ),
+            parse_options=pacsv.ParseOptions(
+                delimiter=item.kind,
+                newlines_in_values=True,
+                invalid_row_handler=None if note is None else numbered,
+            ),
+            convert_options=convert,
+        )
+        n_before, n_noted = n_before + len(table) + n_noted, 0
+        convert.column_types = {**convert.column_types, **{field.name: field.type for field in table.schema}}
+        yield table
 
 
 def partition_of(place: str) -> dict[str, pa.Scalar]:
@@ -374,10 +392,9 @@ class Reader:
     def _text_schema(self) -> pa.Schema:
         """Everything is text: types are for `_columns`, row by row."""
         with open_text(self.item, lambda name: False) as text:
-            # (Whatever number of fields the first rows have.)
-            found = parse_text(text, self.item, pacsv.ConvertOptions(), lambda row: "skip", first=True).schema
+            present = text.names
         self._partition = partition_of(self.item.place)
-        names = [name for name in found.names if name not in self._partition]
+        names = [name for name in present if name not in self._partition]
         fields = [pa.field(name, pa.string()) for name in names]
         return pa.schema([*fields, *(pa.field(name, v.type) for name, v in self._partition.items())])
 
@@ -385,13 +402,10 @@ class Reader:
         columns = [name for name in self._columns if name not in self._partition]
         text = open_text(self.item, columns.__contains__)
 
-        def note(row: Any) -> str:
-            # Counted from 1, the header included.
+        def note(row: Any, position: int) -> str:
             reason = f"the line has {row.actual_columns} fields, not {row.expected_columns}"
             line = str(row.text)
-            self._malformed.setdefault(
-                int(row.number) - 2, text.bad.get(line, (reason, line[:SHOWN_CHARACTERS]))
-            )
+            self._malformed.setdefault(position, text.bad.get(line, (reason, line[:SHOWN_CHARACTERS])))
             return "skip"
 
         convert = pacsv.ConvertOptions(
@@ -400,14 +414,15 @@ class Reader:
             null_values=[""],
             strings_can_be_null=True,
         )
-        for batch in parse_text(text, self.item, convert, note):
-            found = {
-                name: pa.repeat(self._partition[name], batch.num_rows)
-                if name in self._partition
-                else batch.column(name)
-                for name in self._columns
-            }
-            yield pa.record_batch(found, schema=self.schema)
+        with text:
+            for table in parse_text(text, self.item, convert, note):
+                found = {
+                    name: pa.repeat(self._partition[name], table.num_rows)
+                    if name in self._partition
+                    else table.column(name)
+                    for name in self._columns
+                }
+                yield from pa.table(found, schema=self.schema).to_batches()
 
     def _batches(self, n_rows: int) -> Iterator[pa.RecordBatch]:
         if self.item.is_text:

@@ -8,10 +8,9 @@ or no UTF-8, is replaced by a line that the parser refuses, so that it is counte
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, Self
 
 from anomalib_gen.scoring._errors import DataError
 
@@ -23,8 +22,8 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CONVERT = "Text must be UTF-8: save it as that, or convert it, as in `iconv -f LATIN1 -t UTF-8`"
 
 
-class CheckedText(io.RawIOBase):
-    """Bytes of a text file with a header, row by row checked.
+class CheckedText:
+    """Rows of a text file with a header, checked, as bytes: an iterable of whole rows, a block at a time.
 
     Parameters
     ----------
@@ -41,13 +40,15 @@ class CheckedText(io.RawIOBase):
 
     Attributes
     ----------
+    names : list of str
+        Of the columns, as the header has them; it is read at once, and is no part of what is given.
     bad : dict of str to (str, str)
         What was no row: the reason and the text, by the line in its place.
 
     Raises
     ------
     DataError
-        While it is read, if the header is damaged or a line is longer than any row.
+        Also while it is read, if the header is damaged or a line is longer than any row.
     """
 
     def __init__(
@@ -75,34 +76,30 @@ class CheckedText(io.RawIOBase):
         self._proper = re.compile(rb"(?:" + line + rb"[\r\n]++)*+(?:" + line + rb")?")
         # (The last one may stay open.)
         self._field = re.compile(rb"(" + quoted + rest + rb'|"(?s:.*)|' + rest + rb")(?:" + mark + rb"|\Z)")
+        self.names: list[str] = []
         self._n_fields = 0
         self._needed_fields: list[int] = []
         self._line = 1
-        self._chunks, self._held = self._read_all(), b""
+        self._chunks = self._read_all()
+        self._first = b""
+        while not self._n_fields and (chunk := next(self._chunks, None)) is not None:
+            self._first = chunk
 
-    def readable(self) -> bool:
-        """Whether it can be read."""
-        return True
+    def __iter__(self) -> Iterator[bytes]:
+        """What is left to read."""
+        first, self._first = self._first, b""
+        if first:
+            yield first
+        yield from (chunk for chunk in self._chunks if chunk)
 
-    def read(self, size: int = -1) -> bytes:
-        """Some whole rows, if there is space for them; none at the end."""
-        while not self._held:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return b""
-            self._held = chunk
-        size = len(self._held) if size < 0 else size
-        piece, self._held = self._held[:size], self._held[size:]
-        return piece
+    def __enter__(self) -> Self:
+        return self
 
-    def close(self) -> None:
-        """Close what it reads from."""
-        if not self.closed:
-            self._stream.close()
-            # (What waits in it would stay until cycles are looked for.)
-            self._chunks.close()
-            self._held = b""
-        super().close()
+    def __exit__(self, *error: object) -> None:
+        self._stream.close()
+        # (What waits in it would stay until cycles are looked for.)
+        self._chunks.close()
+        self._first = b""
 
     def _read_all(self) -> Generator[bytes, None, None]:
         rest, block = b"", self._stream.read(self._block_bytes).removeprefix(BYTE_ORDER_MARK)
@@ -134,6 +131,7 @@ class CheckedText(io.RawIOBase):
             text = lines[start] if n == 1 else b"".join(lines[start : start + n])
             if not self._n_fields:
                 self._read_header(text, reason)
+                text = b""
             elif reason is not None:
                 text = self._left_out(text, n, reason)
             elif not is_utf8:
@@ -194,8 +192,8 @@ class CheckedText(io.RawIOBase):
         fields = self._fields(text.rstrip(b"\r\n"))
         self._n_fields = len(fields)
         names = [field.decode() for field in fields]
-        names = [name[1:-1].replace('""', '"') if name.startswith('"') else name for name in names]
-        self._needed_fields = [k for k, name in enumerate(names) if self._needed(name)]
+        self.names = [name[1:-1].replace('""', '"') if name.startswith('"') else name for name in names]
+        self._needed_fields = [k for k, name in enumerate(self.names) if self._needed(name)]
 
     def _decoded(self, text: bytes, n: int) -> bytes:
         """A row that may be no UTF-8, without what is none."""

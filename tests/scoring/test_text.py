@@ -99,14 +99,15 @@ def test_nothing_is_held_for_long(monkeypatch):
     monkeypatch.setattr(text, "MAX_ROW_BYTES", 100)
     content = b'id,x\n0,"' + b"word\n" * 200 + b"1,2\n"
     checked = CheckedText(io.BytesIO(content), "a.csv", ",", lambda name: True, 10)
-    read = b"".join(iter(lambda: checked.read(7), b""))
+    assert checked.names == ["id", "x"]
+    read = b"".join(checked)
     reason, left_out = checked.bad["\x002"]
     assert reason == "line 2 opens a quote that is not closed within 0 MB (lines 2 to 21)"
     assert left_out.count("word") == 20
     assert read.endswith(b"word\n1,2\n")
     checked = CheckedText(io.BytesIO(b"id,x\n" + b"1" * 200), "a.csv", ",", lambda name: True, 10)
     with pytest.raises(DataError, match=r"a.csv cannot be read: line 2 has more than 0 MB. Is it text?"):
-        b"".join(iter(lambda: checked.read(7), b""))
+        b"".join(checked)
 
 
 @pytest.mark.parametrize("header", ['id,x,"kind', 'id,"x,kind'])
