@@ -486,7 +486,7 @@ class DiffusionDetector(GenerativeDetector):
         Parameters
         ----------
         n_samples : int, default=256
-            Rows drawn, and given to `log_prob`.
+            Rows drawn, and given to `log_prob`; at least 2.
         random_state : int, RandomState instance or None, default=None
             None draws afresh at each call.
 
@@ -501,7 +501,7 @@ class DiffusionDetector(GenerativeDetector):
         `log_prob` estimates a divergence from random directions, whose error makes Z too large.
         """
         self._check_denoiser()
-        n_samples = check_count(n_samples, "n_samples")
+        n_samples = check_count(n_samples, "n_samples", least=2)
         rows = self.sample(n_samples, random_state=random_state)
         ratios = -self.energy(rows) - self.log_prob(rows)
         top = ratios.max()

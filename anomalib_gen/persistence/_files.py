@@ -56,7 +56,8 @@ def local_path(folder: str | os.PathLike[str]) -> Path:
     ModelFolderError
         If it is an address, such as one of an object store: as a path it would be that of a folder named like it.
     """
-    if ADDRESS.match(str(folder)):
+    folder = os.fspath(folder)
+    if ADDRESS.match(folder):
         raise ModelFolderError(
             f"{folder} is an address, and model folders are local: their files are checked and replaced together. Give "
             "a folder of this machine, and copy it from or to the store with the store's own tools."

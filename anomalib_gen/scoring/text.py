@@ -102,10 +102,12 @@ class CheckedText:
         self._first = b""
 
     def _read_all(self) -> Generator[bytes, None, None]:
-        rest, block = b"", self._stream.read(self._block_bytes).removeprefix(BYTE_ORDER_MARK)
+        rest, block = b"", self._stream.read(max(self._block_bytes, len(BYTE_ORDER_MARK) + 1))
+        block = block.removeprefix(BYTE_ORDER_MARK)
         while block:
             data = rest + block
-            end = (data.rfind(b"\n") if b"\n" in data else data.rfind(b"\r")) + 1
+            # (A carriage return at the end may be half of a line break.)
+            end = (data.rfind(b"\n") if b"\n" in data else data.rfind(b"\r", 0, -1)) + 1
             good, waiting = self._checked(data[:end], final=False)
             rest = waiting + data[end:]
             if len(rest) - len(waiting) > MAX_ROW_BYTES:
@@ -191,8 +193,7 @@ class CheckedText:
             raise DataError(f"{self._path} has a damaged header: {reason}. Mend it, or double the quote.")
         fields = self._fields(text.rstrip(b"\r\n"))
         self._n_fields = len(fields)
-        names = [field.decode() for field in fields]
-        self.names = [name[1:-1].replace('""', '"') if name.startswith('"') else name for name in names]
+        self.names = [_unquoted(field.decode()) for field in fields]
         self._needed_fields = [k for k, name in enumerate(self.names) if self._needed(name)]
 
     def _decoded(self, text: bytes, n: int) -> bytes:
@@ -213,6 +214,13 @@ class CheckedText:
         shown = text[: 4 * SHOWN_CHARACTERS].decode(errors="backslashreplace").rstrip("\r\n")
         self.bad[line] = reason, shown[:SHOWN_CHARACTERS]
         return line.encode() + b"\n"
+
+
+def _unquoted(field: str) -> str:
+    """A field without its quotes; what follows them belongs to it."""
+    if (match := re.match(r'"((?:[^"]|"")*)"', field)) is None:
+        return field
+    return match[1].replace('""', '"') + field[match.end() :]
 
 
 def _is_utf8(data: bytes) -> bool:

@@ -5,6 +5,7 @@ import json
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pytest
 
 from anomalib_gen.scoring import sources, text
@@ -116,6 +117,28 @@ def test_a_quote_too_many_in_the_header(read, header):
         DataError, match="damaged header: line 1 opens a quote, and line 2 looks like another"
     ):
         read("\n".join([header, *lines_of(9)[1:]]))
+
+
+def test_quotes_in_names():
+    content = b'"a"x,"b ""c""" ,d,"e,f"\n'
+    names = CheckedText(io.BytesIO(content), "a.csv", ",", lambda name: True, 4).names
+    assert names == ["ax", 'b "c" ', "d", "e,f"]
+    header = pacsv.open_csv(io.BytesIO(content + b"1,2,3,4\n")).schema
+    assert header.names == names
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 13])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_line_breaks_between_blocks(size, mark):
+    content = mark + b'"c",d\r\n"q",1\r\n12345,2\r\n"a\r\nb",3\r\n'
+    checked = CheckedText(io.BytesIO(content), "a.csv", ",", lambda name: True, size)
+    assert checked.names == ["c", "d"]
+    item = sources.Input("a.csv", "a.csv", ",", len(content), 0)
+    convert = pacsv.ConvertOptions(column_types={"c": pa.string()})
+    table = pa.concat_tables(sources.parse_text(checked, item, convert))
+    assert table["d"].to_pylist() == [1, 2, 3]
+    assert table["c"].to_pylist() == ["q", "12345", "a\r\nb"]
+    assert checked.bad == {}
 
 
 def test_line_breaks_in_names(read):
