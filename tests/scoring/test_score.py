@@ -875,3 +875,14 @@ def test_a_model_without_a_threshold_is_no_internal_error():
     density = KernelDensity().fit(np.zeros((3, 2)))
     with pytest.raises(DataError, match=r"A KernelDensity has no threshold.*calibrate"):
         threshold_of(make_pipeline(StandardScaler(), density))
+
+
+def test_a_process_that_refuses_text_ends_with_its_code(rows, model, tmp_path):
+    """No thread in the background is left that would end it by a signal."""
+    source = write(rows(500, 1), tmp_path / "rows.csv")
+    command = [sys.executable, "-m", "anomalib_gen", "score", source, "-m", model, "--key", "nobody"]
+    done = subprocess.run(
+        [*map(str, command), "-o", str(tmp_path / "out.parquet")], capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "has no column 'nobody'" in done.stderr
