@@ -20,7 +20,7 @@ from anomalib_gen.scoring._errors import DataError, UsageError
 from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import ScoreOptions
 from anomalib_gen.scoring.parts import digest, quarantine_beside, record_of, sole_run, to_json
-from anomalib_gen.scoring.sources import find_inputs
+from anomalib_gen.scoring.sources import find_inputs, first_line
 
 WHOLE_OBJECTS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "r2"}
 """Stores in which an upload appears when it is complete."""
@@ -157,10 +157,8 @@ class _Store:
 
     def _failed(self, error: Exception) -> DataError:
         """Whatever the libraries of stores raise: none of it is an error of this program."""
-        first = (str(error).strip().splitlines() or [""])[0][:300]
-        return DataError(
-            f"{self.url}: {type(error).__name__} {first}. What was scored is kept: --resume goes on from here."
-        )
+        what = f"{type(error).__name__} {first_line(error)}"
+        return DataError(f"{self.url}: {what}. What was scored is kept: --resume goes on from here.")
 
     def exists(self, suffix: str) -> bool:
         """Whether there is an object."""

@@ -126,7 +126,7 @@ def unreadable(error: Exception, path: str) -> Exception:
     if isinstance(error, ScoringError) or not (is_known or "://" in path):
         return error
     kind = "" if is_known else f"{type(error).__name__} "
-    return DataError(f"{path} cannot be read: {kind}{_first_line(error)}.")
+    return DataError(f"{path} cannot be read: {kind}{first_line(error)}.")
 
 
 def shown_path(path: str) -> str:
@@ -167,7 +167,7 @@ def _find(pattern: str) -> list[Input]:
         try:
             remote, place = fsspec.core.url_to_fs(pattern)
         except (ImportError, ValueError) as error:
-            raise UsageError(f"{pattern}: {_first_line(error)}.") from None
+            raise UsageError(f"{pattern}: {first_line(error)}.") from None
         filesystem: Any = pafs.PyFileSystem(pafs.FSSpecHandler(remote))
         prefix = pattern.split("://", 1)[0] + "://"
         magic = any(mark in place for mark in "*?[")
@@ -482,5 +482,6 @@ class Reader:
         return Part(table, rows, malformed, last, self.item.is_text)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, shortened, without a full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
