@@ -177,6 +177,12 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     def _make_model(self, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]) -> nn.Module:
         """Build the model on the CPU, in float32; `grain` is what `_scaling.column_grain` found."""
 
+    def _make_model_for(
+        self, n_rows: int | None, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]
+    ) -> nn.Module:
+        """`_make_model` for so many rows to train on: None where more may follow, as in a stream."""
+        return self._make_model(event_shape, grain)
+
     @abstractmethod
     def _default_objective(self) -> Component:
         """Return the objective that ``objective=None`` stands for."""
@@ -326,7 +332,8 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
             scaler = self._make_scaler(X, None if len(index) == len(X) else index, weights)
             with _runtime.forked_rng(seeds[1]):
                 grain = column_grain(X, index[train_index], scaler)
-                model = self._make_model(X.shape[1:], grain).float()
+                n_rows = None if one_pass else len(train_index)
+                model = self._make_model_for(n_rows, X.shape[1:], grain).float()
             for part in (model, getattr(model, "model", model)):
                 part.cell = self._cell(scaler)
         anomaly = self._resolve_anomaly(model)

@@ -7,13 +7,14 @@ is worth. Over many draws this gives the confirmed gain, the share of draws in w
 candidate was chosen. A candidate's own gain over all data sets stands beside it, with its standard error over data
 sets, the median, and the data sets won and lost by more than .001.
 
-Input is the folder of a finished `anomalib-gen benchmark`, or several of the same suite. Figures are in points of
-AUROC and of average precision (hundredths), means over the seeds that all detectors finished.
+Input is the folder of a finished `anomalib-gen benchmark`, or a recorded file of its cells, or several of the same
+suite. Figures are in points of AUROC and of average precision (hundredths), means over the seeds that all detectors
+finished.
 
 Run::
 
-    python benchmarks/confirmed_gain.py FOLDER --baseline 'kNN(1)' --baseline 'kNN(5)' \\
-        --output benchmarks/results/confirmed-gain.json
+    python benchmarks/confirmed_gain.py benchmarks/results/adbench-clean-diffusion.csv \\
+        --baseline 'kNN(1)' --baseline 'kNN(5)' --output benchmarks/results/confirmed-gain.json
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ TIE = 0.1
 """In points."""
 
 
-def points(folders: list[Path], metric: str) -> pd.DataFrame:
+def points(paths: list[Path], metric: str) -> pd.DataFrame:
     """Data sets by detectors: means over the seeds that all detectors finished."""
-    cells = pd.concat([load_results(folder) for folder in folders])
+    cells = pd.concat([load_results(path) if path.is_dir() else pd.read_csv(path) for path in paths])
     cells = cells[cells["status"] == "ok"]
     wide = cells.pivot_table(index=["dataset", "seed"], columns="detector", values=metric, aggfunc="first")
     wide = wide.dropna()
@@ -88,7 +89,7 @@ def confirm(
 
 
 def main(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of finished benchmarks of one suite.")],
+    paths: Annotated[list[Path], typer.Argument(help="Folders of finished benchmarks, or files of cells.")],
     baseline: Annotated[list[str], typer.Option(help="Detectors to beat. May be repeated.")],
     candidate: Annotated[
         list[str] | None, typer.Option(help="Detectors to choose from; all others by default.")
@@ -100,7 +101,7 @@ def main(
     figures: dict[str, Any] = {"baselines": baseline}
     text = []
     for metric, title in METRICS.items():
-        table = points(folders, metric)
+        table = points(paths, metric)
         candidates = candidate or [name for name in table if name not in baseline]
         best = str(table[baseline].mean().idxmax())
         found = gains(table, candidates, best)

@@ -233,6 +233,22 @@ def test_the_effect_of_training_time_is_measured(tmp_path):
     assert [cell["steps"] for cell in cells] == [10, 20, 40]
 
 
+def test_the_width_of_a_network_is_measured_on_other_rows(tmp_path):
+    out = tmp_path / "width.json"
+    run("network_width.py", "--output", out)
+    (cell,) = json.loads(out.read_text())["cells"]
+    assert 0.5 < cell["16"] < 1.5
+
+
+def test_fresh_tables_are_judged_group_by_group(tmp_path):
+    out = tmp_path / "fresh.json"
+    run("fresh_tables.py", "--seeds", 1, "--output", out)
+    cells = pd.DataFrame(json.loads(out.read_text())["cells"])
+    assert len(cells) == 15
+    assert cells["auroc"].between(50, 100).all()
+    assert "| all (3) | kNN(1) |" in out.with_suffix(".md").read_text()
+
+
 def test_throughput_is_measured_from_file_to_file(tmp_path):
     out = tmp_path / "throughput.json"
     run("scoring_throughput.py", "--only", "realnvp", "--output", out)

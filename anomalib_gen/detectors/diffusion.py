@@ -92,6 +92,8 @@ OF_NETWORKS = (
     "ema_decay",
 )
 """Parameters that nothing uses where there is no network."""
+WIDTHS = (16, 128)
+"""Widths of a network that ``hidden_features="auto"`` chooses between."""
 TABLE_LEVELS = {"sigma_min": 0.01, "sigma_max": 20.0}
 """Noise levels of the default path: those of images (0.002 to 80) reach far beyond what tables need at both ends."""
 
@@ -140,8 +142,12 @@ class DiffusionDetector(GenerativeDetector):
         What the network predicts; see `anomalib_gen.models.NetworkDenoiser`. For ``denoiser="network"`` alone, and not
         for ``network="energy"``. "x0" errs alike at all levels, and "eps" nearly so at large ones: a bound, which
         divides by the level, is then loose where the path's smallest level is small.
-    hidden_features : int, default=128
-        Width of the network. Ignored, as is the next, where `network` is a callable.
+    hidden_features : int or "auto", default="auto"
+        Width of the network. "auto" takes 128, and less for a hybrid of few rows: the largest power of two up to a
+        quarter of rows times the root of columns, from 16 on. A network that only corrects the closed form learns
+        few rows by heart if it is wide; one that has to learn all by itself needs the width. With `partial_fit`, which
+        does not know how many rows there will be, and for images "auto" is 128, too. Ignored, as is the next, where
+        `network` is a callable.
     n_blocks : int, default=2
         Residual blocks of two layers each, or hidden layers of the "mlp".
     objective : {"denoising", "flow-matching", "improved-ddpm", "diffusion-time"} or component, default="denoising"
@@ -237,10 +243,10 @@ class DiffusionDetector(GenerativeDetector):
     Notes
     -----
     How the default for tables adapts to the data: gradient steps grow with the number of rows (`max_iter`), training
-    ends when held-out rows say so, the network starts at zero on top of the closed form and has a share in the anomaly
-    that grows with the number of rows, N / (2 (N + 1000)) of N, and the closed form's bandwidths are the spacing of the
-    rows, as far as columns let them be apart. The size of the network is the same for all: with few rows it has next to
-    no say.
+    ends when held-out rows say so, the network is narrower where rows and columns are few (`hidden_features`), starts
+    at zero on top of the closed form and has a share in the anomaly that grows with the number of rows,
+    N / (2 (N + 1000)) of N, and the closed form's bandwidths are the spacing of the rows, as far as columns let them be
+    apart.
 
     A detector with stored rows keeps three copies of the training rows (images, and two histograms of each) in single
     precision, of a million rows and two gigabytes at most, an even choice of more; so does its model folder. Its kernel
@@ -303,7 +309,7 @@ class DiffusionDetector(GenerativeDetector):
         "denoiser": [StrOptions(set(DENOISERS)), None],
         "network": [StrOptions(set(NETWORKS)), callable],
         "parametrization": [StrOptions(set(PARAMETRIZATIONS))],
-        "hidden_features": [Interval(Integral, 1, None, closed="left")],
+        "hidden_features": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "n_blocks": [Interval(Integral, 0, None, closed="left")],
         "objective": [str, Component, None],
     }
@@ -315,7 +321,7 @@ class DiffusionDetector(GenerativeDetector):
         denoiser: str | None = None,
         network: Any = "auto",
         parametrization: str = "edm",
-        hidden_features: int = 128,
+        hidden_features: int | str = "auto",
         n_blocks: int = 2,
         objective: Any = "denoising",
         anomaly: Any = None,
@@ -687,9 +693,16 @@ class DiffusionDetector(GenerativeDetector):
         return isinstance(model, NetworkDenoiser) and len(self.event_shape_) > 1
 
     def _make_model(self, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]) -> nn.Module:
+        return self._make_model_for(None, event_shape, grain)
+
+    def _make_model_for(
+        self, n_rows: int | None, event_shape: tuple[int, ...], grain: npt.NDArray[np.float64]
+    ) -> nn.Module:
         objective = self._resolve_objective()
         if isinstance(objective, DiffusionTimeEstimation):
-            return objective.make_model(lambda n_outputs: self._make_network(event_shape, (n_outputs,), 0))
+            return objective.make_model(
+                lambda n_outputs: self._make_network(event_shape, (n_outputs,), 0, self._width())
+            )
         path = self._resolve_path(objective)
         denoiser = self._resolve_denoiser()
         learned_variance = getattr(objective, "learns_variance", False)
@@ -709,7 +722,7 @@ class DiffusionDetector(GenerativeDetector):
                     "Choose another network or objective."
                 )
             model = EnergyModel(
-                self._make_network(event_shape, (1,), 1),
+                self._make_network(event_shape, (1,), 1, self._width()),
                 event_shape if len(event_shape) > 1 else event_shape[0],
                 noise_levels=path.noise_levels,
                 grain=torch.from_numpy(grain),
@@ -717,9 +730,11 @@ class DiffusionDetector(GenerativeDetector):
             )
             return ScoreDenoiser(model, path, event_shape=event_shape)
         first, *rest = event_shape
-        width = (2 * first, *rest) if learned_variance else event_shape
+        predicted = (2 * first, *rest) if learned_variance else event_shape
         seen = (2 * first, *rest) if denoiser == "hybrid" else event_shape
-        network = self._make_network(seen, width, LEVEL_FEATURES)
+        adapts = denoiser == "hybrid" and not rest
+        width = self._width((n_rows, first) if adapts and n_rows is not None else None)
+        network = self._make_network(seen, predicted, LEVEL_FEATURES, width)
         if denoiser == "hybrid":
             return HybridDenoiser(
                 network, path, event_shape, torch.from_numpy(grain), learned_variance=learned_variance
@@ -744,8 +759,19 @@ class DiffusionDetector(GenerativeDetector):
                 "denoiser='closed-form' to silence this."
             )
 
+    def _width(self, shape: tuple[int, int] | None = None) -> int:
+        """What `hidden_features` stands for; `shape` is that of the rows that a hybrid is trained on, if any is."""
+        least, most = WIDTHS
+        if self.hidden_features != "auto":
+            return int(self.hidden_features)
+        if shape is None:
+            return most
+        # Found by the loss of other rows, without labels of anomalies: benchmarks/network_width.py.
+        enough = max(shape[0] * math.sqrt(shape[1]) / 4, 1)
+        return min(max(2 ** int(math.log2(enough)), least), most)
+
     def _make_network(
-        self, inputs: tuple[int, ...], outputs: tuple[int, ...], context_features: int
+        self, inputs: tuple[int, ...], outputs: tuple[int, ...], context_features: int, width: int
     ) -> nn.Module:
         """Build a network between shapes; those of rows are plain numbers for a factory."""
         images = len(inputs) > 1
@@ -757,7 +783,7 @@ class DiffusionDetector(GenerativeDetector):
             kind="auto" if self.network == "energy" else self.network,
             context_features=context_features,
             # A sixteenth and an eighth of this as channels are too few for what images need more of than tables.
-            hidden_features=(2 if images else 1) * self.hidden_features,
+            hidden_features=(2 if images else 1) * width,
             n_blocks=self.n_blocks,
         )
 

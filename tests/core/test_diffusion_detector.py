@@ -68,6 +68,25 @@ def test_other_networks(rows, network):
         torch.testing.assert_close(model.score(x, level), -gradient)
 
 
+@pytest.mark.parametrize(
+    ("n", "columns", "width"),
+    [(34, 4, 16), (66, 4, 32), (66, 16, 64), (300, 2, 64), (400, 2, 128), (34, 999, 128)],
+)
+def test_few_rows_and_columns_get_a_narrow_network(n, columns, width):
+    X = np.random.default_rng(0).normal(size=(n, columns))
+    auto = DiffusionDetector(max_iter=1, validation_fraction=2 / n, device="cpu")  # holds out none
+    assert auto.fit(X).model_.network.output.in_features == width
+    assert auto.set_params(objective="improved-ddpm").fit(X).model_.network.output.in_features == width
+    # One that learns all by itself needs the width.
+    for alone in ({"objective": "diffusion-time"}, {"objective": "denoising", "denoiser": "network"}):
+        assert auto.set_params(**alone).fit(X).model_.network.output.in_features == 128
+    # Of a stream it is not known how many rows there will be.
+    streamed = DiffusionDetector(device="cpu").partial_fit(X)
+    assert streamed.model_.network.output.in_features == 128
+    chosen = DiffusionDetector(max_iter=1, hidden_features=24, device="cpu").fit(X)
+    assert chosen.model_.network.output.in_features == 24
+
+
 def test_an_energy_s_residual_grows_far_out(rows):
     detector = make(network="energy", anomaly="reconstruction").fit(rows)
     far = rows.mean(axis=0) + np.logspace(1, 300, 12)[:, None] * rows.std(axis=0)
