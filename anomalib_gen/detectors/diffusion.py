@@ -68,6 +68,7 @@ from anomalib_gen.models import (
     ScoreDenoiser,
     ode_log_prob,
 )
+from anomalib_gen.models._stored import even_choice
 from anomalib_gen.models.denoiser import LEVEL_FEATURES, PARAMETRIZATIONS, Denoiser
 from anomalib_gen.networks import build_network, make_network
 from anomalib_gen.objectives import Denoising, DiffusionTimeEstimation, FlowMatching, ImprovedDDPM
@@ -682,10 +683,10 @@ class DiffusionDetector(GenerativeDetector):
         if isinstance(model, ClosedFormDenoiser):
             block = _runtime.scoring_block_rows(math.prod(rows.take(torch.arange(1)).shape), rows.device)
             # What is not kept is left out here: all rows together may not fit into memory.
-            apart = -(-len(rows) // model.memory.capacity)
-            starts = range(0, len(rows), block)
-            kept = (x[-start % apart :: apart] for start, x in zip(starts, rows.blocks(block), strict=True))
-            model.remember(kept, generator, keep=more)
+            kept = even_choice(len(rows), model.memory.capacity)
+            parts = kept.split(torch.bincount(kept // block, minlength=-(-len(rows) // block)).tolist())
+            blocks = enumerate(zip(rows.blocks(block), parts, strict=True))
+            model.remember((x[part - k * block] for k, (x, part) in blocks), generator, keep=more)
 
     def _exact_in_bfloat16(self, model: nn.Module) -> bool:
         # Noise of the level itself hides the network's rounding, and the denoiser weighs its output by the level.

@@ -44,6 +44,12 @@ class Stored(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def even_choice(n_rows: int, most: int) -> torch.Tensor:
+    """Positions ``(min(n_rows, most),)`` of rows in order, as far apart as they can all be."""
+    n = min(n_rows, most)
+    return torch.arange(n) * n_rows // n
+
+
 def row_keys(x: torch.Tensor) -> torch.Tensor:
     """Keys ``(B,)`` of rows ``(B, *E)``, equal for rows that are equal in float32.
 

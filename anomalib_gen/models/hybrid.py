@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from anomalib_gen._runtime import check_shape, expand_as_rows, normal_like, row_blocks, scoring_dtype
-from anomalib_gen.models._stored import Stored, row_keys
+from anomalib_gen.models._stored import Stored, even_choice, row_keys
 from anomalib_gen.models.denoiser import NETWORK_BOUND, Denoiser, embed_levels, output_shape
 from anomalib_gen.models.memory import make_memory
 from anomalib_gen.models.neighbors import neighbor_scale, values_per_block
@@ -204,10 +204,10 @@ class HybridDenoiser(ClosedFormDenoiser):
         """Store clean rows from blocks ``(B, *E)``, and measure what the closed form leaves of them."""
         super().remember(blocks, generator, keep=keep)
         stored = self.kernel.rows
-        n = min(len(stored), PROFILE_ROWS)
-        clean = stored[torch.arange(n, device=stored.device) * len(stored) // n].reshape(n, *self.event_shape)
+        clean = stored[even_choice(len(stored), PROFILE_ROWS).to(stored.device)]
+        clean = clean.reshape(-1, *self.event_shape)
         # Few rows are taken several times, with other noise.
-        clean = clean.repeat(-(-PROFILE_ROWS // n), *[1] * len(self.event_shape))
+        clean = clean.repeat(-(-PROFILE_ROWS // len(clean)), *[1] * len(self.event_shape))
         keys = row_keys(clean)
         clean = clean.to(self.grain.dtype) + self.grain * normal_like(clean.to(self.grain.dtype), generator)
         left = []

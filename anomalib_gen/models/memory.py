@@ -49,7 +49,7 @@ import torch
 from torch.nn import functional as F
 
 from anomalib_gen._runtime import row_blocks, scoring_dtype
-from anomalib_gen.models._stored import Stored, row_keys
+from anomalib_gen.models._stored import Stored, even_choice, row_keys
 from anomalib_gen.models.empirical import local_residual
 from anomalib_gen.models.gradients import gradient_histograms, without_contrast
 from anomalib_gen.models.matching import (
@@ -149,7 +149,7 @@ class Memory(Stored):
         Parameters
         ----------
         blocks : iterable of Tensor of shape (B, D)
-            Rows, on the module's device. Of more than `capacity`, every second, third, ... is stored.
+            Rows, on the module's device. Of more than `capacity` an even choice is stored.
         keep : bool, default=False
             Whether the rows stored so far are kept.
         """
@@ -157,13 +157,13 @@ class Memory(Stored):
         if keep:
             parts.insert(0, compress_tails(self.rows[0].to(scoring_dtype(self.rows.device)))[0].float())
         rows = torch.cat(parts)
-        rows = rows[:: -(-len(rows) // self.capacity)]
+        if len(rows) > self.capacity:
+            rows = rows[even_choice(len(rows), self.capacity).to(rows.device)]
         precise = scoring_dtype(rows.device)
         self._store(rows.to(precise))
         scales = [neighbor_scale(part.to(precise)) for part in self.views]
         self.bandwidths = torch.tensor(scales, dtype=precise, device=rows.device)
-        n = min(len(rows), REFERENCE_ROWS)
-        positions = torch.arange(n, device=rows.device) * len(rows) // n
+        positions = even_choice(len(rows), REFERENCE_ROWS).to(rows.device)
         self.reference = self.residuals(rows[positions].to(precise), exclude=positions).sort(dim=1).values
 
     def _store(self, rows: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from anomalib_gen import DiffusionDetector, _runtime
 from anomalib_gen.models import KernelDenoiser, LocalLinearDenoiser, Memory
 from anomalib_gen.models import memory as module
-from anomalib_gen.models._stored import row_keys
+from anomalib_gen.models._stored import even_choice, row_keys
 from anomalib_gen.networks import compress_tails
 from anomalib_gen.paths import EDM
 
@@ -123,7 +123,9 @@ def test_more_rows_are_added_or_take_the_place_of_others(monkeypatch):
     assert len(memory) == 10
     monkeypatch.setattr(module, "MAX_STORED_ROWS", 25)
     memory.remember([draw(60, 2)])
-    assert len(memory) == 20  # every third
+    assert len(memory) == 25
+    assert even_choice(60, 25).diff().unique().tolist() == [2, 3]
+    assert even_choice(3, 25).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("shape", [(4,), (1, 8, 8)])
@@ -139,10 +141,10 @@ def test_wide_rows_are_fewer(shape, monkeypatch):
     )
     memory = detector.fit(rows).model_.memory
     assert memory.capacity == 50
-    assert len(memory) == 48  # every fourth
+    assert len(memory) == 50
     monkeypatch.setattr(module, "MAX_STORED_VALUES", 2**29)
     every = detector.fit(rows).model_.memory.rows
-    torch.testing.assert_close(memory.rows[0], every[0, ::4])
+    torch.testing.assert_close(memory.rows[0], every[0, even_choice(190, 50)])
 
 
 def test_copies_share_what_is_stored_and_can_be_told_anew_apart():
