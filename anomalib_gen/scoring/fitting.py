@@ -24,7 +24,7 @@ from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import FitOptions
 from anomalib_gen.scoring.rows import check_folder
-from anomalib_gen.scoring.sources import Input, find_inputs, open_text, parse_text, partition_of, unreadable
+from anomalib_gen.scoring.sources import Input, add_partition, find_inputs, open_text, parse_text, unreadable
 
 MIN_KEYS = 50
 """Rows from which on a text that is another in every row is taken for a key."""
@@ -145,9 +145,8 @@ def _read(item: Input, needed: Callable[[str], bool]) -> pa.Table:
     import pyarrow.dataset as pads
 
     if not item.is_text:
-        return pads.dataset(
-            item.place, format=item.kind, filesystem=item.filesystem, partitioning="hive"
-        ).to_table()
+        table = pads.dataset(item.place, format=item.kind, filesystem=item.filesystem).to_table()
+        return add_partition(table, item)
     # Types are guessed from the first block.
     convert = pacsv.ConvertOptions(strings_can_be_null=True)
     with open_text(item, needed, block_bytes=2**26) as text:
@@ -160,10 +159,7 @@ def _read(item: Input, needed: Callable[[str], bool]) -> pa.Table:
         reason, _ = next(iter(text.bad.values()))
         raise DataError(f"{item.path} has a bad row: {reason}. Mend it and run again.")
     table = pa.concat_tables(tables) if tables else pa.table({name: pa.nulls(0) for name in text.names})
-    for name, value in partition_of(item.place).items():
-        table = table.drop_columns(name) if name in table.column_names else table
-        table = table.append_column(name, pa.repeat(value, len(table)))
-    return table
+    return add_partition(table, item)
 
 
 def with_encoding(detector: Any, frame: pd.DataFrame, log: Log) -> Any:

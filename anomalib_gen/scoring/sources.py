@@ -60,6 +60,8 @@ class Input:
     size, mtime : int
         Bytes, and time of the last change in nanoseconds (0 where unknown).
     filesystem : pyarrow.fs.FileSystem
+    partition : dict of str to pyarrow.Scalar
+        Values of the columns that the file's folders are named after, ``name=value``.
     """
 
     path: str
@@ -68,6 +70,7 @@ class Input:
     size: int
     mtime: int
     filesystem: Any = dataclasses.field(compare=False, repr=False, default=None)
+    partition: dict[str, pa.Scalar] = dataclasses.field(compare=False, repr=False, default_factory=dict)
 
     @property
     def is_text(self) -> bool:
@@ -114,7 +117,7 @@ def find_inputs(patterns: Sequence[str]) -> list[Input]:
             # (However its path is written.)
             here_only = "://" not in item.path
             found.setdefault(os.path.abspath(item.place) if here_only else item.path, item)
-    return list(found.values())
+    return _with_partitions(list(found.values()))
 
 
 def unreadable(error: Exception, path: str) -> Exception:
@@ -279,18 +282,39 @@ def parse_text(
         yield table
 
 
-def partition_of(place: str) -> dict[str, pa.Scalar]:
-    """Values of the columns that the folders of a file are named after, ``name=value``."""
-    found = {}
+def _with_partitions(inputs: list[Input]) -> list[Input]:
+    """Inputs with the values that their folders are named after.
+
+    A column is one of whole numbers if the folders of all files say so, else of text; a single file, whose value may be
+    missing, does not tell.
+    """
+    texts = [dict(_named_values(item.place)) for item in inputs]
+    columns: dict[str, Any] = {}
+    for name in dict.fromkeys(name for values in texts for name in values):
+        column = pa.array([values.get(name) for values in texts], pa.string())
+        try:
+            columns[name] = column.cast(pa.int32())
+        except pa.ArrowInvalid:
+            columns[name] = column
+    return [
+        dataclasses.replace(item, partition={name: columns[name][number] for name in values})
+        for number, (item, values) in enumerate(zip(inputs, texts, strict=True))
+    ]
+
+
+def _named_values(place: str) -> Iterator[tuple[str, str | None]]:
     for folder in place.split("/")[:-1]:
         name, equals, value = folder.partition("=")
         if equals:
-            text = pa.scalar(None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value), pa.string())
-            try:
-                found[unquote(name)] = text.cast(pa.int32())
-            except pa.ArrowInvalid:
-                found[unquote(name)] = text
-    return found
+            yield unquote(name), None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)
+
+
+def add_partition(table: pa.Table, item: Input) -> pa.Table:
+    """A table of a file with the columns that its folders are named after, which stand for those of the same name."""
+    for name, value in item.partition.items():
+        table = table.drop_columns(name) if name in table.column_names else table
+        table = table.append_column(name, pa.repeat(value, len(table)))
+    return table
 
 
 def _below(path: str, folder: str) -> str:
@@ -375,12 +399,15 @@ class Reader:
         try:
             self._dataset: Any = None
             if item.is_text:
-                present = self._text_schema()
+                # Everything is text: types are for `_columns`, row by row.
+                with open_text(item, lambda name: False) as text:
+                    fields = [pa.field(name, pa.string()) for name in text.names]
             else:
-                self._dataset = pads.dataset(
-                    item.place, format=item.kind, filesystem=item.filesystem, partitioning="hive"
-                )
-                present = self._dataset.schema
+                self._dataset = pads.dataset(item.place, format=item.kind, filesystem=item.filesystem)
+                fields = list(self._dataset.schema)
+            fields = [field for field in fields if field.name not in item.partition]
+            fields += [pa.field(name, value.type) for name, value in item.partition.items()]
+            present = pa.schema(fields)
             self.names = choose(wanted, present, item.path)
             self._columns = list(dict.fromkeys([*wanted.keys, *self.names]))
             if not item.is_text:
@@ -389,17 +416,7 @@ class Reader:
             raise unreadable(error, item.path) from None
         self.schema = pa.schema([present.field(name) for name in self._columns])
 
-    def _text_schema(self) -> pa.Schema:
-        """Everything is text: types are for `_columns`, row by row."""
-        with open_text(self.item, lambda name: False) as text:
-            present = text.names
-        self._partition = partition_of(self.item.place)
-        names = [name for name in present if name not in self._partition]
-        fields = [pa.field(name, pa.string()) for name in names]
-        return pa.schema([*fields, *(pa.field(name, v.type) for name, v in self._partition.items())])
-
-    def _text_batches(self) -> Iterator[pa.RecordBatch]:
-        columns = [name for name in self._columns if name not in self._partition]
+    def _text_tables(self, columns: list[str]) -> Iterator[pa.Table]:
         text = open_text(self.item, columns.__contains__)
 
         def note(row: Any, position: int) -> str:
@@ -415,23 +432,19 @@ class Reader:
             strings_can_be_null=True,
         )
         with text:
-            for table in parse_text(text, self.item, convert, note):
-                found = {
-                    name: pa.repeat(self._partition[name], table.num_rows)
-                    if name in self._partition
-                    else table.column(name)
-                    for name in self._columns
-                }
-                yield from pa.table(found, schema=self.schema).to_batches()
+            yield from parse_text(text, self.item, convert, note)
 
     def _batches(self, n_rows: int) -> Iterator[pa.RecordBatch]:
+        columns = [name for name in self._columns if name not in self.item.partition]
         if self.item.is_text:
-            return self._text_batches()
-        scanner = self._dataset.scanner(
-            columns=self._columns, batch_size=min(n_rows, 2**16), batch_readahead=2, fragment_readahead=1
-        )
-        batches: Iterator[pa.RecordBatch] = scanner.to_batches()
-        return batches
+            tables = self._text_tables(columns)
+        else:
+            scanner = self._dataset.scanner(
+                columns=columns, batch_size=min(n_rows, 2**16), batch_readahead=2, fragment_readahead=1
+            )
+            tables = (pa.Table.from_batches([batch]) for batch in scanner.to_batches())
+        for table in tables:
+            yield from add_partition(table, self.item).select(self._columns).to_batches()
 
     def parts(self, n_rows: int) -> Iterator[Part]:
         """Cut the file into parts of `n_rows` rows; the last one may be shorter, and empty.

@@ -126,6 +126,25 @@ def test_partitions_are_columns(run, rows, model, loaded, tmp_path):
     assert_scored(tmp_path / "out.parquet", frame, loaded, model)
 
 
+@pytest.mark.parametrize("ending", [".parquet", ".csv"])
+def test_a_partition_has_one_type_over_all_files(run, rows, model, tmp_path, ending):
+    """Whatever each folder by itself looks like, and whether it stands for a missing value."""
+    frame, output = rows(60, 1), tmp_path / "out.parquet"
+    for name, values, kind in (
+        ("zone", ["7", "a b/c", None], pa.string()),
+        ("year", [2024, None, 7], pa.int32()),
+        # It wins over what the file says, and may be all that is asked of a file.
+        ("id", [None, 3, 4], pa.int32()),
+    ):
+        for k, (value, folder) in enumerate(zip(values, "abc", strict=True)):
+            shown = {None: "__HIVE_DEFAULT_PARTITION__", "a b/c": "a%20b%2Fc"}.get(value, value)
+            write(frame[20 * k : 20 * k + 20], tmp_path / name / folder / f"{name}={shown}" / f"rows{ending}")
+        result = run("score", tmp_path / name, "-m", model, "-k", name, "-o", output, "--overwrite")
+        assert result.exit_code == 0, result.output
+        found = papq.read_table(output).column(name)
+        assert (found.type, found.to_pylist()) == (kind, [value for value in values for _ in range(20)])
+
+
 def test_object_stores(run, rows, model, loaded, tmp_path):
     fsspec = pytest.importorskip("fsspec")
     frame = rows(40, 1)
