@@ -172,6 +172,15 @@ def score(
             "--key", "-k", metavar="NAME", help="Column to carry over to the output; may be repeated."
         ),
     ] = None,
+    partition_by: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Make the output of folders NAME=value/ by this column, a key or one that folders of the input are "
+            "named after; may be repeated, for folders in folders.",
+            show_default=False,
+        ),
+    ] = None,
     max_bad_rows: Annotated[
         int | None,
         typer.Option(
@@ -249,7 +258,8 @@ def score(
     Rows keep their order. The output has the key columns, and for each row its score (lower is more abnormal), label
     (-1 below the threshold, else +1), the threshold and the first 16 digits of the model's hash; of models that make
     p-values also the p-value, and with `--explain` the columns that made outliers look odd. It appears when it is
-    complete; OUTPUT.run.json says what it was made from. Memory does not grow with the files.
+    complete; OUTPUT.run.json says what it was made from. Memory does not grow with the files. Columns of
+    `--partition-by` are in the names of its folders alone, as hive partitions.
 
     For a nightly job use `--resume --overwrite`: what was killed goes on, what is done is left alone, and other input
     is scored anew. An output of another size than its run wrote is not taken for done.
@@ -269,6 +279,7 @@ def score(
             "trusted": trusted,
             "output": output,
             "key": key,
+            "partition_by": partition_by,
             "max_bad_rows": max_bad_rows,
             "max_bad_files": max_bad_files,
             "quarantine": quarantine,

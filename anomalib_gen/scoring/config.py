@@ -90,6 +90,7 @@ class ScoreOptions:
     trusted: tuple[str, ...] = option("texts", ())
     output: str = option("text")
     key: tuple[str, ...] = option("texts", ())
+    partition_by: tuple[str, ...] = option("texts", ())
     quarantine: str | None = option("text", None)
     max_bad_rows: int = option("integer", 0, least=0)
     max_bad_files: int = option("integer", 0, least=0)

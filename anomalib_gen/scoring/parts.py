@@ -82,7 +82,7 @@ def read_record(data: bytes, path: str | Path) -> dict[str, Any]:
     -------
     dict
         "rows", "outliers", "bad_rows", "bad_files", "model", "threshold" (minus infinity for one that flags nothing),
-        "plan", "quarantine", and "inputs": the path, size and time of each file.
+        "plan", "quarantine", "partition_by" (names of columns), and "inputs": the path, size and time of each file.
 
     Raises
     ------
@@ -97,6 +97,7 @@ def read_record(data: bytes, path: str | Path) -> dict[str, Any]:
             "model": str(record["model"]),
             "plan": str(record["plan"]),
             "quarantine": record.get("quarantine"),
+            "partition_by": [str(name) for name in record.get("partition_by", [])],
         }
         found["threshold"] = -math.inf if record["threshold"] is None else float(record["threshold"])
         found["inputs"] = [(str(path), int(size), int(mtime)) for path, size, mtime in record["inputs"]]

@@ -26,6 +26,7 @@ from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import ScoreOptions
 from anomalib_gen.scoring.explaining import Explainer, top_columns, top_fields
 from anomalib_gen.scoring.overlap import Ahead, Behind
+from anomalib_gen.scoring.partitions import Partitioning
 from anomalib_gen.scoring.parts import (
     Parts,
     digest,
@@ -99,26 +100,39 @@ def score_files(options: ScoreOptions, log: Log, *, shown: str | None = None) ->
         )
         return summary
     output = Path(options.output.removeprefix("file://"))
-    kind_of_output(output)
-    if clash := sorted(set(options.key) & {*ADDED, *(field.name for field in top_fields(options.explain))}):
+    if kind_of_output(output) != "folder" and options.partition_by:
+        raise UsageError(
+            f"--partition-by makes folders, and --output {options.output} is one file. Name a folder, without an "
+            f"ending, such as {output.with_suffix('').with_suffix('')}."
+        )
+    added = {*ADDED, *(field.name for field in top_fields(options.explain))}
+    if clash := sorted(added.intersection(options.partition_by)):
+        raise UsageError(
+            f"--partition-by {clash[0]} is a column that scoring adds. Partition by columns of the input, named by "
+            "--key."
+        )
+    if clash := sorted(added.intersection(options.key)):
         raise UsageError(f"--key {clash[0]} has the name of a column that is added. Rename it in the input.")
     model, facts = load_model(options.model, options.trusted)
     inputs = find_inputs(options.input)
     _refuse_overlap(options, output, inputs)
-    wanted = wanted_by(facts["schema"], options.key, model)
+    keys = _kept(options, inputs)
+    wanted = wanted_by(facts["schema"], keys, model)
     if options.p_values and not hasattr(model, "p_values"):
         raise UsageError(
             f"{options.model} makes no p-values. Make a model that does from normal rows that it was not fitted to: "
             f"anomalib-gen calibrate NORMAL_FILES -m {options.model} --method conformal -o NEW_FOLDER"
         )
     plan = {
-        "columns": [list(options.key), wanted.names and list(wanted.names)],
+        "columns": [list(keys), wanted.names and list(wanted.names)],
         "explain": options.explain,
         "inputs": [[item.path, item.size, item.mtime] for item in inputs],
         "model": facts["hash"],
         "output": output.name,
         "rows_per_part": rows_per_part(wanted.count),
         "version": 2,
+        # (So that outputs without it, of earlier versions too, are still known.)
+        **({"partition_by": options.partition_by} if options.partition_by else {}),
     }
     try:
         make_folder(output.parent)
@@ -126,6 +140,28 @@ def score_files(options: ScoreOptions, log: Log, *, shown: str | None = None) ->
             return _Run(options, output, model, facts["hash"], wanted, inputs, plan, log, shown).run()
     except OSError as error:
         raise explain_os_error(error, f"writing {output}") from error
+
+
+def _kept(options: ScoreOptions, inputs: list[Input]) -> tuple[str, ...]:
+    """Columns of the input that are kept: keys, and what folders of both input and output are named after.
+
+    Raises
+    ------
+    UsageError
+        If an output would be partitioned by others.
+    """
+    if len(set(options.partition_by)) != len(options.partition_by):
+        raise UsageError("--partition-by names a column twice.")
+    named = {name for item in inputs for name in item.partition}
+    more = tuple(name for name in options.partition_by if name not in options.key)
+    for name in more:
+        if name not in named:
+            raise UsageError(
+                f"--partition-by {name} is none of the columns that are kept: those of --key "
+                f"({', '.join(options.key) or 'none'}), and those that folders of the input are named after "
+                f"({', '.join(sorted(named)) or 'none'}). Add --key {name}, if the files have it."
+            )
+    return options.key + more
 
 
 def _refuse_overlap(options: ScoreOptions, output: Path, inputs: list[Input]) -> None:
@@ -174,6 +210,7 @@ class _Run:
         self.shown_quarantine = options.quarantine or f"{self.shown}.quarantine.jsonl"
         self.summary = Summary()
         self.key_types: dict[str, pa.DataType] | None = None
+        self.partitioning: Partitioning | None = None
 
     def run(self) -> Summary:
         if self._is_done():
@@ -305,6 +342,8 @@ class _Run:
         if self.key_types is None:
             raise DataError("None of the files can be read.")
         check_schema(self.output, self._schema())
+        if names := self.options.partition_by:
+            self.partitioning = Partitioning(pa.schema([(name, self.key_types[name]) for name in names]))
         return readers
 
     def _checked(self, reader: Reader) -> Reader:
@@ -431,6 +470,9 @@ class _Run:
             self._count_bad_rows(self.inputs[source], entries)
         good = ~np.isnan(scores)
         table = self._table(part.table, frame, kept[good], scores[good])
+        if self.partitioning is not None:
+            # (What it refuses is found here, and not when everything has been scored.)
+            self.partitioning.folders(table)
         outliers = int((scores[good] < self.threshold).sum())
         return table, {"rows": int(good.sum()), "outliers": outliers, "bad": entries, "last": part.last}
 
@@ -507,7 +549,8 @@ class _Run:
             summary.rows += facts["rows"]
             summary.outliers += facts["outliers"]
             quarantined += facts["bad"]
-        write_result(self.output, self.parts.tables(len(self.inputs)), self._schema())
+        tables = self.parts.tables(len(self.inputs))
+        write_result(self.output, tables, self._schema(), self.partitioning)
         if quarantined:
             write_file(self.quarantine, b"".join(to_json(entry) + b"\n" for entry in quarantined))
         else:
@@ -532,6 +575,7 @@ class _Run:
             "bad_rows": self.summary.bad_rows,
             "bad_files": self.summary.bad_files,
             "bytes": size_of(self.output),
+            **({"partition_by": self.options.partition_by} if self.options.partition_by else {}),
         }
         write_file(self.record, to_json(record) + b"\n")
 

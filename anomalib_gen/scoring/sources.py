@@ -41,6 +41,8 @@ CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".br": "b
 CSV_BLOCK_BYTES = 2**22
 READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError, ValueError)
 """What reading a damaged file may raise."""
+NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"
+"""Value in the name of a folder that stands for a missing one."""
 NO_VALUES = pa.array(pacsv.ConvertOptions().null_values)
 """What stands for a missing value in text."""
 
@@ -288,7 +290,7 @@ def _with_partitions(inputs: list[Input]) -> list[Input]:
     A column is one of whole numbers if the folders of all files say so, else of text; a single file, whose value may be
     missing, does not tell.
     """
-    texts = [dict(_named_values(item.place)) for item in inputs]
+    texts = [named_values(item.place) for item in inputs]
     columns: dict[str, Any] = {}
     for name in dict.fromkeys(name for values in texts for name in values):
         column = pa.array([values.get(name) for values in texts], pa.string())
@@ -302,11 +304,10 @@ def _with_partitions(inputs: list[Input]) -> list[Input]:
     ]
 
 
-def _named_values(place: str) -> Iterator[tuple[str, str | None]]:
-    for folder in place.split("/")[:-1]:
-        name, equals, value = folder.partition("=")
-        if equals:
-            yield unquote(name), None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)
+def named_values(place: str) -> dict[str, str | None]:
+    """Columns that the folders of a file are named after, ``name=value``, and their values as text."""
+    pairs = [folder.split("=", 1) for folder in place.split("/")[:-1] if "=" in folder]
+    return {unquote(name): None if value == NULL_FOLDER else unquote(value) for name, value in pairs}
 
 
 def add_partition(table: pa.Table, item: Input) -> pa.Table:

@@ -33,10 +33,17 @@ def is_killed(run, *arguments):
 
 
 def results(folder):
-    """All files that a run leaves, but for its lock."""
-    return {
-        path.name: path.read_bytes() for path in folder.glob("*") if path.is_file() and path.suffix != ".lock"
-    }
+    """All files that a run leaves, but for what is hidden: its lock, and what is not done."""
+    found = {str(path.relative_to(folder)): path for path in folder.glob("**/*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if not name.startswith(".")}
+
+
+def of_output(found, name):
+    """Those that are the output, a file or a folder."""
+    return {key: data for key, data in found.items() if name in (key, key.split("/")[0])}
+
+
+PARTITIONED = ("out", ("-k", "kind", "--partition-by", "kind"))
 
 
 @pytest.fixture
@@ -91,12 +98,15 @@ def counted(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(("name", "more"), [("out.parquet", ()), PARTITIONED], ids=["file", "partitions"])
 def test_a_run_that_is_killed_at_any_call_goes_on_to_the_same_bytes(
-    run, incoming, model, tmp_path, expected, counted, monkeypatch
+    run, incoming, model, tmp_path, counted, monkeypatch, name, more
 ):
     """Each call that gives something its place on the disk is the last one of a run, in turn."""
+    assert run(*command(incoming, model, tmp_path / "expected" / name, *more)).exit_code == 4
+    expected = results(tmp_path / "expected")
     places = [(os, "replace"), (os, "rename"), (os, "fsync"), (parts.Parts, "remove")]
-    real = {(owner, name): getattr(owner, name) for owner, name in places}
+    real = {(owner, method): getattr(owner, method) for owner, method in places}
     moment, finished_before = 0, set()
     while True:
         folder = tmp_path / f"killed-{moment}"
@@ -111,19 +121,19 @@ def test_a_run_that_is_killed_at_any_call_goes_on_to_the_same_bytes(
             return wrapped
 
         with monkeypatch.context() as patch:
-            for (owner, name), function in real.items():
-                patch.setattr(owner, name, dying(function))
-            if not is_killed(run, *command(incoming, model, folder / "out.parquet")):
+            for (owner, method), function in real.items():
+                patch.setattr(owner, method, dying(function))
+            if not is_killed(run, *command(incoming, model, folder / name, *more)):
                 break
-        visible = set(results(folder)) if folder.exists() else set()
-        if "out.parquet" in visible:  # whenever it is there, it is whole
-            assert (folder / "out.parquet").read_bytes() == expected["out.parquet"]
-        done = len(list((folder / ".out.parquet.parts").glob("*.arrow")))
+        visible = results(folder)
+        if (folder / name).exists():  # whenever it is there, it is whole
+            assert of_output(visible, name) == of_output(expected, name)
+        done = len(list((folder / f".{name}.parts").glob("*.arrow")))
         finished_before.add(done)
         counted.clear()
-        assert run(*command(incoming, model, folder / "out.parquet")).exit_code == 4
+        assert run(*command(incoming, model, folder / name, *more)).exit_code == 4
         assert results(folder) == expected
-        assert len(counted) == (6 - done if "out.parquet.run.json" not in visible or done else 0)
+        assert len(counted) == (6 - done if f"{name}.run.json" not in visible or done else 0)
         moment += 1
     assert moment > 20
     assert finished_before == set(range(7))
@@ -416,10 +426,16 @@ def test_a_run_that_is_killed_three_times_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--p-values", "--explain", 2)], ids=["scores", "explanations"])
-def test_runs_that_are_killed_fifty_times_go_on_to_the_same_bytes(run, rows, model, tmp_path, forks, more):
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("out.csv", ()), ("out.csv", ("--p-values", "--explain", 2)), PARTITIONED],
+    ids=["scores", "explanations", "partitions"],
+)
+def test_runs_that_are_killed_fifty_times_go_on_to_the_same_bytes(
+    run, rows, model, tmp_path, forks, name, more
+):
     """Killed at random moments until one is through, and then another, until there were fifty kills."""
-    if more:
+    if "--p-values" in more:
         rows(500, 9).to_parquet(tmp_path / "normal.parquet")
         options = ("-m", model, "--method", "conformal", "-o", tmp_path / "calibrated")
         assert run("calibrate", tmp_path / "normal.parquet", *options).exit_code == 0
@@ -431,7 +447,7 @@ def test_runs_that_are_killed_fifty_times_go_on_to_the_same_bytes(run, rows, mod
 
     def run_for(folder, seconds):
         """Exit code, and how long it took."""
-        pid = begin(forks, command(incoming, model, folder / "out.csv", *more))
+        pid = begin(forks, command(incoming, model, folder / name, *more))
         started = time.monotonic()
         if not select.select([forks.stdout], [], [], seconds)[0]:
             with contextlib.suppress(ProcessLookupError):  # it was just through
@@ -452,10 +468,10 @@ def test_runs_that_are_killed_fifty_times_go_on_to_the_same_bytes(run, rows, mod
             resumed = True
             assert code in (0, -signal.SIGKILL)
             n_kills += code != 0
-            n_with_parts += code != 0 and any(folder.glob(".out.csv.parts/*.arrow"))
-            if (folder / "out.csv").exists():
+            n_with_parts += code != 0 and any(folder.glob(f".{name}.parts/*.arrow"))
+            if (folder / name).exists():
                 n_with_output += code != 0
-                assert (folder / "out.csv").read_bytes() == expected["out.csv"]
+                assert of_output(results(folder), name) == of_output(expected, name)
         assert results(folder) == expected
         n_runs += 1
         print(f"{n_kills} kills of {n_runs} runs", flush=True)
