@@ -32,12 +32,13 @@ from anomalib_gen.monitoring import (
 )
 from anomalib_gen.monitoring.history import History, HistoryError
 from anomalib_gen.persistence import ModelFolderError
-from anomalib_gen.scoring._columns import Wanted, wanted_by
+from anomalib_gen.scoring._columns import Wanted, plain_type, wanted_by
 from anomalib_gen.scoring._errors import DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import MonitorOptions, ReportOptions
 from anomalib_gen.scoring.explaining import Explainer, top_fields
 from anomalib_gen.scoring.monitor import job_of, thresholds_of
+from anomalib_gen.scoring.partitions import Partitioning
 from anomalib_gen.scoring.parts import (
     digest,
     quarantine_beside,
@@ -53,6 +54,7 @@ from anomalib_gen.scoring.sources import (
     Reader,
     find_inputs,
     is_remote,
+    named_values,
     open_text,
     parse_text,
     rows_per_part,
@@ -248,7 +250,7 @@ def gather(scores: Path, options: ReportOptions, log: Log, judged: MonitorOption
         inputs=[(path, size, None) for path, size, _ in record["inputs"]],
         quarantined=(entries or [])[:MAX_QUARANTINED],
     )
-    normal, keys = _read_scores(scores, found, options.top)
+    normal, keys, places = _read_scores(scores, found, options.top, record["partition_by"])
     try:
         found.reference = load_reference(folder)
     except (ModelFolderError, OSError) as error:
@@ -267,7 +269,7 @@ def gather(scores: Path, options: ReportOptions, log: Log, judged: MonitorOption
     else:
         try:
             wanted = wanted_by(facts["schema"], keys, model)
-            summariser = _walk(found, _same_inputs(record), entries, wanted, model, normal, log)
+            summariser = _walk(found, _same_inputs(record), entries, wanted, model, normal, places, log)
         except (DataError, UsageError) as error:
             found.notes.append(f"Contributions and drift of columns are left out: {error}")
     if found.reference is not None:
@@ -329,25 +331,76 @@ def _read_record(scores: Path) -> dict[str, Any]:
 # The scores --------------------------------------------------------------------------------------------------
 
 
-def _batches(scores: Path) -> Iterator[pa.Table]:
+class _Places:
+    """Where rows of the files are in the scores, which have them in the same order, if partitioned in each folder.
+
+    Parameters
+    ----------
+    names : list of str
+        Columns that the folders are named after; none for any other output, which is one folder here.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self._next: dict[str, int] = {}
+        self._ends: dict[str, int] = {}
+
+    def add(self, folder: str, start: int, end: int) -> None:
+        """Rows of the scores are in a folder, whose files follow each other."""
+        self._next.setdefault(folder, start)
+        self._ends[folder] = end
+
+    def all_found(self) -> bool:
+        """Whether each folder had as many rows as the scores."""
+        return self._next == self._ends
+
+    def of(self, table: pa.Table, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Places of the rows that come next, which are those of a table with these positions."""
+        folders, numbers = [""] if len(rows) else [], np.zeros(len(rows), dtype=np.int64)
+        if self.names:
+            kinds = [pa.field(name, plain_type(table.field(name).type)) for name in self.names]
+            named = table.select(self.names).take(pa.array(rows)).cast(pa.schema(kinds))
+            folders, numbers = Partitioning(named.schema).folders(named)
+        places = np.empty(len(rows), dtype=np.int64)
+        ends = np.cumsum(np.bincount(numbers, minlength=len(folders)))
+        groups = np.split(np.argsort(numbers, kind="stable"), ends[:-1])
+        for folder, group in zip(folders, groups, strict=False):  # (Without a folder there is an empty one.)
+            start = self._next.get(folder, 0)
+            places[group] = np.arange(start, start + len(group))
+            self._next[folder] = start + len(group)
+        return places
+
+
+def _batches(scores: Path, partition_by: list[str]) -> Iterator[tuple[str, pa.Table]]:
+    """Tables of the scores, with the folder that each is in."""
+    for item in find_inputs([str(scores)]):
+        place = os.path.relpath(item.place, scores)
+        values = named_values(place)
+        for table in _tables_of(item):
+            for name in partition_by if values else ():
+                table = table.append_column(name, pa.repeat(pa.scalar(values[name], pa.string()), len(table)))
+            yield os.path.dirname(place), table
+
+
+def _tables_of(item: Input) -> Iterator[pa.Table]:
     import pyarrow.dataset as pads
 
-    items = find_inputs([str(scores)])
-    for item in items:
-        if item.is_text:
-            # Keys are text, and not the numbers that they may look like.
-            with open_text(item, lambda name: True) as text:
-                keys = {name: pa.string() for name in text.names if name not in ADDED}
-                convert = pacsv.ConvertOptions(column_types=keys, null_values=[""], strings_can_be_null=True)
-                yield from parse_text(text, item, convert)
-        else:
-            dataset = pads.dataset(item.place, format=item.kind, filesystem=item.filesystem)
-            for batch in dataset.scanner(batch_size=2**16, batch_readahead=2).to_batches():
-                yield pa.Table.from_batches([batch])
+    if item.is_text:
+        # Keys are text, and not the numbers that they may look like.
+        with open_text(item, lambda name: True) as text:
+            keys = {name: pa.string() for name in text.names if name not in ADDED}
+            convert = pacsv.ConvertOptions(column_types=keys, null_values=[""], strings_can_be_null=True)
+            yield from parse_text(text, item, convert)
+    else:
+        dataset = pads.dataset(item.place, format=item.kind, filesystem=item.filesystem)
+        for batch in dataset.scanner(batch_size=2**16, batch_readahead=2).to_batches():
+            yield pa.Table.from_batches([batch])
 
 
-def _read_scores(scores: Path, found: RunReport, n_top: int) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
-    """Distribution and most abnormal rows; also places of normal rows, drawn from all, and the names of keys."""
+def _read_scores(
+    scores: Path, found: RunReport, n_top: int, partition_by: list[str]
+) -> tuple[npt.NDArray[np.int64], tuple[str, ...], _Places]:
+    """Distribution and most abnormal rows; also places of normal rows, drawn from all, keys' names, and folders."""
     drawn = np.sort(
         np.random.default_rng(0).choice(found.rows, min(found.rows, BACKGROUND_ROWS), replace=False)
         if found.rows
@@ -358,8 +411,9 @@ def _read_scores(scores: Path, found: RunReport, n_top: int) -> tuple[npt.NDArra
     added = {*ADDED, *(field.name for field in top_fields(MAX_TOP_FIELDS))}
     top: pd.DataFrame | None = None
     keys: tuple[str, ...] = ()
+    places = _Places(partition_by)
     try:
-        for table in _batches(scores):
+        for folder, table in _batches(scores, partition_by):
             values, labels = (table.column(name).to_numpy() for name in ("score", "label"))
             keys = tuple(name for name in table.column_names if name not in added)
             # (A density may be zero.)
@@ -376,6 +430,7 @@ def _read_scores(scores: Path, found: RunReport, n_top: int) -> tuple[npt.NDArra
             frame = rows.to_pandas(integer_object_nulls=True).astype(dict.fromkeys(keys, object))
             top = frame if top is None else pd.concat([top, frame], ignore_index=True)
             top = top.sort_values("score", kind="stable", ignore_index=True)[:n_top]
+            places.add(folder, start, start + len(values))
             start += len(values)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise DataError(f"{scores} cannot be read: {str(error).splitlines()[0]}") from None
@@ -390,19 +445,18 @@ def _read_scores(scores: Path, found: RunReport, n_top: int) -> tuple[npt.NDArra
     for entry in [] if top is None else top.to_dict("records"):
         shown = {key: entry[key] for key in keys}
         found.anomalies.append(Anomaly(int(entry["row"]), float(entry["score"]), shown, entry.get("p_value")))
-    return np.concatenate(normal) if normal else drawn, keys
+    return np.concatenate(normal) if normal else drawn, keys, places
 
 
 # The files ---------------------------------------------------------------------------------------------------
 
 
 def _same_inputs(record: dict[str, Any]) -> list[Input]:
-    inputs = []
+    inputs = find_inputs([path for path, _, _ in record["inputs"]])
+    now = {item.path: (item.size, item.mtime) for item in inputs}
     for path, size, mtime in record["inputs"]:
-        (item,) = find_inputs([path])[:1]
-        if (item.path, item.size, item.mtime) != (path, size, mtime):
+        if now.get(path) != (size, mtime):
             raise DataError(f"{path} has changed since it was scored.")
-        inputs.append(item)
     return inputs
 
 
@@ -413,6 +467,7 @@ def _walk(
     wanted: Wanted,
     model: Any,
     normal: npt.NDArray[np.int64],
+    places: _Places,
     log: Log,
 ) -> Summariser:
     summariser = Summariser(None if found.reference is None else found.reference.columns)
@@ -421,7 +476,7 @@ def _walk(
     for entry in entries:
         if entry["row"] is not None:
             bad_rows.setdefault(entry["file"], []).append(entry["row"])
-    places = np.array(sorted(anomaly.row for anomaly in found.anomalies), dtype=np.int64)
+    most = np.array([anomaly.row for anomaly in found.anomalies], dtype=np.int64)
     odd: list[pd.DataFrame] = []
     background: list[pd.DataFrame] = []
     start = 0
@@ -437,21 +492,25 @@ def _walk(
                     frame if named else frame.set_axis([str(j) for j in range(len(names))], axis=1)
                 )
                 kept = np.flatnonzero(~np.isin(part.rows, bad_rows.get(item.path, [])))
-                for chosen, frames in ((places, odd), (normal, background)):
-                    here = chosen[(chosen >= start) & (chosen < start + len(kept))] - start
-                    frames.append(frame.iloc[kept[here]])
+                place = places.of(part.table, kept)
+                for chosen, frames in ((most, odd), (normal, background)):
+                    here = np.isin(place, chosen)
+                    frames.append(frame.iloc[kept[here]].set_axis(place[here]))
                 start, count = start + len(kept), count + len(part.rows)
         found.inputs[number] = (item.path, item.size, count)
     if start != found.rows:
         raise DataError(f"the files have {start} rows to score, and the scores {found.rows}.")
-    if len(places):
-        _explain(found, places, odd, background, model, named=wanted.names is not None, log=log)
+    if not places.all_found():
+        raise DataError(
+            "the rows of the files belong to other folders than the scores have, so they are others."
+        )
+    if len(most):
+        _explain(found, odd, background, model, named=wanted.names is not None, log=log)
     return summariser
 
 
 def _explain(
     found: RunReport,
-    places: npt.NDArray[np.int64],
     odd: list[pd.DataFrame],
     background: list[pd.DataFrame],
     model: Any,
@@ -459,7 +518,10 @@ def _explain(
     named: bool,
     log: Log,
 ) -> None:
-    rows, normal = (pd.concat(frames, ignore_index=True) for frames in (odd, background))
+    # (In the order of the scores, whichever the files have.)
+    rows, normal = (pd.concat(frames).sort_index() for frames in (odd, background))
+    places = rows.index.to_numpy()
+    rows, normal = rows.reset_index(drop=True), normal.reset_index(drop=True)
     again = model.score_samples(rows if named else rows.to_numpy())
     scores = {anomaly.row: anomaly.score for anomaly in found.anomalies}
     if not np.allclose(again, [scores[row] for row in places.tolist()], rtol=1e-5, atol=1e-6):

@@ -302,6 +302,7 @@ def test_an_output_without_rows_has_its_columns(run, rows, described, tmp_path):
     names = pads.dataset(tmp_path / "out", partitioning="hive").schema.names
     assert names == ["id", "kind", "score", "label", "threshold", "model"]
     assert run("monitor", tmp_path / "out", "-m", described).exit_code in (0, 3)
+    assert run("report", tmp_path / "out", "-m", described).exit_code == 0
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -317,3 +318,53 @@ def test_the_folder_is_evaluated(run, rows, model, tmp_path):
         for place in (tmp_path / "rows.parquet", tmp_path / "out")
     )
     assert found == pytest.approx(expected)
+
+
+def test_monitor_and_report_are_those_of_one_file(run, rows, described, tmp_path, monkeypatch):
+    from anomalib_gen.scoring import reporting
+    from anomalib_gen.scoring._log import Log
+    from anomalib_gen.scoring.config import ReportOptions
+
+    for module in (running, reporting):
+        monkeypatch.setattr(module, "rows_per_part", lambda n_columns: 100)
+    frame = rows(400, 1)
+    frame.loc[::50, "x"] = 30 + np.arange(8)
+    frame.loc[5, "n"] = np.nan
+    frame["zone"] = np.resize(np.array(["007", "a b", None, ""], dtype=object), 400)
+    frame[:150].to_parquet(tmp_path / "a.parquet")
+    frame[150:].to_parquet(tmp_path / "b.parquet")
+    inputs = (tmp_path / "a.parquet", tmp_path / "b.parquet")
+    options = ("-m", described, "-k", "id", "-k", "zone", "--max-bad-rows", 1)
+    found = []
+    for output, more in ((tmp_path / "one.parquet", ()), (tmp_path / "many", ("--partition-by", "zone"))):
+        result = run("score", *inputs, *options, "-o", output, *more)
+        assert result.exit_code == 4, result.output
+        watched = run("monitor", output, "-m", described, *(f"--input={path}" for path in inputs), "--json")
+        assert watched.exit_code in (0, 3), watched.output
+        report = json.loads(watched.stdout)["report"]
+        page = reporting.gather(output, ReportOptions(scores=str(output), model=str(described)), Log())
+        assert page.notes == []
+        found.append((report, page))
+    (one, first), (many, second) = found
+    assert many["columns"] == one["columns"]
+    assert (many["n_rows"], many["n_flagged"]) == (one["n_rows"], one["n_flagged"])
+    assert many["scores"]["distance"] == pytest.approx(one["scores"]["distance"])
+    assert len(first.anomalies) == len(second.anomalies) > 5
+    for a, b in zip(first.anomalies, second.anomalies, strict=True):
+        assert (a.score, a.keys) == (b.score, b.keys)
+        assert [name for name, _, _ in a.contributions[:1]] == [name for name, _, _ in b.contributions[:1]]
+        assert {name: value for name, value, _ in a.contributions} == {
+            name: value for name, value, _ in b.contributions
+        }
+    assert first.inputs == second.inputs
+
+
+def test_a_report_finds_that_rows_went_to_other_folders(run, rows, described, tmp_path):
+    frame = rows(60, 1)
+    frame.to_parquet(tmp_path / "rows.parquet")
+    options = ("-m", described, "-k", "id", "-k", "kind", "--partition-by", "kind", "-o", tmp_path / "out")
+    assert run("score", tmp_path / "rows.parquet", *options).exit_code == 0
+    (tmp_path / "out" / "kind=a").rename(tmp_path / "out" / "kind=c")
+    result = run("report", tmp_path / "out", "-m", described)
+    assert result.exit_code == 4
+    assert "belong to other folders than the scores have" in result.stderr
