@@ -46,22 +46,38 @@ class Log:
         """Say why a run ended."""
         self._write("error", message, facts)
 
+    @property
+    def shows_progress(self) -> bool:
+        """Whether somebody is looking on: at a terminal, and at messages for people."""
+        return not self.quiet and not self.as_json and (self._stream or sys.stderr).isatty()
+
     def progress(self, unit: str) -> Any:
-        """Bar on a terminal, or what does nothing elsewhere; to be updated and closed."""
+        """Bar for somebody who is looking on, or what does nothing; to be updated and closed."""
         from tqdm import tqdm
 
         stream = self._stream or sys.stderr
-        hidden = self.quiet or self.as_json or not stream.isatty()
-        return tqdm(unit=f" {unit}", unit_scale=True, file=stream, disable=hidden, leave=False)
+        return tqdm(
+            unit=f" {unit}", unit_scale=True, file=stream, disable=not self.shows_progress, leave=False
+        )
 
     def _write(self, level: str, message: str, facts: dict[str, Any]) -> None:
         stream = self._stream or sys.stderr
         if self.as_json:
             record = {"time": round(time.time(), 3), "level": level, "message": message, **facts}
             print(json.dumps(record, default=str), file=stream, flush=True)
-        else:
-            mark = "" if level == "info" else f"{level}: "
+            return
+        mark = "" if level == "info" else f"{level}: "
+        with _bars_aside(stream):
             print(f"anomalib-gen: {mark}{message}", file=stream, flush=True)
+
+
+def _bars_aside(stream: TextIO) -> contextlib.AbstractContextManager[None]:
+    """Take bars off a terminal, where a line would go on in theirs."""
+    if not stream.isatty():
+        return contextlib.nullcontext()
+    from tqdm import tqdm
+
+    return tqdm.external_write_mode(file=stream)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """The command `score`: what is in the output, for whatever files, and what bad ones lead to."""
 
-import io
 import json
 import os
 import subprocess
@@ -789,25 +788,6 @@ def test_logs_for_machines_and_silence(run, rows, model, tmp_path):
     assert run(*arguments, "--quiet").stderr == ""
     result = run("score", "nowhere.csv", "-m", model, "-o", "out.csv", "--quiet", "--log-format", "json")
     assert json.loads(result.stderr)["code"] == 2
-
-
-def test_progress_is_for_terminals(run, rows, model, tmp_path, monkeypatch):
-    from anomalib_gen.scoring._log import Log
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    for stream, options, shown in (
-        (Terminal(), {}, True),
-        (Terminal(), {"quiet": True}, False),
-        (Terminal(), {"as_json": True}, False),
-        (io.StringIO(), {}, False),
-    ):
-        bar = Log(stream=stream, **options).progress("rows")
-        bar.update(5)
-        bar.close()
-        assert ("rows" in stream.getvalue()) == shown
 
 
 MEASURE = """
