@@ -164,20 +164,24 @@ def scored_rows(
     DataError
         If a file cannot be read, or a row cannot be scored.
     """
-    for item in find_inputs(patterns):
-        reader = Reader(item, wanted)
-        for part in reader.parts(rows_per_part(wanted.count)):
-            frame, bad = part.frame(reader.names, wanted.types)
-            scores, refused = score_rows(model, frame, named=wanted.names is not None, limit=0)
-            odd = {int(part.rows[row]): reason for row, reason in {**refused, **bad}.items()}
-            odd |= {line: reason for line, (reason, _) in part.malformed.items()}
-            if odd:
-                row = min(odd)
-                raise DataError(f"{item.path} has a bad row: row {row}, {odd[row]}. Mend it and run again.")
-            if wanted.names is None:
-                frame.columns = pd.Index([str(j) for j in range(frame.shape[1])])
-            yield frame, scores
-        log.info(f"scored {item.path}", file=item.path)
+    with log.progress("rows") as bar:
+        for item in find_inputs(patterns):
+            reader = Reader(item, wanted)
+            for part in reader.parts(rows_per_part(wanted.count)):
+                frame, bad = part.frame(reader.names, wanted.types)
+                scores, refused = score_rows(model, frame, named=wanted.names is not None, limit=0)
+                odd = {int(part.rows[row]): reason for row, reason in {**refused, **bad}.items()}
+                odd |= {line: reason for line, (reason, _) in part.malformed.items()}
+                if odd:
+                    row = min(odd)
+                    raise DataError(
+                        f"{item.path} has a bad row: row {row}, {odd[row]}. Mend it and run again."
+                    )
+                if wanted.names is None:
+                    frame.columns = pd.Index([str(j) for j in range(frame.shape[1])])
+                yield frame, scores
+                bar.update(len(part.rows))
+            log.info(f"scored {item.path}", file=item.path)
 
 
 def _calibrated(model: Any, scores: npt.NDArray[np.float64], options: CalibrateOptions) -> Any:

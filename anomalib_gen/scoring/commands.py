@@ -39,7 +39,7 @@ Config = Annotated[
         show_default=False,
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors, and no progress.")]
 Logs = Annotated[LogFormat, typer.Option("--log-format", help="Messages for people, or JSON, one a line.")]
 Model = Annotated[
     str | None,

@@ -42,21 +42,25 @@ def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
     if output is not None:
         check_output(str(options.output), "--output", inputs)
     scores, anomalous = [], []
-    for item in inputs:
-        for part in Reader(item, wanted).parts(rows_per_part(wanted.count)):
-            names = wanted.names or [name for name in part.table.column_names if name != options.label]
-            frame, bad = part.frame(names, wanted.types)
-            values = part.column(options.label).to_pylist()
-            values_of_part, refused = score_rows(model, frame, named=wanted.names is not None, limit=0)
-            lines = {line: reason for line, (reason, _) in part.malformed.items()}
-            odd = {int(part.rows[row]): reason for row, reason in {**refused, **bad}.items()} | lines
-            odd |= {int(part.rows[k]): "no label" for k, value in enumerate(values) if value is None}
-            if odd:
-                row = min(odd)
-                raise DataError(f"{item.path} has a bad row: row {row}, {odd[row]}. Mend it and run again.")
-            scores.append(values_of_part)
-            anomalous.append(np.array([_same(value, options.anomaly) for value in values], dtype=bool))
-        log.info(f"scored {item.path}", file=item.path)
+    with log.progress("rows") as bar:
+        for item in inputs:
+            for part in Reader(item, wanted).parts(rows_per_part(wanted.count)):
+                names = wanted.names or [name for name in part.table.column_names if name != options.label]
+                frame, bad = part.frame(names, wanted.types)
+                values = part.column(options.label).to_pylist()
+                values_of_part, refused = score_rows(model, frame, named=wanted.names is not None, limit=0)
+                lines = {line: reason for line, (reason, _) in part.malformed.items()}
+                odd = {int(part.rows[row]): reason for row, reason in {**refused, **bad}.items()} | lines
+                odd |= {int(part.rows[k]): "no label" for k, value in enumerate(values) if value is None}
+                if odd:
+                    row = min(odd)
+                    raise DataError(
+                        f"{item.path} has a bad row: row {row}, {odd[row]}. Mend it and run again."
+                    )
+                scores.append(values_of_part)
+                anomalous.append(np.array([_same(value, options.anomaly) for value in values], dtype=bool))
+                bar.update(len(part.rows))
+            log.info(f"scored {item.path}", file=item.path)
     if not sum(map(len, scores)):
         raise DataError("The files have no rows.")
     threshold = threshold_of(model)

@@ -8,6 +8,7 @@ the lowest ones, are explained.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ class Explainer:
     def _rows(self, frame: pd.DataFrame) -> Any:
         return frame if self.named else frame.to_numpy()
 
-    def contributions(self, frame: pd.DataFrame) -> list[FeatureContributions]:
+    def contributions(self, frame: pd.DataFrame) -> Iterator[FeatureContributions]:
         """Contributions of rows, in blocks.
 
         Raises
@@ -84,7 +85,6 @@ class Explainer:
         UsageError
             If the method does not suit the model.
         """
-        found = []
         for start in range(0, len(frame), BLOCK_ROWS):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -100,8 +100,7 @@ class Explainer:
             if caught and not self._warned:
                 self.log.warning(f"explanations: {caught[0].message}")
                 self._warned = True
-            found.append(block)
-        return found
+            yield block
 
 
 def top_fields(count: int) -> list[pa.Field]:

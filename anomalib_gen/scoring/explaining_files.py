@@ -58,6 +58,11 @@ class _Rows:
         facts, frame = (part.iloc[rows].reset_index(drop=True) for part in (self.facts, self.frame))
         return _Rows(self.keys.take(pa.array(rows)), facts, frame)
 
+    def blocks(self) -> Iterator[_Rows]:
+        """As many rows as are explained at once, and so on."""
+        for start in range(0, len(self), BLOCK_ROWS):
+            yield self.take(np.arange(start, min(start + BLOCK_ROWS, len(self))))
+
     def join(self, other: _Rows) -> _Rows:
         """These rows, then others."""
         facts, frame = (
@@ -126,20 +131,22 @@ class _Explanation:
     def _all(self) -> Iterator[_Rows]:
         """Rows of all files that can be scored."""
         left_out = 0
-        for reader in self.readers:
-            for part in reader.parts(rows_per_part(self.wanted.count)):
-                frame, bad = part.frame(reader.names, self.wanted.types)
-                named = self.wanted.names is not None
-                scores, _ = score_rows(self.model, frame, named=named, limit=len(frame))
-                good = np.flatnonzero(~np.isnan(scores) & ~np.isin(np.arange(len(frame)), list(bad)))
-                left_out += len(frame) - len(good) + len(part.malformed)
-                keys = pa.table(
-                    {key: part.table.column(key).cast(kind) for key, kind in self.key_types.items()}
-                )
-                facts = pd.DataFrame({"file": reader.item.path, "row": part.rows, "score": scores})
-                # (A table without columns has no rows.)
-                keys = keys if keys.num_columns else pa.table({"": pa.nulls(len(frame))})
-                yield _Rows(keys, facts, frame).take(good)
+        with self.log.progress("rows") as bar:
+            for reader in self.readers:
+                for part in reader.parts(rows_per_part(self.wanted.count)):
+                    frame, bad = part.frame(reader.names, self.wanted.types)
+                    named = self.wanted.names is not None
+                    scores, _ = score_rows(self.model, frame, named=named, limit=len(frame))
+                    good = np.flatnonzero(~np.isnan(scores) & ~np.isin(np.arange(len(frame)), list(bad)))
+                    left_out += len(frame) - len(good) + len(part.malformed)
+                    keys = pa.table(
+                        {key: part.table.column(key).cast(kind) for key, kind in self.key_types.items()}
+                    )
+                    facts = pd.DataFrame({"file": reader.item.path, "row": part.rows, "score": scores})
+                    # (A table without columns has no rows.)
+                    keys = keys if keys.num_columns else pa.table({"": pa.nulls(len(frame))})
+                    yield _Rows(keys, facts, frame).take(good)
+                    bar.update(len(part.rows))
         if left_out:
             self.log.warning(f"left out {count(left_out, 'row')} that cannot be scored")
 
@@ -153,13 +160,14 @@ class _Explanation:
             both = rows if held is None else held.join(rows)
             # (Of equal scores the first in the files.)
             held = both.take(np.argsort(both.facts["score"].to_numpy(), kind="stable")[: self.options.top])
-        if held is not None:
-            yield held
+        with self.log.progress("rows explained") as bar:
+            for block in [] if held is None else held.blocks():
+                yield block
+                bar.update(len(block))
 
     def _tables(self, parts: Iterator[_Rows], schema: pa.Schema) -> Iterator[pa.Table]:
         for rows in parts:
-            for start in range(0, len(rows), BLOCK_ROWS):
-                block = rows.take(np.arange(start, min(start + BLOCK_ROWS, len(rows))))
+            for block in rows.blocks():
                 self.count += len(block)
                 yield self._table(block, schema)
 

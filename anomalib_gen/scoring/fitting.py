@@ -68,13 +68,18 @@ def fit_files(options: FitOptions, log: Log) -> str:
         raise UsageError(f"{folder} exists already. Choose another folder, or replace it with --overwrite.")
     check_folder(folder, overwrite=options.overwrite)
     detector = make_detector(options.detector, options.seed)
-    frame = read_frame(find_inputs(options.input), options.columns, options.exclude)
+    frame = read_frame(find_inputs(options.input), options.columns, options.exclude, log)
     log.info(f"read {len(frame)} rows of {frame.shape[1]} columns", rows=len(frame), columns=list(frame))
     model = with_encoding(detector, frame, log)
+    asked = detector.verbose
     try:
+        # (No part of the model, which is the same whoever looks on.)
+        detector.set_params(verbose=asked or int(log.shows_progress))
         model.fit(frame)
     except (ValueError, TypeError, FloatingPointError) as error:
         raise DataError(f"The detector cannot be fitted: {error}") from None
+    finally:
+        detector.set_params(verbose=asked)
     try:
         reference = build_reference(model, frame).to_bytes()
         content = persistence.save_described(
@@ -90,7 +95,9 @@ def fit_files(options: FitOptions, log: Log) -> str:
     return content
 
 
-def read_frame(inputs: list[Input], columns: tuple[str, ...] | list[str], exclude: Any) -> pd.DataFrame:
+def read_frame(
+    inputs: list[Input], columns: tuple[str, ...] | list[str], exclude: Any, log: Log
+) -> pd.DataFrame:
     """All rows of files, which must have the same columns.
 
     Raises
@@ -100,20 +107,22 @@ def read_frame(inputs: list[Input], columns: tuple[str, ...] | list[str], exclud
     """
     tables: list[pa.Table] = []
     needed = set(columns).__contains__ if columns else lambda name: name not in exclude
-    for item in inputs:
-        try:
-            table = _read(item, needed)
-        except Exception as error:
-            raise unreadable(error, item.path) from None
-        names = list(columns) or [name for name in table.column_names if name not in exclude]
-        missing = [name for name in [*names, *exclude] if name not in table.column_names]
-        if missing:
-            raise DataError(
-                f"{item.path} has no column {missing[0]!r}. It has {', '.join(table.column_names)}."
-            )
-        if tables and names != tables[0].column_names and set(names) != set(tables[0].column_names):
-            raise DataError(f"{item.path} has other columns than {inputs[0].path}.")
-        tables.append(table.select(tables[0].column_names if tables else names))
+    with log.progress("rows") as bar:
+        for item in inputs:
+            try:
+                table = _read(item, needed)
+            except Exception as error:
+                raise unreadable(error, item.path) from None
+            names = list(columns) or [name for name in table.column_names if name not in exclude]
+            missing = [name for name in [*names, *exclude] if name not in table.column_names]
+            if missing:
+                raise DataError(
+                    f"{item.path} has no column {missing[0]!r}. It has {', '.join(table.column_names)}."
+                )
+            if tables and names != tables[0].column_names and set(names) != set(tables[0].column_names):
+                raise DataError(f"{item.path} has other columns than {inputs[0].path}.")
+            tables.append(table.select(tables[0].column_names if tables else names))
+            bar.update(len(table))
     for field in tables[0].schema:
         if kind_of(field.type) is None:
             raise DataError(

@@ -93,7 +93,7 @@ class Scored:
     inputs: list[tuple[str, int, int]] | None
 
 
-def read_scored(path: str, model_hash: str) -> Scored:
+def read_scored(path: str, model_hash: str, log: Log) -> Scored:
     """Read the output of ``score``.
 
     Parameters
@@ -102,6 +102,7 @@ def read_scored(path: str, model_hash: str) -> Scored:
         A file, or a folder of them.
     model_hash : str
         Of the model that must have made it.
+    log : Log
 
     Raises
     ------
@@ -111,26 +112,28 @@ def read_scored(path: str, model_hash: str) -> Scored:
     inputs = find_inputs([path])
     wanted = Wanted(("score", "label", "model"), 3, ("float", "integer", "text"))
     summary, n_rows, n_flagged = Summariser(), 0, 0
-    for item in inputs:
-        try:
-            reader = Reader(item, wanted)
-        except DataError as error:
-            raise DataError(f"{item.path} is no output of `score`: {error}") from None
-        for part in reader.parts(rows_per_part(3)):
-            frame, bad = part.frame(["score", "label", "model"], wanted.types)
-            if bad or part.malformed or frame["score"].isna().any():
-                raise DataError(f"{item.path} has rows without a score: it is no output of `score`.")
-            others = frame["model"][frame["model"] != model_hash[:HASH_DIGITS]]
-            if len(others):
-                raise DataError(
-                    f"{item.path} was scored by the model {others.iloc[0]}, and the folder holds "
-                    f"{model_hash[:HASH_DIGITS]}. Give the model's own folder, or score again."
-                )
-            n_rows += len(frame)
-            n_flagged += int((frame["label"] == -1).sum())
-            # (A density may be zero.)
-            low = np.finfo(np.float64).min
-            summary.add(pd.DataFrame({"score": frame["score"].clip(lower=low).astype(np.float64)}))
+    with log.progress("rows") as bar:
+        for item in inputs:
+            try:
+                reader = Reader(item, wanted)
+            except DataError as error:
+                raise DataError(f"{item.path} is no output of `score`: {error}") from None
+            for part in reader.parts(rows_per_part(3)):
+                frame, bad = part.frame(["score", "label", "model"], wanted.types)
+                if bad or part.malformed or frame["score"].isna().any():
+                    raise DataError(f"{item.path} has rows without a score: it is no output of `score`.")
+                others = frame["model"][frame["model"] != model_hash[:HASH_DIGITS]]
+                if len(others):
+                    raise DataError(
+                        f"{item.path} was scored by the model {others.iloc[0]}, and the folder holds "
+                        f"{model_hash[:HASH_DIGITS]}. Give the model's own folder, or score again."
+                    )
+                n_rows += len(frame)
+                n_flagged += int((frame["label"] == -1).sum())
+                # (A density may be zero.)
+                low = np.finfo(np.float64).min
+                summary.add(pd.DataFrame({"score": frame["score"].clip(lower=low).astype(np.float64)}))
+                bar.update(len(part.rows))
     record = _record(path)
     if record is not None and (record["model"], record["rows"]) != (model_hash, n_rows):
         raise DataError(
@@ -236,17 +239,19 @@ def input_frames(
             len(columns),
             tuple(column["type"] for column in columns),
         )
-    for item in inputs:
-        try:
-            reader = Reader(item, wanted)
-            for part in reader.parts(rows_per_part(wanted.count)):
-                frame, _ = part.frame(reader.names, wanted.types)
-                if wanted.names is None:
-                    frame.columns = pd.Index([str(j) for j in range(frame.shape[1])])
-                yield frame
-        except DataError as error:
-            log.warning(f"left out a file: {error}", file=item.path)
-            yield None
+    with log.progress("rows") as bar:
+        for item in inputs:
+            try:
+                reader = Reader(item, wanted)
+                for part in reader.parts(rows_per_part(wanted.count)):
+                    frame, _ = part.frame(reader.names, wanted.types)
+                    if wanted.names is None:
+                        frame.columns = pd.Index([str(j) for j in range(frame.shape[1])])
+                    yield frame
+                    bar.update(len(part.rows))
+            except DataError as error:
+                log.warning(f"left out a file: {error}", file=item.path)
+                yield None
 
 
 def thresholds_of(options: MonitorOptions) -> Thresholds:
@@ -292,7 +297,7 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
         )
     if unknown := sorted(set(options.ignore) - {column.name for column in reference.columns}):
         raise UsageError(f"--ignore {unknown[0]} is no column of the model.")
-    scored = read_scored(options.scores, facts["hash"])
+    scored = read_scored(options.scores, facts["hash"], log)
     run = options.run or scored.run
     job = job_of(options)
     batch, unreadable = _batch(options, scored, reference, facts, log)

@@ -250,7 +250,7 @@ def gather(scores: Path, options: ReportOptions, log: Log, judged: MonitorOption
         inputs=[(path, size, None) for path, size, _ in record["inputs"]],
         quarantined=(entries or [])[:MAX_QUARANTINED],
     )
-    normal, keys, places = _read_scores(scores, found, options.top, record["partition_by"])
+    normal, keys, places = _read_scores(scores, found, options.top, record["partition_by"], log)
     try:
         found.reference = load_reference(folder)
     except (ModelFolderError, OSError) as error:
@@ -398,7 +398,7 @@ def _tables_of(item: Input) -> Iterator[pa.Table]:
 
 
 def _read_scores(
-    scores: Path, found: RunReport, n_top: int, partition_by: list[str]
+    scores: Path, found: RunReport, n_top: int, partition_by: list[str], log: Log
 ) -> tuple[npt.NDArray[np.int64], tuple[str, ...], _Places]:
     """Distribution and most abnormal rows; also places of normal rows, drawn from all, keys' names, and folders."""
     drawn = np.sort(
@@ -413,25 +413,27 @@ def _read_scores(
     keys: tuple[str, ...] = ()
     places = _Places(partition_by)
     try:
-        for folder, table in _batches(scores, partition_by):
-            values, labels = (table.column(name).to_numpy() for name in ("score", "label"))
-            keys = tuple(name for name in table.column_names if name not in added)
-            # (A density may be zero.)
-            values = np.maximum(values, np.finfo(np.float64).min)
-            sample.add(pd.DataFrame({"score": values}))
-            here = drawn[(drawn >= start) & (drawn < start + len(values))] - start
-            normal.append(here[labels[here] == 1] + start)
-            odd = np.flatnonzero(labels == -1)
-            odd = odd[np.argsort(values[odd], kind="stable")][:n_top]
-            more = [name for name in ("score", "p_value") if name in table.column_names]
-            rows = table.select([*keys, *more]).take(pa.array(odd))
-            rows = rows.append_column("row", pa.array(odd + start))
-            # (Whole numbers beside a missing one would become floats.)
-            frame = rows.to_pandas(integer_object_nulls=True).astype(dict.fromkeys(keys, object))
-            top = frame if top is None else pd.concat([top, frame], ignore_index=True)
-            top = top.sort_values("score", kind="stable", ignore_index=True)[:n_top]
-            places.add(folder, start, start + len(values))
-            start += len(values)
+        with log.progress("rows") as bar:
+            for folder, table in _batches(scores, partition_by):
+                values, labels = (table.column(name).to_numpy() for name in ("score", "label"))
+                keys = tuple(name for name in table.column_names if name not in added)
+                # (A density may be zero.)
+                values = np.maximum(values, np.finfo(np.float64).min)
+                sample.add(pd.DataFrame({"score": values}))
+                here = drawn[(drawn >= start) & (drawn < start + len(values))] - start
+                normal.append(here[labels[here] == 1] + start)
+                odd = np.flatnonzero(labels == -1)
+                odd = odd[np.argsort(values[odd], kind="stable")][:n_top]
+                more = [name for name in ("score", "p_value") if name in table.column_names]
+                rows = table.select([*keys, *more]).take(pa.array(odd))
+                rows = rows.append_column("row", pa.array(odd + start))
+                # (Whole numbers beside a missing one would become floats.)
+                frame = rows.to_pandas(integer_object_nulls=True).astype(dict.fromkeys(keys, object))
+                top = frame if top is None else pd.concat([top, frame], ignore_index=True)
+                top = top.sort_values("score", kind="stable", ignore_index=True)[:n_top]
+                places.add(folder, start, start + len(values))
+                start += len(values)
+                bar.update(len(values))
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise DataError(f"{scores} cannot be read: {str(error).splitlines()[0]}") from None
     if start != found.rows:
@@ -480,24 +482,26 @@ def _walk(
     odd: list[pd.DataFrame] = []
     background: list[pd.DataFrame] = []
     start = 0
-    for number, item in enumerate(inputs):
-        count = 0
-        if item.path not in bad_files:
-            for part in Reader(item, wanted).parts(rows_per_part(wanted.count)):
-                names = list(wanted.names or [n for n in part.table.column_names if n not in wanted.keys])
-                frame, _ = part.frame(names, wanted.types)
-                # (A model without names has a reference without names.)
-                named = wanted.names is not None
-                summariser.add(
-                    frame if named else frame.set_axis([str(j) for j in range(len(names))], axis=1)
-                )
-                kept = np.flatnonzero(~np.isin(part.rows, bad_rows.get(item.path, [])))
-                place = places.of(part.table, kept)
-                for chosen, frames in ((most, odd), (normal, background)):
-                    here = np.isin(place, chosen)
-                    frames.append(frame.iloc[kept[here]].set_axis(place[here]))
-                start, count = start + len(kept), count + len(part.rows)
-        found.inputs[number] = (item.path, item.size, count)
+    with log.progress("rows") as bar:
+        for number, item in enumerate(inputs):
+            count = 0
+            if item.path not in bad_files:
+                for part in Reader(item, wanted).parts(rows_per_part(wanted.count)):
+                    names = list(wanted.names or [n for n in part.table.column_names if n not in wanted.keys])
+                    frame, _ = part.frame(names, wanted.types)
+                    # (A model without names has a reference without names.)
+                    named = wanted.names is not None
+                    summariser.add(
+                        frame if named else frame.set_axis([str(j) for j in range(len(names))], axis=1)
+                    )
+                    kept = np.flatnonzero(~np.isin(part.rows, bad_rows.get(item.path, [])))
+                    place = places.of(part.table, kept)
+                    for chosen, frames in ((most, odd), (normal, background)):
+                        here = np.isin(place, chosen)
+                        frames.append(frame.iloc[kept[here]].set_axis(place[here]))
+                    start, count = start + len(kept), count + len(part.rows)
+                    bar.update(len(part.rows))
+            found.inputs[number] = (item.path, item.size, count)
     if start != found.rows:
         raise DataError(f"the files have {start} rows to score, and the scores {found.rows}.")
     if not places.all_found():
@@ -529,7 +533,11 @@ def _explain(
     names = [str(name) for name in rows]
     try:
         explainer = Explainer(model, names, named=named, log=log, background=normal if len(normal) else None)
-        blocks = explainer.contributions(rows)
+        blocks = []
+        with log.progress("rows explained") as bar:
+            for block in explainer.contributions(rows):
+                blocks.append(block)
+                bar.update(len(block.values))
     except UsageError as error:
         found.notes.append(f"Contributions are left out: {error}")
         return
