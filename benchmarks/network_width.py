@@ -70,7 +70,7 @@ def judge(name: str, n: int, quick: bool) -> dict[str, Any] | None:
     judged = min(N_JUDGED, len(X) - n)
     if judged < 2:
         return None
-    short: dict[str, Any] = {"max_iter": 10} if quick else {}
+    short: dict[str, Any] = {"max_iter": 100} if quick else {}
     detector = DiffusionDetector(random_state=0, device="cpu", **short)
     trained = n - round(detector.validation_fraction * n)
     found: dict[str, Any] = {"table": name, "columns": X.shape[1], "n": n}

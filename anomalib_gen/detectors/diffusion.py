@@ -144,11 +144,11 @@ class DiffusionDetector(GenerativeDetector):
         for ``network="energy"``. "x0" errs alike at all levels, and "eps" nearly so at large ones: a bound, which
         divides by the level, is then loose where the path's smallest level is small.
     hidden_features : int or "auto", default="auto"
-        Width of the network. "auto" takes 128, and less for a hybrid of few rows: the largest power of two up to a
-        quarter of rows times the root of columns, from 16 on. A network that only corrects the closed form learns
-        few rows by heart if it is wide; one that has to learn all by itself needs the width. With `partial_fit`, which
-        does not know how many rows there will be, and for images "auto" is 128, too. Ignored, as is the next, where
-        `network` is a callable.
+        Width of the network. "auto" takes 128. For a hybrid it takes ``rows * sqrt(columns) / 4`` of the rows that it
+        is trained on, rounded down to a power of two, if that is less, and no less than 16: a network that only
+        corrects the closed form learns few rows by heart if it is wide, and one that has to learn all by itself needs
+        the width. With `partial_fit`, which does not know how many rows there will be, and for images "auto" is 128.
+        Ignored, as is the next, where `network` is a callable.
     n_blocks : int, default=2
         Residual blocks of two layers each, or hidden layers of the "mlp".
     objective : {"denoising", "flow-matching", "improved-ddpm", "diffusion-time"} or component, default="denoising"

@@ -44,10 +44,14 @@ class Stored(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def even_choice(n_rows: int, most: int) -> torch.Tensor:
-    """Positions ``(min(n_rows, most),)`` of rows in order, as far apart as they can all be."""
+def even_choice(n_rows: int, most: int, *, with_last: bool = False) -> torch.Tensor:
+    """Positions ``(min(n_rows, most),)`` of rows in order, as far apart as they can all be.
+
+    The first row is among them or, of a stream that should go on, the last.
+    """
     n = min(n_rows, most)
-    return torch.arange(n) * n_rows // n
+    positions = torch.arange(n) * n_rows // n
+    return n_rows - 1 - positions.flip(0) if with_last else positions
 
 
 def row_keys(x: torch.Tensor) -> torch.Tensor:

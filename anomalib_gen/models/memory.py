@@ -158,7 +158,7 @@ class Memory(Stored):
             parts.insert(0, compress_tails(self.rows[0].to(scoring_dtype(self.rows.device)))[0].float())
         rows = torch.cat(parts)
         if len(rows) > self.capacity:
-            rows = rows[even_choice(len(rows), self.capacity).to(rows.device)]
+            rows = rows[even_choice(len(rows), self.capacity, with_last=True).to(rows.device)]
         precise = scoring_dtype(rows.device)
         self._store(rows.to(precise))
         scales = [neighbor_scale(part.to(precise)) for part in self.views]

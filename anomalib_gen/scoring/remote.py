@@ -47,13 +47,13 @@ def score_to_store(options: ScoreOptions, log: Log, score: Callable[[ScoreOption
     UsageError, DataError
         As the exit codes say. Earlier results in the store are then untouched, and ``--resume`` goes on from here.
     """
-    store = _Store(options.output)
-    name = posixpath.basename(store.place)
     if options.partition_by:
         raise UsageError(
             f"--partition-by makes folders, and in a store one file is written, --output {options.output}. Write to a "
             "folder of this machine and copy it, or leave --partition-by out."
         )
+    store = _Store(options.output)
+    name = posixpath.basename(store.place)
     if not posixpath.splitext(name)[1]:
         raise UsageError(
             f"--output {options.output} has no ending, so it would be a folder. In a store, give one file a name with "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -122,6 +123,10 @@ def _write(
                 writer.write_table(table)
 
 
+_IS_PART = re.compile(r"part-\d{6,}\.parquet").fullmatch
+"""Whether a file is named like ours: those of other programs are no output of a run, and stay."""
+
+
 def _part_name(number: int) -> str:
     return f"part-{number:06d}.parquet"
 
@@ -149,7 +154,16 @@ def _write_partitions(
                     place = folder / name
                     place.mkdir(parents=True, exist_ok=True)
                     file = contextlib.ExitStack()
-                    writer = file.enter_context(_opened(place / _part_name(n_files[name]), "parquet", kept))
+                    try:
+                        writer = file.enter_context(
+                            _opened(place / _part_name(n_files[name]), "parquet", kept)
+                        )
+                    except FileExistsError:
+                        raise DataError(
+                            f"--partition-by: the folder {name} stands for two values that differ in upper and lower "
+                            "case alone, which this file system does not tell apart. Write to another one, or "
+                            "partition by other columns."
+                        ) from None
                     files[name] = file, writer, 0
                     n_files[name] += 1
                 file, writer, groups = files.pop(name)
@@ -171,7 +185,8 @@ def _write_partitions(
 @contextlib.contextmanager
 def _opened(path: Path, kind: str, schema: pa.Schema, codec: str | None = None) -> Iterator[Any]:
     """Writer of a file, which is on the disk when this is left."""
-    with open(path, "wb") as file:
+    # (Names are fresh: one that is there belongs to rows that would be lost.)
+    with open(path, "xb") as file:
         stream = contextlib.nullcontext(file) if codec is None else pa.CompressedOutputStream(file, codec)
         with stream as sink, _writer(sink, kind, schema) as writer:
             yield writer
@@ -207,7 +222,7 @@ def _remove(path: Path) -> None:
 
 def size_of(path: Path) -> int:
     """Bytes of an output, of a folder those of its parts; zero of one that is not there."""
-    files = path.rglob("part-*.parquet") if path.is_dir() else [path]
+    files = filter(lambda file: _IS_PART(file.name), path.rglob("*.parquet")) if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.exists())
 
 
@@ -223,6 +238,6 @@ def _holds_parts(folder: Path) -> bool:
     return all(
         "=" in entry.name and not entry.is_symlink() and _holds_parts(entry)
         if entry.is_dir()
-        else entry.name.startswith("part-") and entry.suffix == ".parquet"
+        else _IS_PART(entry.name) is not None
         for entry in folder.iterdir()
     )

@@ -124,6 +124,11 @@ def test_more_rows_are_added_or_take_the_place_of_others(monkeypatch):
     monkeypatch.setattr(module, "MAX_STORED_ROWS", 25)
     memory.remember([draw(60, 2)])
     assert len(memory) == 25
+    # A full memory takes a single new row, in place of the oldest.
+    oldest = memory.rows[0, 1:].clone()
+    memory.remember([torch.full((1, 2), 0.25, dtype=torch.float64)], keep=True)
+    torch.testing.assert_close(memory.rows[0, :-1], oldest)
+    assert memory.rows[0, -1].tolist() == [0.25, 0.25]
     assert even_choice(60, 25).diff().unique().tolist() == [2, 3]
     assert even_choice(3, 25).tolist() == [0, 1, 2]
 

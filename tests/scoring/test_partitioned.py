@@ -258,6 +258,26 @@ def test_folders_of_parts_alone_are_replaced(run, incoming, model, tmp_path):
     assert run(*by_kind(incoming, model, output, "--overwrite")).exit_code == 1
 
 
+@pytest.mark.parametrize("name", ["part-0.parquet", "part-00000-c000.snappy.parquet"])
+def test_folders_of_other_programs_are_not_replaced(run, incoming, model, tmp_path, name):
+    theirs = tmp_path / "out" / "kind=a" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"theirs")
+    assert run(*by_kind(incoming, model, tmp_path / "out", "--overwrite")).exit_code == 1
+    assert theirs.read_bytes() == b"theirs"
+
+
+def test_folders_that_a_file_system_takes_for_one_lose_no_rows(tmp_path):
+    class Alike(Partitioning):
+        def folders(self, table):
+            return ["x=a", "x=a/"], np.array([0, 1])  # as x=a and x=A are where case does not count
+
+    table = pa.table({"x": ["a", "A"], "score": [0.5, 0.25]})
+    with pytest.raises(sinks.DataError, match="differ in upper and lower case alone"):
+        sinks.write_result(tmp_path / "out", [table], table.schema, Alike(table.select(["x"]).schema))
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.usefixtures("small_parts")
 def test_a_full_disk_leaves_earlier_folders(run, incoming, model, tmp_path, monkeypatch):
     output = tmp_path / "out"
