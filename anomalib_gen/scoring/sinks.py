@@ -21,6 +21,8 @@ from anomalib_gen.scoring._errors import DataError, UsageError
 from anomalib_gen.scoring.partitions import Partitioning
 from anomalib_gen.scoring.sources import CODECS, kind_of_file
 
+_IS_PART = re.compile(r"part-\d{6,}\.parquet").fullmatch
+"""Whether a file is named like ours: those of other programs are no output of a run, and stay."""
 MAX_OPEN = 200
 """Files of a partitioned output that are written to at a time; a process may have 256 or more open by default."""
 MAX_ROW_GROUPS = 32
@@ -121,10 +123,6 @@ def _write(
         for table in tables:
             if table.num_rows:
                 writer.write_table(table)
-
-
-_IS_PART = re.compile(r"part-\d{6,}\.parquet").fullmatch
-"""Whether a file is named like ours: those of other programs are no output of a run, and stay."""
 
 
 def _part_name(number: int) -> str:
