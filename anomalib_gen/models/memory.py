@@ -7,6 +7,10 @@ column and monotone each:
     arsinh:     arsinh(z_j), which is z_j around the middle and its logarithm far out, for columns with long tails;
     rank:       Phi^-1(F_j(z_j)), the normal score of the rank among the stored values, where columns have one shape.
 
+Ranks end with the stored values, and all that lies beyond would look like the greatest of them. So the third goes on
+there: e deviations beyond the end it is log(1 + e) greater. That starts like the normal scores of a Gaussian column,
+which are its standardised values, and ends like arsinh.
+
 A model sees z with compressed tails (networks.tails); they are expanded here, up to 10^15 deviations.
 
 In each of them two denoisers are asked (models.empirical): the kernel denoiser at the spacing h of the stored rows
@@ -106,6 +110,9 @@ class Memory(Stored):
     reference : Tensor of shape (6, n)
         Sorted residuals of stored rows that were left out: of equation 1 in each of the coordinates, then of the
         local-linear denoiser.
+    ranks_end : bool
+        Whether all values beyond the stored ones have the same rank, as they have in models that were saved without
+        this attribute.
     """
 
     rows: torch.Tensor
@@ -113,15 +120,22 @@ class Memory(Stored):
     scores: torch.Tensor
     bandwidths: torch.Tensor
     reference: torch.Tensor
+    ranks_end: bool = True
 
     def __init__(self, n_columns: int) -> None:
         super().__init__()
+        self.ranks_end = False
         n = len(COORDINATES)
         self.register_buffer("rows", torch.zeros(n, 0, n_columns))
         self.register_buffer("knots", torch.zeros(n_columns, 0))
         self.register_buffer("scores", torch.zeros(n_columns, 0))
         self.register_buffer("bandwidths", torch.ones(n))
         self.register_buffer("reference", torch.zeros(2 * n, 0))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        other = super().__deepcopy__(memo)
+        other.ranks_end = self.ranks_end
+        return other
 
     def __len__(self) -> int:
         return self.rows.shape[1]
@@ -177,7 +191,12 @@ class Memory(Stored):
         # The same beyond the range of floating-point numbers: arsinh(z) goes to log 2 z.
         beyond = x.sign() * (x.abs() - TAIL_START + math.log(2))
         arsinh = torch.where(standard.abs() < FARTHEST, standard.asinh(), beyond)
-        return [standard, arsinh, self._normal_scores(x)]
+        ranks = self._normal_scores(x)
+        if not self.ranks_end:
+            least, greatest = self._standard(self.knots[:, [0, -1]].T.to(x))
+            above, below = (standard - greatest).clamp(min=0), (least - standard).clamp(min=0)
+            ranks = ranks + above.log1p() - below.log1p()
+        return [standard, arsinh, ranks]
 
     @staticmethod
     def _standard(x: torch.Tensor) -> torch.Tensor:

@@ -58,12 +58,42 @@ def test_ties_share_their_midrank_and_values_beyond_the_ends_stand_out():
     rows = torch.tensor([[0.0], [0.0], [0.0], [1.0]], dtype=torch.float64)
     y = (
         stored(rows)
-        .coordinates(torch.tensor([[0.0], [1.0], [-5.0], [9.0]], dtype=torch.float64))[2]
+        .coordinates(torch.tensor([[0.0], [1.0], [-5.0], [4.0]], dtype=torch.float64))[2]
         .flatten()
     )
     n = 4
     midranks = [1.5, 3.5, 0.0, 4.0]  # of equal values the mean of the ranks, counted from their lower edges
-    np.testing.assert_allclose(y, scipy.stats.norm.ppf([(r + 0.5) / (n + 1) for r in midranks]), atol=1e-6)
+    expected = scipy.stats.norm.ppf([(r + 0.5) / (n + 1) for r in midranks])
+    expected += [
+        0,
+        0,
+        -np.log(5),
+        np.log(3),
+    ]  # 4 and 2 beyond the ends, which are a cell of the grid beyond the values
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+
+
+def test_ranks_of_a_gaussian_go_on_with_the_slope_that_they_have_within():
+    """Its normal scores are its standardised values."""
+    memory = stored(draw(20_000, 1))
+    end = float(memory.knots[0, -1])
+    z = torch.tensor([[-1.0], [0.5], [2.0], [end], [end + 1e-3], [end + 99]], dtype=torch.float64)
+    y = memory.coordinates(compress_tails(z)[0])[2]
+    torch.testing.assert_close(y[:4], z[:4], rtol=0, atol=0.3)
+    beyond = (y[4:] - y[3]).flatten()
+    torch.testing.assert_close(
+        beyond, torch.tensor([1e-3, np.log(100)], dtype=torch.float64), rtol=1e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_what_lies_beyond_is_the_more_surprising_the_farther_out(skewed):
+    """In every coordinate, and as long as doubles tell it from what lies less far out."""
+    rows = draw(500, 2).exp() if skewed else draw(500, 2)
+    out = torch.tensor([6.0, 10.0, 100.0, 1e4, 1e8], dtype=torch.float64)
+    for x in (torch.stack([out, out * 0], dim=1), torch.stack([-out, out], dim=1)):
+        surprise = stored(compress_tails(rows)[0]).surprise(compress_tails(10 * x)[0])
+        assert bool((surprise.diff(dim=1) > 0).all())
 
 
 def test_a_constant_column_has_a_place_for_what_is_new():

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from saved_attributes import new_attributes
+from sklearn.base import clone
 from sklearn.datasets import load_digits
 
 import anomalib_gen
@@ -285,6 +286,25 @@ def test_folders_of_every_format_are_read(name, tmp_path):
     np.testing.assert_allclose(model.score_samples(rows), expected[name], rtol=1e-9)
     save(model, tmp_path / "again")
     assert json.loads((tmp_path / "again" / "model.json").read_text())["version"] == _document.VERSION
+
+
+def test_ranks_of_saved_models_end_where_they_did(tmp_path):
+    """Ranks of stored rows go on beyond the greatest of them, but not in folders from before they did."""
+    far = pd.DataFrame({"x": [9.0, 90.0], "y": [0.0, 0.0], "z": [0.0, 0.0]})
+
+    def ranks(model):
+        return model.model_.memory.coordinates(torch.as_tensor(model._scaler.transform(far.to_numpy())))[2][
+            :, 0
+        ]
+
+    old = load(FOLDERS / "format-2-diffusion")
+    new = clone(old).set_params(max_iter=1).fit(pd.DataFrame(np.eye(3), columns=["x", "y", "z"]))
+    for name, model, same in (("old", old, True), ("new", new, False)):
+        save(model, tmp_path / name)
+        for other in (model, load(tmp_path / name), copy.deepcopy(model)):
+            first, second = ranks(other)
+            assert (first == second) == same
+            np.testing.assert_array_equal(other.score_samples(far), model.score_samples(far))
 
 
 @pytest.mark.parametrize("version", [2, 3, 4])
