@@ -39,8 +39,8 @@ class EvidenceLowerBound(Component):
     Parameters
     ----------
     beta : float, default=1.0
-        Weight of the divergence. Above 1, latent dimensions are fewer and more independent, and the loss is no bound on
-        the density any more.
+        Weight of the divergence. Above 1, latent dimensions are fewer and more independent, and minus the loss is still
+        a bound on the log-density, if a looser one. Below 1, or with several draws, it is none.
     warmup : float, default=0.0
         Share of training over which the weight rises from 0 to `beta`.
     free_bits : float, default=0.0

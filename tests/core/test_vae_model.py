@@ -22,6 +22,7 @@ from anomalib_gen.models import VAEModel
 from anomalib_gen.models.observation import GaussianObservation, StudentTObservation
 from anomalib_gen.models.vae import ENCODER_BOUND, LOG_STD_RANGE, Posterior
 from anomalib_gen.networks import ResidualMLP
+from anomalib_gen.objectives import EvidenceLowerBound
 
 CPU = torch.device("cpu")
 
@@ -141,6 +142,19 @@ def test_importance_weighting_rises_from_the_bound_to_the_log_density():
     assert (elbo < means[1]).all()
     assert (means[-1] < exact + error).all()
     torch.testing.assert_close(means[-1], exact, atol=0.1, rtol=0)
+
+
+def test_a_weighted_divergence_leaves_a_bound_from_one_on():
+    model = tie(make_model(nn.Linear, features=3))
+    x = draw(4, 3, seed=1)
+    exact, elbo, kl = Linear(model).log_prob(x), Linear(model).elbo(x), model.kl(x)
+    rows = x.repeat_interleave(4000, 0)
+    for beta in (0.2, 1.0, 3.0):
+        found = -EvidenceLowerBound(beta=beta)(model, rows, generator()).reshape(4, -1)
+        error = 5 * found.std(1) / math.sqrt(found.shape[1])
+        bound = elbo - (beta - 1) * kl
+        assert ((found.mean(1) - bound).abs() < error).all()
+        assert ((bound < exact) == (beta >= 1)).all()
 
 
 def test_the_best_posterior_closes_the_gap_of_one_dimension():
