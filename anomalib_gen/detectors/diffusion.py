@@ -509,7 +509,8 @@ class DiffusionDetector(GenerativeDetector):
         """
         self._check_denoiser()
         n_samples = check_count(n_samples, "n_samples", least=2)
-        rows = self.sample(n_samples, random_state=random_state)
+        # The noise of the smallest level, which p has, stays on.
+        rows = self.sample(n_samples, sampler_params={"final_denoise": False}, random_state=random_state)
         ratios = -self.energy(rows) - self.log_prob(rows)
         top = ratios.max()
         values = np.exp(ratios - top)

@@ -18,6 +18,8 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import make_pipeline
 
 from anomalib_gen import ComposedDetector, DiffusionDetector, EnergyDetector, VAEDetector
+from anomalib_gen.models import GaussianMixtureEnergy, ScoreDenoiser
+from anomalib_gen.paths import EDM
 
 
 class Gaussian(torch.nn.Module):
@@ -215,6 +217,20 @@ def test_diffusion_models_enter_a_mixture_as_densities(diffusions):
     again = members[0][1].fit(grid)
     assert not hasattr(again, "log_normalizer_")
     assert not hasattr(again, "log_normalizer_interval_")
+
+
+def test_the_constant_of_a_diffusion_model_of_rows_without_width():
+    """Bound and density differ along the noise of the smallest level, over which their ratio has to be averaged."""
+    rows = np.array([[-1.0], [1.0]]).repeat(20, axis=0)  # standardising changes nothing
+    path = EDM(sigma_min=0.3, sigma_max=20.0)
+    detector = DiffusionDetector(denoiser="closed-form", path=path, random_state=0, device="cpu").fit(rows)
+    means = torch.tensor([[-1.5], [0.0], [1.5]], dtype=torch.float64)
+    truth = GaussianMixtureEnergy(means.new_zeros(3), means, means.new_full((3, 1, 1), 1e-3))
+    detector.model_ = ScoreDenoiser(truth, path, event_shape=(1,)).requires_grad_(False)
+    fine = np.linspace(-4, 4, 401)[:, None]
+    log_mass = np.log(np.trapezoid(np.exp(-detector.energy(fine)), fine[:, 0]))
+    low, high = detector.normalize(n_samples=400, random_state=0).log_normalizer_interval_
+    assert low < log_mass < high < low + 0.15
 
 
 def test_diffusion_models_compose_with_one_another_and_with_flows(diffusions, tiny):
