@@ -338,7 +338,11 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
                 part.cell = self._cell(scaler)
         anomaly = self._resolve_anomaly(model)
         model = model.to(device)
-        rows = ArrayRows(X, index[train_index], scaler, device)
+
+        def pick(positions: npt.NDArray[np.integer]) -> torch.Tensor | None:
+            return None if weights is None else torch.from_numpy(weights[positions])
+
+        rows = ArrayRows(X, index[train_index], scaler, device, weights=pick(train_index))
         held_out = ArrayRows(X, index[held_out_index], scaler, device) if len(held_out_index) else None
         self._meet_rows(model, rows, _runtime.make_generator(seeds[1], device), more=continued and one_pass)
         if hasattr(objective, "prepare"):
@@ -347,10 +351,6 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
                 objective.prepare(model, rows, _runtime.make_generator(seeds[2], device))
         two = rows.take(torch.arange(2))
         dry_run(model, two, device, continued=continued, objective=objective, anomaly=anomaly)
-
-        def pick(positions: npt.NDArray[np.integer]) -> torch.Tensor | None:
-            return None if weights is None else torch.from_numpy(weights[positions])
-
         result = TrainingResult()
         options = self._training_options(len(rows), one_pass=one_pass)
         if self._exact_in_bfloat16(model) and _runtime.is_fast_in_bfloat16(device):
@@ -368,7 +368,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
                     options=options,
                     seed=seeds[2],
                     device=device,
-                    weights=pick(train_index),
+                    weights=rows.weights,
                     validation=held_out,
                     validation_weights=pick(held_out_index),
                     label=type(self).__name__,

@@ -231,6 +231,8 @@ class ArrayRows:
         Positions in `X` that these rows stand for.
     scaler : Standardizer
     device : torch.device
+    weights : Tensor of shape (n,), optional
+        Weight of each of these rows in the loss; all count alike if None.
     """
 
     def __init__(
@@ -239,8 +241,11 @@ class ArrayRows:
         index: npt.NDArray[np.integer],
         scaler: Standardizer,
         device: torch.device,
+        *,
+        weights: torch.Tensor | None = None,
     ) -> None:
         self._X, self._index, self._scaler, self.device = X, index, scaler, device
+        self.weights = weights
         size = int(np.prod(X.shape[1:]))
         budget = RESIDENT_BYTES
         if device.type == "cuda":

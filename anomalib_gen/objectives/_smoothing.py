@@ -45,6 +45,14 @@ def smooth(model: Any, x: torch.Tensor, data_noise: float, generator: torch.Gene
 
 
 def some_rows(rows: Any, limit: int, generator: torch.Generator) -> torch.Tensor:
-    """At most `limit` rows at random, ``(n, *E)``, of `rows` as training sees them."""
-    index = torch.randperm(len(rows), generator=generator, device=generator.device)[:limit]
-    return rows.take(index.cpu())
+    """At most `limit` rows at random, ``(n, *E)``, of `rows` as training sees them.
+
+    Where they have weights that differ, rows are drawn in proportion to these, and some more than once.
+    """
+    weights = getattr(rows, "weights", None)
+    if weights is None or bool((weights == weights[0]).all()):
+        index = torch.randperm(len(rows), generator=generator, device=generator.device)[:limit]
+        return rows.take(index.cpu())
+    mass = weights.double().cpu().cumsum(0)
+    u = torch.rand(min(limit, len(rows)), generator=generator, device=generator.device).cpu().double()
+    return rows.take(torch.searchsorted(mass, u * mass[-1], right=True).clamp(max=len(rows) - 1))

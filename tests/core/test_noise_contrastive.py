@@ -242,6 +242,22 @@ def test_bridge_and_nce_find_log_z_of_a_known_energy(noise):
     assert model.log_z.item() == pytest.approx(LOG_Z, abs=0.05)
 
 
+@pytest.mark.parametrize("step", ["prepare", "conclude"])
+def test_the_bridge_weighs_rows_as_the_loss_does(step):
+    """Rows that are twice as wide, weighted by the ratio of the densities, are those of the model."""
+    wide = MEAN + 2 * (gaussian_rows(20_000) - MEAN)
+    model = Gaussian(MEAN, COVARIANCE)
+    rows = Tensors(wide)
+    rows.weights = torch.exp(-0.75 * model.energy(wide).detach())
+    objective = NoiseContrastive(noise=Normal(torch.zeros(2, dtype=F64), 1.5), data_noise=0.0)
+    objective.prepare(model, rows, make_generator(0, CPU))
+    if step == "conclude":
+        with torch.no_grad():
+            model.log_z.fill_(0.0)
+        objective.conclude(model, rows, make_generator(0, CPU))
+    assert model.log_z.item() == pytest.approx(LOG_Z, abs=0.05)
+
+
 @pytest.mark.parametrize("noise", ["gaussian", "product-of-marginals", "flow"])
 def test_nce_finds_energy_and_log_z_together(noise):
     model = Gaussian(torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64))
@@ -485,6 +501,22 @@ def test_the_energy_detector_takes_them_by_name(name):
     again = clone(detector).fit(X).score_samples(X)
     assert (again == scores).all()
     assert math.isfinite(detector.partial_fit(X).score_samples(X[:2]).sum())
+
+
+def test_the_detector_tells_objectives_the_weights_of_rows():
+    seen = []
+
+    class Spy(NoiseContrastive):
+        def conclude(self, model, rows, generator):
+            seen.append((rows.take(torch.arange(len(rows))), rows.weights))
+
+    X, weights = gaussian_rows(40).numpy(), np.arange(40.0)
+    detector = EnergyDetector(objective=Spy(), hidden_features=8, max_iter=1, random_state=0, device="cpu")
+    detector.fit(X, sample_weight=weights)
+    ((rows, given),) = seen
+    nearest = np.abs(X[:, 0] - detector._scaler.inverse_transform(rows)[:, :1]).argmin(axis=1)
+    expected = weights[nearest]
+    np.testing.assert_allclose(given / given.sum(), expected / expected.sum())
 
 
 def test_are_components():
