@@ -1,5 +1,7 @@
 """Distances against truths in closed form; p-values that keep their level, and find what is there."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -243,6 +245,23 @@ def test_scipy_agrees():
     counts = [[50, 30, 20], [30, 30, 40]]
     assert categories_test(*counts)[2] == pytest.approx(stats.chi2_contingency(counts).pvalue)
     assert categories_test(*counts)[0] == pytest.approx(0.2)
+
+
+def test_few_values_have_the_exact_p_value():
+    x, y = np.array([0.0, 1.0, 2.0, 3.0, 4.5]), np.array([4.0, 5.0, 6.0, 7.0])
+    pooled = np.concatenate([x, y])
+    ways = [np.isin(np.arange(9), chosen) for chosen in combinations(range(9), 5)]
+    found = [stats.ks_2samp(pooled[way], pooled[~way]).statistic for way in ways]
+    distance, p = ks_test(Distribution.of(x), Distribution.of(y))
+    assert distance == pytest.approx(0.8)
+    assert p == pytest.approx(np.mean(np.array(found) > 0.8 - 1e-9))
+    # As many again on either side: for this distance half of the p-value was too little.
+    x, y = np.arange(10.0), np.arange(6.5, 16)
+    expected = stats.ks_2samp(x, y, method="exact")
+    assert ks_test(Distribution.of(x), Distribution.of(y)) == pytest.approx(
+        (expected.statistic, expected.pvalue)
+    )
+    assert ks_test(Distribution.of(x), Distribution.of(x)) == (0, 1)
 
 
 def test_the_stability_index_is_about_chi_squared_by_chance():
