@@ -42,6 +42,8 @@ MAX_DRAWN = 80.0
 """Compressed values drawn beyond this end here; expanded they are near the end of float32."""
 MIN_FREEDOM = 1.0
 """Learned degrees of freedom stay above this, so that the distribution has a mean."""
+LARGE_FREEDOM = 100.0
+"""Degrees of freedom from which on the constant of Student's t is a series: its gamma functions would cancel."""
 MIN_CELL = 1e-6
 """Narrowest cell of the discretised logistic; a narrower one gives the same density up to rounding."""
 
@@ -198,8 +200,7 @@ class StudentTObservation(ScaledObservation):
         distance = (x / self.spread - location).abs().clamp(min=torch.finfo(x.dtype).tiny)
         # log(1 + d^2 / (nu s^2)) without a square that could overflow.
         log_kernel = -0.5 * (nu + 1) * F.softplus(2 * (distance.log() - log_s) - nu.log())
-        log_norm = torch.lgamma((nu + 1) / 2) - torch.lgamma(nu / 2) - 0.5 * (nu * math.pi).log()
-        return log_kernel + log_norm - log_s - self.spread.log()
+        return log_kernel + _log_norm_of_t(nu) - log_s - self.spread.log()
 
     def centre(self, location: torch.Tensor) -> torch.Tensor:
         """The mean, ``(B, *E)``."""
@@ -213,6 +214,14 @@ class StudentTObservation(ScaledObservation):
         # u in [0, 1): 1 - u is never 0.
         radius = (nu * torch.expm1(-2 / nu * torch.log1p(-u))).sqrt()
         return (location + self.deviation * radius * torch.cos(2 * math.pi * v)) * self.spread
+
+
+def _log_norm_of_t(nu: torch.Tensor) -> torch.Tensor:
+    """Log of Gamma((nu + 1) / 2) / (Gamma(nu / 2) sqrt(pi nu)); for many degrees of freedom that of a normal."""
+    few, r = nu.clamp(max=LARGE_FREEDOM), 1 / nu.clamp(min=LARGE_FREEDOM)
+    exact = torch.lgamma((few + 1) / 2) - torch.lgamma(few / 2) - 0.5 * (few * math.pi).log()
+    series = -r / 4 + r**3 / 24 - r**5 / 20 - 0.5 * math.log(2 * math.pi)
+    return torch.where(nu < LARGE_FREEDOM, exact, series)
 
 
 class DiscretisedLogisticObservation(ScaledObservation):

@@ -61,6 +61,16 @@ def test_student_t_matches_scipy_everywhere(freedom):
     assert np.isfinite(log_prob).all()
 
 
+@pytest.mark.parametrize("freedom", [99.0, 101.0, 1e6, 1e17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_student_t_of_many_degrees_of_freedom_goes_to_a_normal(freedom, dtype):
+    x = column(0.0, 1.0, 3.0)
+    observation = make("student-t", variance=1.0, degrees_of_freedom=freedom).to(dtype)
+    log_prob = observation.log_prob(x.to(dtype), torch.zeros_like(x, dtype=dtype)).detach()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    np.testing.assert_allclose(log_prob, stats.t(freedom).logpdf(x[:, 0]), atol=tolerance)
+
+
 def test_discretised_logistic_matches_scipy():
     grain, deviation = 0.1, 0.4
     x = np.array([-3.0, 0.0, 0.65, 2.0])
