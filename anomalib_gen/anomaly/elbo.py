@@ -3,7 +3,8 @@ r"""Evidence lower bound: a row is as anomalous as the model's bound on its dens
     a(x) = -E_q[log p(x | z)] + KL(q(z | x) || N(0, I)) >= -log p(x).                        (1)
 
 The expectation is over draws z = mean(x) + std(x) e with the same few e for every row, so that a row's score depends on
-that row alone. The draws have the first two moments of a standard normal (`VAEModel.draw_balanced_noise`).
+that row alone. The draws have mean 0 and variance 1 in each dimension, and more of them than there are dimensions the
+covariances of a standard normal (`VAEModel.draw_balanced_noise`).
 """
 
 from __future__ import annotations

@@ -389,6 +389,15 @@ def test_draws_by_default_are_one_more_than_dimensions(n_components, n_draws):
     assert model.draw_balanced_noise("auto", generator()).shape == (n_draws, n_components)
 
 
+@pytest.mark.parametrize("n_components", [3, 15, 16, 32])
+def test_draws_by_default_have_all_covariances_up_to_fifteen_dimensions(n_components):
+    noise = make_model(n_components=n_components).draw_balanced_noise("auto", generator())
+    covariance = noise.T @ noise / len(noise)
+    torch.testing.assert_close(covariance.diagonal(), torch.ones(n_components, dtype=torch.float64))
+    away = (covariance - torch.eye(n_components)).abs().max()
+    assert (away < 1e-12) == (n_components <= 15)
+
+
 def test_few_draws_give_the_bound_of_a_linear_model_exactly():
     model, x = make_model(nn.Linear), draw(50, 4)
     for seed in range(3):
