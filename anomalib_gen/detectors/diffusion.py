@@ -530,7 +530,9 @@ class DiffusionDetector(GenerativeDetector):
             Steps of the bound; more make it tighter.
         n_draws : int, default=1
             Pairs of noise e and -e at each step, the same for all rows. It is the mean over noise that is a bound: with
-            one pair all values are off alike by some tenths of a nat, and may lie above `log_prob`.
+            one pair all values are off alike, and may lie above `log_prob`. In 100 steps of the default path that is
+            next to nothing for independent normal columns, and .8 nats for a direction in which rows hardly vary;
+            for k of them sqrt(k) times as much. Longer steps make it more, and n pairs less by sqrt(n).
 
         Returns
         -------

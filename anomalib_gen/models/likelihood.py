@@ -36,7 +36,12 @@ takes away what is odd in e, and subtracts from (3) a quantity of mean zero,
 
     (1 / s_{i-1}^2 - 1 / s_i^2) (s_i / (1 + s_i^2))^2 (|e|^2 - n) / 2,                                            (6)
 
-which is what unit normal data owe to the length of e. The mean over e stays the bound.
+which is what unit normal data owe to the length of e. The mean over e stays the bound. Of normal data of variances v_j
+one pair is left with the variance
+
+    1/2 sum_i (1 / s_{i-1}^2 - 1 / s_i^2)^2 sum_j [(v_j s_i / (v_j + s_i^2))^2 - (s_i / (1 + s_i^2))^2]^2,        (7)
+
+the same shift for all rows: none for v_j = 1, and the more the more directions there are that the data hardly vary in.
 """
 
 from __future__ import annotations

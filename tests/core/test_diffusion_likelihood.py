@@ -401,6 +401,25 @@ def test_balanced_draws_have_the_same_mean_and_scatter_less():
     assert (balanced.std(0) < 0.6 * torch.stack(plain).std(0)).all()
 
 
+@pytest.mark.parametrize("variances", [[1.0, 1.0], [1.0, 1e-6], [0.09] * 10])
+def test_what_one_pair_of_noise_adds_to_the_bound_of_normal_data(variances):
+    v, s = tensor(variances), levels_between(0.01, 20.0, 100)
+    x = v.sqrt() * rows(3, len(v))
+    found = torch.stack(
+        [
+            balanced_elbo_terms(lambda y, s: y * v / (v + s[:, None] ** 2), x, s, generator(seed)).elbo
+            for seed in range(100)
+        ]
+    )
+    left = v * s[1:, None] / (v + s[1:, None] ** 2)
+    taken = (s[1:] / (1 + s[1:] ** 2)).square()
+    steps = (s[:-1] ** -2 - s[1:] ** -2).square()
+    expected = (0.5 * steps @ (left.square() - taken[:, None]).square().sum(1)).sqrt()
+    torch.testing.assert_close(found.std(0), expected.expand(3), rtol=0.3, atol=1e-6)
+    assert float((found - found.mean(0)).std(1).max()) < 1e-6  # a shift, the same for all rows
+    assert float(expected) == pytest.approx({1.0: 0.0, 1e-6: 0.8, 0.09: 0.95}[variances[-1]], abs=0.05)
+
+
 # Mistakes --------------------------------------------------------------------------------------------------
 
 
