@@ -33,7 +33,7 @@ from anomalib_gen._runtime import check_count, check_shape, normal_noise
 from anomalib_gen.models.observation import Observation
 
 ENCODER_BOUND = 8.0
-"""The encoder sees its inputs, in compressed coordinates, clipped to this box; it ends 25 standard deviations out."""
+"""The encoder sees its inputs, in compressed coordinates, clipped to this box; it ends 24 standard deviations out."""
 MIN_DRAWS, MAX_DRAWS = 4, 16
 """Bounds on the draws of z that stand for an expectation; a decoder bends too much for fewer."""
 LOG_STD_RANGE = 6.0
