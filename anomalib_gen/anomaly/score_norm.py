@@ -24,7 +24,9 @@ where it has *less* slope than normal rows have, as at the mode of a density in 
 
 An energy is made for rows whose tails go on without end: beyond five standard deviations it has log-like tails, whose
 slope falls again. There the slope is taken per unit of the compressed row t(x) (networks.tails),
-dE/dt = (1 + |x| - 5) dE/dx, which rises along every ray. Rows that a denoiser sees have been compressed before.
+dE/dt = (1 + |x| - 5) dE/dx, which rises along every ray where a model has no levels. With noise of level s tails begin
+at 5 sqrt(1 + s^2), and the same factor makes a peak there: at s = 2 normal data have nearly twice the slope at 11.2
+deviations that they have at 30. Rows that a denoiser sees have been compressed before.
 """
 
 from __future__ import annotations

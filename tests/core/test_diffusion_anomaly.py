@@ -301,6 +301,25 @@ def test_denoisers_see_compressed_rows_and_energies_compress_them():
     torch.testing.assert_close(ScoreNorm()(energy, x, generator()).detach(), expected / 10)
 
 
+@torch.no_grad()
+def test_where_slopes_of_energies_rise_along_a_ray():
+    x = torch.cat([torch.linspace(0.1, 200, 2000), torch.logspace(2.4, 12, 100)]).double()[:, None]
+    plain = EnergyModel(MLP(1, 1, hidden_features=8), 1).double()  # starts at the base, a normal
+    assert (ScoreNorm().norms(plain, x).diff(dim=0) > 0).all()
+    noised = EnergyModel(
+        MLP(1, 1, hidden_features=8, context_features=1), 1, noise_levels=(0.1, 2.0)
+    ).double()
+    peak, beyond = ScoreNorm(noise_levels=(2.0, 2.0), n_levels=1)(
+        noised, torch.tensor([[11.2], [30.0]]).double(), generator()
+    )
+    # With c^2 = 1 + s^2 the slope is (y + 1) / (c u), u = 1 + |x| / c - 5 and y = 5 + log u; its factor, |x| - 4.
+    c = math.sqrt(5)
+    for found, r in ((peak, 11.2), (beyond, 30.0)):
+        u = 1 + r / c - 5
+        assert float(found) == pytest.approx((6 + math.log(u)) / (c * u) * (r - 4))
+    assert peak > 1.8 * beyond
+
+
 def test_norms_of_normal_data_are_one_number_to_their_neighbours():
     """All norms are multiples of |x|, so that in standardised units each is (|x| - mean) / deviation."""
     x, normal = draw(10, 2), draw(50, 2, seed=1)
