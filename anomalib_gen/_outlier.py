@@ -13,6 +13,12 @@ from sklearn.base import OutlierMixin
 from anomalib_gen import persistence
 
 
+def subtract_scores(a: Any, b: Any) -> npt.NDArray[np.float64]:
+    """Return ``a - b``, where two that are infinite alike, as outside the support of a density, are 0 apart."""
+    a, b = np.broadcast_arrays(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
+    return np.subtract(a, b, out=np.zeros(a.shape), where=(a != b) | np.isfinite(a))
+
+
 class OutlierScores(OutlierMixin):
     """Thresholded scores and labels of a detector that has `score_samples` and, once fitted, `offset_`."""
 
@@ -42,7 +48,7 @@ class OutlierScores(OutlierMixin):
         -------
         ndarray of shape (n_samples,)
         """
-        return self.score_samples(X) - self.offset_
+        return subtract_scores(self.score_samples(X), self.offset_)
 
     def predict(self, X: Any) -> npt.NDArray[np.int64]:
         """Label rows: +1 for inliers, -1 for outliers.

@@ -27,6 +27,7 @@ from sklearn.utils import _safe_indexing, check_random_state
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
+from anomalib_gen._outlier import subtract_scores
 from anomalib_gen._runtime import row_blocks
 from anomalib_gen._warnings import warn_user
 from anomalib_gen.calibration._wrapped import (
@@ -261,8 +262,9 @@ class _LeftOutConformalDetector(ConformalDetector):
             # Elementwise rather than a matrix product, whose rounding depends on the rows beside.
             without = np.zeros((rows.stop - rows.start, self.n_calibration_))
             for b, weights in enumerate(self._mixing):
-                without += scores[rows, b, None] * weights
-            yield rows, self.calibration_scores_ - without
+                missed = weights > 0  # the other rows have nothing of these scores, which may be infinite
+                without[:, missed] += scores[rows, b, None] * weights[missed]
+            yield rows, subtract_scores(self.calibration_scores_, without)
 
     def score_samples(self, X: Any) -> npt.NDArray[np.float64]:
         """Scores on which `offset_` decides; lower is more abnormal.
@@ -281,7 +283,9 @@ class _LeftOutConformalDetector(ConformalDetector):
             (rows, np.partition(d, self._k - 1, axis=1)[:, self._k - 1]) for rows, d in self._differences(X)
         ]
         at = np.partition(self.calibration_scores_, self._k - 1)[self._k - 1]
-        return at - np.concatenate([values for _, values in parts])
+        margins = np.concatenate([values for _, values in parts])
+        # (Of two that are infinite alike the margin decides.)
+        return np.where(np.isinf(at) & (margins == at), -margins, subtract_scores(at, margins))
 
     def p_values(self, X: Any) -> npt.NDArray[np.float64]:
         """Conformal p-values of rows.

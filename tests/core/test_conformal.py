@@ -212,6 +212,23 @@ def test_predict_is_a_p_value_of_at_most_alpha(detector, alpha):
     np.testing.assert_array_equal(fitted.score_samples(rows[7:8]), fitted.score_samples(rows)[7:8])
 
 
+@pytest.mark.parametrize("detector", DETECTORS, ids=NAMES)
+@pytest.mark.parametrize("alpha", [0.001, 0.05, 0.3])
+def test_rows_outside_the_support_of_a_density_tie(detector, alpha, recwarn):
+    # A density of bounded kernels is zero, and its logarithm -inf, for one new row in five, of whatever fold.
+    density = KernelDensity(kernel="tophat", bandwidth=0.25)
+    fitted = clone(detector).set_params(estimator=density, alpha=alpha).fit(normals(99, 0))
+    rows = np.vstack([normals(300, 1), normals(3, 2) + 50])
+    scores = fitted.calibration_scores_
+    assert np.isinf(scores).mean() > 0.1
+    p = fitted.p_values(rows)
+    # Normal rows lie outside too, and none of these can be told from one far away.
+    assert p[-1] == p.min() == (1 + np.isneginf(scores).sum()) / (1 + len(scores))
+    np.testing.assert_array_equal(fitted.predict(rows), np.where(p <= alpha, -1, 1))
+    assert not np.isnan(fitted.score_samples(rows)).any()
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
 def test_jackknife_by_hand():
     X = np.array([[0.0], [1.0], [5.0]])
     detector = CrossConformalDetector(Distance(), cv=LeaveOneOut(), alpha=0.5).fit(X)
