@@ -89,7 +89,10 @@ class Contamination(ThresholdRule):
 
     def __call__(self, scores: npt.NDArray[np.float64], y: Any = None) -> float:
         """Quantile of the training scores."""
-        return float(np.quantile(scores, _check_rate(self.rate, "rate")))
+        rate = _check_rate(self.rate, "rate")
+        lower, upper = (float(np.quantile(scores, rate, method=method)) for method in ("lower", "higher"))
+        # There is no way from -inf, as outside the support of a density, to the next score.
+        return upper if np.isinf(lower) else float(np.quantile(scores, rate))
 
 
 class FalsePositiveRate(ThresholdRule):

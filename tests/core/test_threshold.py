@@ -110,6 +110,13 @@ def test_ties_are_cut_together():
     assert (scores < threshold).sum() == 3
 
 
+def test_contamination_of_rows_that_a_density_rules_out(recwarn):
+    scores = np.r_[np.full(20, -np.inf), np.arange(80.0)]
+    # All twenty of them, or none, because they tie.
+    assert [float((scores < Contamination(rate)(scores)).sum()) for rate in (0.1, 0.2, 0.3)] == [0, 20, 30]
+    assert not recwarn
+
+
 # The detector ---------------------------------------------------------------------------------------------
 
 
