@@ -85,8 +85,11 @@ def as_table(X: Any, needs: str) -> Any:
 
 
 def column_of(X: Any, j: int) -> npt.NDArray[Any]:
-    """Values of a column ``(n,)``."""
-    return np.asarray(X.iloc[:, j] if hasattr(X, "iloc") else X[:, j])
+    """Values of a column ``(n,)``; objects where they are categories, which may be numbers."""
+    if not hasattr(X, "iloc"):
+        return np.asarray(X[:, j])
+    column = X.iloc[:, j]
+    return np.asarray(column, dtype=object if hasattr(column, "cat") else None)
 
 
 def varies(values: npt.NDArray[Any]) -> bool:
@@ -94,12 +97,13 @@ def varies(values: npt.NDArray[Any]) -> bool:
     return len(_distinct(values)) > 1
 
 
-def draw_uniform(values: npt.NDArray[Any], n: int, random: np.random.RandomState) -> npt.NDArray[Any]:
+def draw_uniform(X: Any, j: int, n: int, random: np.random.RandomState) -> npt.NDArray[Any]:
     """Draws from the uniform distribution over a column's range, or over its categories.
 
     A column of whole numbers may hold counts or codes: draws are rounded to the nearest of its values. One of nothing
     but missing values keeps those.
     """
+    values = column_of(X, j)
     known = _distinct(values)
     if not len(known):
         return np.resize(values, n)
@@ -107,11 +111,18 @@ def draw_uniform(values: npt.NDArray[Any], n: int, random: np.random.RandomState
         return random.choice(known, size=n)
     low, high = known.min().astype(np.float64), known.max().astype(np.float64)
     drawn = low + (high - low) * random.uniform(size=n)
-    if values.dtype.kind == "f":
+    if not _holds_whole_numbers(X, j):
         return drawn
     known = np.sort(known)
     middles = (known[:-1].astype(np.float64) + known[1:]) / 2
     return known[np.searchsorted(middles, drawn)]
+
+
+def _holds_whole_numbers(X: Any, j: int) -> bool:
+    """Whether a column is of whole numbers by its type: where some are missing, its values are an array of floats."""
+    from pandas.api.types import is_integer_dtype
+
+    return is_integer_dtype(X.dtypes.iloc[j] if hasattr(X, "iloc") else X.dtype)
 
 
 def _distinct(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -135,7 +135,7 @@ class ColumnReplacement(Scorer):
             for j in usable:
                 at = np.flatnonzero(chosen == j)
                 if self.reference == "uniform":
-                    changed[j][at] = draw_uniform(columns[j], len(at), random)
+                    changed[j][at] = draw_uniform(rows, j, len(at), random)
                 else:
                     # Never of the row itself: the next ones, cyclically, by a random distance.
                     changed[j][at] = columns[j][(at + random.randint(1, n, size=len(at))) % n]

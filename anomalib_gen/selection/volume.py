@@ -35,7 +35,7 @@ from sklearn.utils import _safe_indexing, check_random_state
 
 from anomalib_gen._runtime import check_count
 from anomalib_gen._warnings import warn_user
-from anomalib_gen.selection._scorer import Scorer, as_table, column_of, draw_uniform, refit, with_columns
+from anomalib_gen.selection._scorer import Scorer, as_table, draw_uniform, refit, with_columns
 
 
 def mass_volume_curve(
@@ -217,7 +217,7 @@ class _VolumeScorer(Scorer):
 
     def _beside_points(self, estimator: Any, X: Any, random: np.random.RandomState) -> float:
         """Criterion of a fitted detector on rows and on points drawn uniformly from the box around them."""
-        columns = [draw_uniform(column_of(X, j), self.n_points, random) for j in range(X.shape[1])]
+        columns = [draw_uniform(X, j, self.n_points, random) for j in range(X.shape[1])]
         scores = self._scores(estimator, X)
         reference = self._scores(estimator, with_columns(X, columns))
         if reference.max() < np.quantile(scores, 0.1, method="lower"):

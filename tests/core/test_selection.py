@@ -487,6 +487,30 @@ def test_columns_of_missing_values_stay_as_they_are(values):
         assert rows["gone"].dtype == frame["gone"].dtype
 
 
+@pytest.mark.parametrize("kind", ["Int64", "UInt8", "int32[pyarrow]", "category"])
+def test_whole_numbers_of_which_some_are_missing(kind):
+    counts = pd.Series([0, 1, 5] * 100).astype(kind)
+    frame = mixed().assign(count=counts.where(np.arange(300) % 7 > 0))
+    assert frame["count"].dtype == counts.dtype
+    drawn = []
+
+    class Watched(Known):
+        def score_samples(self, X):
+            if len(X) == 900:
+                drawn.append(X["count"])
+            return np.asarray(X["size"], dtype=float)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isfinite(ColumnReplacement()(Watched(), frame))
+        assert np.isfinite(MassVolume(n_points=900)(Watched(), frame))
+    # Of the range from 0 to 5 what is above 3 is nearest to 5; each category is one unit.
+    share = drawn[0].value_counts(normalize=True)
+    assert share.sum() == pytest.approx(1)
+    assert share[5] == pytest.approx(1 / 3 if kind == "category" else 0.4, abs=0.05)
+    assert drawn[0].dtype == counts.dtype
+
+
 def test_polars_frames_are_read_by_their_names():
     X, _ = correlated(100)
     frame = pd.DataFrame(X, columns=["a", "b"])
