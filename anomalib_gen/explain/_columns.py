@@ -17,6 +17,7 @@ import numpy.typing as npt
 from sklearn.base import OneToOneFeatureMixin
 from sklearn.compose import ColumnTransformer
 from sklearn.frozen import FrozenEstimator
+from sklearn.impute import MissingIndicator
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.utils import _safe_indexing
@@ -89,6 +90,8 @@ def sources(transformer: Any, columns: Sequence[int], names: Sequence[str]) -> l
         return _sources_of_columns(transformer, columns, names)
     if isinstance(transformer, OneHotEncoder):
         return [columns[j] for j in _encoded_columns(transformer)]
+    if isinstance(transformer, MissingIndicator) or hasattr(transformer, "indicator_"):
+        return [columns[j] for part in _imputed_columns(transformer) for j in part]
     return [columns[_by_name(name, names, transformer)] for name in _names_out(transformer, names, None)]
 
 
@@ -98,6 +101,15 @@ def _encoded_columns(encoder: OneHotEncoder) -> list[int]:
     own.feature_name_combiner = lambda name, category: name
     own.__dict__.pop("feature_names_in_", None)
     return [int(name) for name in own.get_feature_names_out([str(j) for j in range(own.n_features_in_)])]
+
+
+def _imputed_columns(imputer: Any) -> tuple[list[int], list[int]]:
+    """Positions of the input columns that an imputer fills, and then of those whose missing values it marks."""
+    own = copy.copy(imputer)
+    own.__dict__.pop("feature_names_in_", None)
+    made = own.get_feature_names_out([str(j) for j in range(own.n_features_in_)])
+    filled = [int(name) for name in made if name.isdecimal()]
+    return filled, [int(name.rpartition("_")[2]) for name in made[len(filled) :]]
 
 
 def _sources_of_columns(
@@ -172,7 +184,7 @@ def invert(transformer: Any, Z: npt.NDArray[Any], X: Any) -> Any:
     """Rows before a transformer from rows after it; a frame if X is one.
 
     A `ColumnTransformer` has no inverse of its own: its parts are inverted one by one, and columns that it drops are
-    taken from X.
+    taken from X. Nor has an imputer: what it has filled stays so.
 
     Raises
     ------
@@ -204,6 +216,16 @@ def invert(transformer: Any, Z: npt.NDArray[Any], X: Any) -> Any:
                 else:
                     result[:, j] = values[:, k]
         return result
+    if hasattr(transformer, "indicator_"):
+        # An imputer: in a normal row nothing is missing. Columns without a value, which it drops, are those of X.
+        filled, _ = _imputed_columns(transformer)
+        Z = np.asarray(Z)[:, : len(filled)]
+        if len(filled) < transformer.n_features_in_:
+            given = np.asarray(X)
+            given = given.astype(np.result_type(given, Z))
+            given[:, filled] = Z
+            Z = given
+        return Z
     if not hasattr(transformer, "inverse_transform"):
         raise ValueError(
             f"{type(transformer).__name__} has no inverse_transform, so rows cannot be returned to the columns before "

@@ -13,6 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.ensemble import IsolationForest
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
+from sklearn.impute import KNNImputer, SimpleImputer
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer, OneHotEncoder, StandardScaler
@@ -389,6 +390,29 @@ def test_transformers_are_undone(frame, encoder, rows):
     np.testing.assert_allclose(invert(chain, chain.transform(rows), rows), rows)
     with pytest.raises(ValueError, match="SelectFew has no inverse_transform"):
         invert(type("SelectFew", (), {})(), rows, rows)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping features without any observed values")
+@pytest.mark.parametrize("imputer", [SimpleImputer, KNNImputer])
+@pytest.mark.parametrize("add_indicator", [False, True])
+def test_imputers_are_seen_through(frame, imputer, add_indicator):
+    holed = frame.assign(price=frame["price"].where(frame.index % 4 > 0), empty=np.nan)
+    fill = make_pipeline(imputer(add_indicator=add_indicator), StandardScaler())
+    encoder = make_column_transformer(
+        (fill, ["size", "empty", "price"]), (OneHotEncoder(sparse_output=False), ["size_kind"])
+    )
+    pipeline = make_pipeline(encoder, VAEDetector(**SMALL)).fit(holed)
+    odd = holed.head(8)
+    found = feature_contributions(pipeline, odd)
+    assert (found.values[:, [0, 1, 2]] != 0).all()
+    np.testing.assert_allclose(found.baseline + found.values.sum(1), -pipeline.score_samples(odd), rtol=1e-6)
+    # In a normal row nothing is missing but what always is.
+    rows = nearest_normal_rows(pipeline, odd).rows
+    assert rows["empty"].isna().all()
+    normal = pipeline[-1].reconstruct(encoder.transform(odd))
+    scaler = encoder.named_transformers_["pipeline"][-1]
+    shift, scale = scaler.mean_[[0, 1]], scaler.scale_[[0, 1]]
+    np.testing.assert_allclose(rows[["size", "price"]], normal[:, :2] * scale + shift)
 
 
 def test_only_models_that_reconstruct_have_counterfactuals(fitted, rows):
