@@ -19,7 +19,7 @@ from sklearn.compose import ColumnTransformer
 from sklearn.frozen import FrozenEstimator
 from sklearn.impute import MissingIndicator
 from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import OneHotEncoder
+from sklearn.preprocessing import KBinsDiscretizer, OneHotEncoder, OrdinalEncoder
 from sklearn.utils import _safe_indexing
 
 from anomalib_gen._inputs import column_names
@@ -226,9 +226,54 @@ def invert(transformer: Any, Z: npt.NDArray[Any], X: Any) -> Any:
             given[:, filled] = Z
             Z = given
         return Z
+    if isinstance(transformer, OneHotEncoder):
+        return _with_own_rare(transformer, transformer.inverse_transform(_nearest_flags(transformer, Z)), X)
+    if isinstance(transformer, OrdinalEncoder):
+        codes = np.clip(np.rint(Z), 0, np.array(_count_codes(transformer)) - 1)
+        return _with_own_rare(transformer, transformer.inverse_transform(codes), X)
+    if isinstance(transformer, KBinsDiscretizer) and transformer.encode == "ordinal":
+        return transformer.inverse_transform(np.clip(np.rint(Z), 0, transformer.n_bins_ - 1))
     if not hasattr(transformer, "inverse_transform"):
         raise ValueError(
             f"{type(transformer).__name__} has no inverse_transform, so rows cannot be returned to the columns before "
             "it. Ask the detector behind it on transformed rows instead."
         )
     return transformer.inverse_transform(Z)
+
+
+def _nearest_flags(encoder: OneHotEncoder, Z: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """The flags of categories nearest to rows that a model has made, whose flags are no zeros and ones."""
+    made_from, rows = np.array(_encoded_columns(encoder), dtype=np.int64), np.arange(len(Z))
+    flags = np.zeros(np.shape(Z))
+    for j in range(encoder.n_features_in_):
+        places = np.flatnonzero(made_from == j)
+        if not len(places):
+            continue
+        best = places[Z[:, places].argmax(axis=1)]
+        # All zeros stand for a category that has no flag.
+        dropped = encoder.drop_idx_ is not None and encoder.drop_idx_[j] is not None
+        flags[rows, best] = (Z[rows, best] > 0.5) if dropped else 1.0
+    return flags
+
+
+def _count_codes(encoder: OrdinalEncoder) -> list[int]:
+    """How many codes of values each column has: rare ones share one, and what marks a missing value is none."""
+    import pandas as pd
+
+    rare = getattr(encoder, "infrequent_categories_", None) or [None] * encoder.n_features_in_
+    return [
+        int((~pd.isna(known)).sum()) - (0 if few is None else len(few) - 1)
+        for known, few in zip(encoder.categories_, rare, strict=True)
+    ]
+
+
+def _with_own_rare(encoder: Any, categories: npt.NDArray[Any], X: Any) -> npt.NDArray[Any]:
+    """Categories, with those of X in the place of what stands for any rare one; the first of these if X has another."""
+    for j, rare in enumerate(getattr(encoder, "infrequent_categories_", None) or []):
+        if rare is None:
+            continue
+        own = np.asarray(_safe_indexing(X, j, axis=1), dtype=object)
+        at = np.flatnonzero(categories[:, j] == "infrequent_sklearn")
+        known = set(rare)
+        categories[at, j] = [value if value in known else rare[0] for value in own[at]]
+    return categories

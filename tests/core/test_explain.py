@@ -16,7 +16,13 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.impute import KNNImputer, SimpleImputer
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer, OneHotEncoder, StandardScaler
+from sklearn.preprocessing import (
+    FunctionTransformer,
+    KBinsDiscretizer,
+    OneHotEncoder,
+    OrdinalEncoder,
+    StandardScaler,
+)
 
 from anomalib_gen import ComposedDetector, DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
 from anomalib_gen.anomaly import ScoreNorm
@@ -390,6 +396,31 @@ def test_transformers_are_undone(frame, encoder, rows):
     np.testing.assert_allclose(invert(chain, chain.transform(rows), rows), rows)
     with pytest.raises(ValueError, match="SelectFew has no inverse_transform"):
         invert(type("SelectFew", (), {})(), rows, rows)
+
+
+def test_categories_are_those_nearest_to_what_a_model_made():
+    X = pd.DataFrame({"kind": list("aaabbbcd"), "level": [1.0, 1, 1, 2, 2, 2, 3, np.nan]})
+
+    def back(encoder, Z):
+        return invert(encoder.fit(X), np.array(Z), X[-2:]).tolist()
+
+    # Codes are rounded rather than cut, and reach no farther than the categories do.
+    codes = OrdinalEncoder(encoded_missing_value=-1)
+    assert back(codes, [[0.9, -0.8], [3.4, 2.7]]) == [["b", 1.0], ["d", 3.0]]
+    bins = KBinsDiscretizer(n_bins=2, encode="ordinal", strategy="uniform").fit([[0.0], [4.0]])
+    assert invert(bins, np.array([[0.7], [-0.6], [1.6]]), None).tolist() == [[3.0], [1.0], [3.0]]
+    # Of flags the largest; a category without one is near where all are small.
+    flags = OneHotEncoder(sparse_output=False, drop="first")
+    assert back(flags, [[0.3, 0.2, 0.1, 0.1, 0.9, 0.2], [0.2, 0.6, 0.7, 0.2, 0.1, 0.3]]) == [
+        ["a", 3.0],
+        ["d", 1.0],
+    ]
+    # Rare categories share a flag or a code: of those the row has its own, if it has one.
+    rare = OneHotEncoder(sparse_output=False, min_frequency=2)
+    found = back(rare, [[0.1, 0.2, 0.9, 0.7, 0.1, 0.2], [0.1, 0.2, 0.9, 0.2, 0.1, 0.6]])
+    assert found[0] == ["c", 1.0]
+    assert found[1][0] == "d"
+    assert back(OrdinalEncoder(min_frequency=2), [[2.4, 0.1], [7.0, 0.6]])[0] == ["c", 1.0]
 
 
 @pytest.mark.filterwarnings("ignore:Skipping features without any observed values")
