@@ -108,8 +108,9 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             If the network does not return rows or maps of features.
         """
         X = self._check(X)
+        n_features = self._extract(X[:1]).shape[1]
         self.event_shape_, self._eight_bit = X.shape[1:], X.dtype == np.uint8
-        self._n_features_out = self._extract(X[:1]).shape[1]
+        self._n_features_out = n_features
         return self
 
     def transform(self, X: Any) -> npt.NDArray[np.float32]:

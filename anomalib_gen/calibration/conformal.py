@@ -187,9 +187,10 @@ class SplitConformalDetector(ConformalDetector):
 
     def _calibrate(self, fitted: Any, scores: npt.NDArray[np.float64]) -> None:
         """Take over a fitted detector, with the scores of rows that it was not fitted to."""
-        self.estimator_ = fitted
-        self._note_columns(fitted)
-        self._set_offset(np.sort(scores))
+        with self._restored_on_failure():
+            self.estimator_ = fitted
+            self._note_columns(fitted)
+            self._set_offset(np.sort(scores))
 
     def score_samples(self, X: Any) -> npt.NDArray[np.float64]:
         """Scores of the detector inside; lower is more abnormal.
@@ -249,9 +250,10 @@ class _LeftOutConformalDetector(ConformalDetector):
             )
         mixing = unseen[:, used]
         mixing /= mixing.sum(axis=0)
-        self.estimators_, self._mixing = estimators, mixing
-        self._note_columns(estimators[0])
-        self._set_offset((mixing * scores[:, used]).sum(axis=0))
+        with self._restored_on_failure():
+            self.estimators_, self._mixing = estimators, mixing
+            self._note_columns(estimators[0])
+            self._set_offset((mixing * scores[:, used]).sum(axis=0))
         return self
 
     def _differences(self, X: Any) -> Iterator[tuple[slice, npt.NDArray[np.float64]]]:

@@ -370,6 +370,21 @@ def test_a_frozen_estimator_is_calibrated_on_all_rows():
             detector(FrozenEstimator(inner)).fit(normals(99, 1))
 
 
+@pytest.mark.parametrize("detector", DETECTORS, ids=NAMES)
+def test_a_warning_that_is_an_error_leaves_the_former_fit(detector):
+    rows = normals(5, 1)
+    fitted = clone(detector).fit(normals(40, 0))
+    before = fitted.p_values(rows), fitted.score_samples(rows)
+    fitted.set_params(alpha=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"alpha=0\.001 is below"):
+            fitted.fit(normals(20, 2, features=3))
+    assert fitted.n_features_in_ == 2
+    np.testing.assert_array_equal(fitted.p_values(rows), before[0])
+    np.testing.assert_array_equal(fitted.score_samples(rows), before[1])
+
+
 def test_folds_must_not_overlap():
     with pytest.raises(ValueError, match="holds a row out more than once"):
         CrossConformalDetector(Distance(), cv=RepeatedKFold(n_splits=2, n_repeats=2)).fit(normals(20, 0))

@@ -6,6 +6,7 @@ import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
+from sklearn.exceptions import NotFittedError
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
@@ -113,3 +114,16 @@ def test_what_cannot_work_is_said(digits, network):
     flat = FeatureExtractor(torch.nn.Flatten(), device="cpu").fit(images.astype(float))
     with pytest.raises(ValueError, match="not finite for image 2"):
         flat.transform(flaw)
+
+
+def test_a_failed_fit_leaves_the_extractor_as_it_was(digits, network):
+    images = digits[0][:4]
+    extractor = FeatureExtractor(network).fit(images)
+    with pytest.raises(RuntimeError, match="channels"):
+        extractor.fit(np.repeat(images, 3, axis=1))
+    assert extractor.event_shape_ == (1, 8, 8)
+    fresh = FeatureExtractor(len)
+    with pytest.raises(TypeError, match="must return a tensor"):
+        fresh.fit(images)
+    with pytest.raises(NotFittedError):
+        fresh.transform(images)
