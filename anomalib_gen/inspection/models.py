@@ -9,9 +9,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from anomalib_gen._inputs import as_kind_of, validate_rows
 from anomalib_gen._runtime import check_count
-from anomalib_gen.calibration._wrapped import check_labels, innermost, score_rows
+from anomalib_gen.calibration._wrapped import check_labels, innermost, score_rows, threshold_of
 from anomalib_gen.explain._columns import names_of
-from anomalib_gen.inspection._style import ANOMALY, NORMAL, ink, start
+from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_scores, ink, start
 
 MAX_POINTS = 2000
 """Points of a scatter: more hide each other."""
@@ -107,7 +107,7 @@ class LandscapeDisplay:
         Raises
         ------
         ValueError
-            If X has another number of columns than two.
+            If X has another number of columns than two, or the response is not finite everywhere.
         """
         check_is_fitted(estimator)
         rows = np.asarray(X, dtype=np.float64)
@@ -123,13 +123,13 @@ class LandscapeDisplay:
         threshold = None
         if response_method == "score_samples":
             values = score_rows(estimator, grid, "auto")
-            threshold = getattr(innermost(estimator), "offset_", None)
+            threshold = threshold_of(estimator)
         else:
             values = getattr(estimator, response_method)(grid)
         return cls(
             x=u,
             y=v,
-            values=np.asarray(values).reshape(resolution, resolution),
+            values=check_scores(values, f"{response_method} of points").reshape(resolution, resolution),
             rows=rows,
             labels=None if y is None else check_labels(y, len(rows)),
             threshold=threshold,
@@ -164,7 +164,8 @@ class LandscapeDisplay:
 
         edges = np.unique(np.quantile(self.values, np.linspace(0, 1, levels + 1)))
         if len(edges) < 3:
-            edges = np.linspace(edges[0], edges[-1] + 1e-12, 3)
+            # Up by what can be told from the value, however large it is.
+            edges = np.linspace(edges[0], edges[-1] + max(1e-12, 4 * np.spacing(np.abs(edges).max())), 3)
         colors = mpl.colormaps[cmap if not self.response.startswith("energy") else f"{cmap}_r"]
         norm = mpl.colors.BoundaryNorm(edges, colors.N)
         filled = ax.contourf(self.x, self.y, self.values, edges, cmap=colors, norm=norm, extend="both")

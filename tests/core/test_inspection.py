@@ -13,6 +13,7 @@ from sklearn.base import clone
 from sklearn.compose import make_column_transformer
 from sklearn.ensemble import IsolationForest
 from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.neighbors import KernelDensity
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -179,6 +180,26 @@ def test_landscape_of_a_constant(plane):
     detector.fit(np.tile([1.0, 2.0], (50, 1)))
     display = LandscapeDisplay.from_estimator(detector, plane, response_method="p_values", resolution=10)
     assert (display.values == 1).all()
+    for value in (-1e6, 1e12):
+        LandscapeDisplay(
+            x=display.x,
+            y=display.y,
+            values=np.full((10, 10), value),
+            rows=plane,
+            labels=None,
+            threshold=None,
+            feature_names=["a", "b"],
+            response="score",
+        ).plot().figure_.canvas.draw()
+
+
+def test_landscape_of_other_libraries(plane):
+    pyod = pytest.importorskip("pyod.models.knn")
+    detector = pyod.KNN().fit(plane)
+    assert LandscapeDisplay.from_estimator(detector, plane, resolution=5).threshold == -detector.threshold_
+    density = KernelDensity(kernel="tophat").fit(plane)
+    with pytest.raises(ValueError, match=r"score_samples of points must be finite, and \d+ of 400 are not"):
+        LandscapeDisplay.from_estimator(density, plane, resolution=20)
 
 
 def test_loss_curve_ends_at_the_last_step(fitted, X):
