@@ -11,7 +11,7 @@ from anomalib_gen._inputs import as_kind_of, validate_rows
 from anomalib_gen._runtime import check_count
 from anomalib_gen.calibration._wrapped import check_labels, innermost, score_rows, threshold_of
 from anomalib_gen.explain._columns import names_of
-from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_scores, ink, start
+from anomalib_gen.inspection._style import ANOMALY, NORMAL, check_scores, ink, literal, start
 
 MAX_POINTS = 2000
 """Points of a scatter: more hide each other."""
@@ -194,7 +194,8 @@ class LandscapeDisplay:
                 linestyles="solid",
             )
             ax.plot([], [], color=ANOMALY, lw=1.8, label="threshold")
-        ax.set(xlabel=self.feature_names[0], ylabel=self.feature_names[1], title=self.name)
+        across, up = map(literal, self.feature_names)
+        ax.set(xlabel=across, ylabel=up, title=self.name)
         ax.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3, frameon=False, borderaxespad=0)
         return self
 
@@ -586,7 +587,8 @@ class SamplesDisplay:
         ax = start(self, ax, figsize=(2.6 * n + 0.6, 2.6 * n + 0.4))
         ax.set_axis_off()
         figure: Any = ax.figure
-        grid = ax.get_subplotspec().subgridspec(n, n)
+        place = ax.get_subplotspec()
+        grid = None if place is None else place.subgridspec(n, n)
         self.axes_ = np.empty((n, n), dtype=object)
         # Both within the range of most of the data: what a sample has far out is counted by the labels.
         low, high = np.quantile(self.data, [0.002, 0.998], axis=0)
@@ -596,7 +598,10 @@ class SamplesDisplay:
         sets = [("data", NORMAL, self.data), ("samples", ANOMALY, self.samples)]
         for i in range(n):
             for j in range(i + 1):
-                cell = figure.add_subplot(grid[i, j])
+                if grid is None:  # axes that stand somewhere by themselves
+                    cell = ax.inset_axes([j / n, (n - 1 - i) / n, 0.9 / n, 0.9 / n])
+                else:
+                    cell = figure.add_subplot(grid[i, j])
                 self.axes_[i, j] = cell
                 cell.set_xlim(low[j], high[j])
                 for label, color, rows in sets:
@@ -624,10 +629,11 @@ class SamplesDisplay:
                 if i < n - 1:
                     cell.set_xticklabels([])
                 if i == n - 1:
-                    cell.set_xlabel(self.feature_names[j])
+                    cell.set_xlabel(literal(self.feature_names[j]))
                 if j == 0 and i > 0:
-                    cell.set_ylabel(self.feature_names[i])
+                    cell.set_ylabel(literal(self.feature_names[i]))
         handles, labels = self.axes_[0, 0].get_legend_handles_labels()
-        # In the corner above the diagonal, which is empty; a title would run into the first column.
-        ax.legend(handles, labels, title=self.name, loc="upper right", frameon=False)
+        # In the corner above the diagonal, which is empty if there are two columns; a title would run into the first.
+        corner = ax if n > 1 else self.axes_[0, 0]
+        corner.legend(handles, labels, title=self.name, loc="upper right", frameon=False)
         return self

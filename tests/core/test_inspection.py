@@ -219,6 +219,11 @@ def test_samples_are_shown_by_column_and_pair(fitted, X):
     np.testing.assert_array_equal(display.samples, fitted.sample(150, random_state=0))
     two = SamplesDisplay.from_estimator(fitted, X, columns=[2], ax=new_axes())
     assert two.axes_.shape == (1, 1)
+    # In sight: in the one cell, where no corner is empty.
+    assert [text.get_text() for text in two.axes_[0, 0].get_legend().get_texts()] == [
+        "data (200)",
+        "samples (1000)",
+    ]
     with pytest.raises(ValueError, match="must have the same columns"):
         SamplesDisplay.from_predictions(X, X[:, :2])
     with pytest.raises(TypeError, match=r"Pipeline draws no rows: it has no sample\. Its last step does"):
@@ -243,6 +248,19 @@ def test_samples_stand_beside_rows_of_the_same_columns(fitted, X):
     images = np.random.default_rng(0).normal(size=(10, 1, 8, 8))
     with pytest.raises(ValueError, match=r"draws images of shape \(1, 8, 8\)"):
         SamplesDisplay.from_estimator(VAEDetector(max_iter=1, device="cpu").fit(images), images)
+
+
+def test_samples_are_drawn_where_axes_stand_by_themselves(fitted, X):
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure()
+    ax = figure.add_axes((0.5, 0.2, 0.4, 0.6))
+    display = SamplesDisplay.from_estimator(fitted, X, n_samples=20, ax=ax)
+    figure.canvas.draw()
+    for cell in (display.axes_[0, 0], display.axes_[2, 0], display.axes_[2, 2]):
+        box, within = cell.get_position(), ax.get_position()
+        assert within.x0 - 1e-9 <= box.x0 < box.x1 <= within.x1
+        assert within.y0 - 1e-9 <= box.y0 < box.y1 <= within.y1
 
 
 def test_contributions_are_ordered_and_the_rest_is_added_up(fitted, X):
@@ -503,6 +521,11 @@ def test_dollars_in_names_and_values_are_no_mathematics(tiny, X):
     table = TopAnomaliesDisplay.from_estimator(detector, frame, keys=[r"$\y$"] * len(frame), n_top=2)
     table.figure_.canvas.draw()
     assert r"$\y$" in table._repr_html_()
+    samples = SamplesDisplay.from_estimator(detector, frame, n_samples=20)
+    assert samples.axes_[2, 0].get_xlabel() == r"US\$ in A\$"
+    samples.figure_.canvas.draw()
+    plane = LandscapeDisplay.from_estimator(tiny().fit(frame.iloc[:, :2]), frame.iloc[:, :2], resolution=5)
+    plane.figure_.canvas.draw()
 
 
 def test_the_title_of_a_narrow_table_is_not_cut():
