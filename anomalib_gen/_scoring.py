@@ -124,7 +124,7 @@ def naming_what_lacks(
     """
     try:
         yield
-    except AttributeError as error:
+    except (AttributeError, TypeError) as error:  # the latter from one that takes other arguments
         raise TypeError(
             f"{argument}={part!r} does not work with {type(model).__name__}: {error}. "
             "Choose one that uses what this model provides"
@@ -154,7 +154,7 @@ def dry_run(
             )
         on_device = argument == "objective"
         generator = _runtime.make_generator(0, device) if on_device else _runtime.scoring_generator(0)
-        grads = torch.no_grad() if argument == "objective" else torch.inference_mode()
+        grads = torch.enable_grad() if argument == "objective" else torch.inference_mode()
         naming = naming_what_lacks(argument, part, model, continued=continued)
         with naming, grads, _runtime.forked_rng(0, device):
             # On a copy: what a part learns or keeps from these two rows is not for later.
@@ -166,4 +166,10 @@ def dry_run(
             raise TypeError(
                 f"{argument}={part!r} returned a tensor of shape {tuple(values.shape)} for 2 rows; "
                 "one number per row is needed."
+            )
+        trained = any(parameter.requires_grad for parameter in model.parameters())
+        if argument == "objective" and trained and not values.requires_grad:
+            raise TypeError(
+                f"objective={part!r} does not work with {type(model).__name__}: its loss has no gradient. Choose one "
+                "that trains this model."
             )

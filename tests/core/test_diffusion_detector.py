@@ -10,7 +10,13 @@ from scipy import stats
 from anomalib_gen import DiffusionDetector
 from anomalib_gen.anomaly import ClosedFormResidual, CombinedAnomaly, DiffusionTime, ScoreNorm
 from anomalib_gen.models import EnergyModel, ScoreDenoiser
-from anomalib_gen.objectives import DiffusionTimeEstimation, FlowMatching, NoiseContrastive
+from anomalib_gen.objectives import (
+    ContrastiveDivergence,
+    DiffusionTimeEstimation,
+    FlowMatching,
+    MaximumLikelihood,
+    NoiseContrastive,
+)
 from anomalib_gen.paths import EDM, PATHS, CosineBetas, Linear
 
 
@@ -267,6 +273,14 @@ def test_wrong_arguments_are_named(rows, fitted):
     # Objectives that meet the rows first say what they lack as others do.
     with pytest.raises(TypeError, match=r"objective=NoiseContrastive\(\) does not work with NetworkDenoiser"):
         make(denoiser="network", objective=NoiseContrastive()).fit(rows)
+    with pytest.raises(
+        TypeError, match=r"ContrastiveDivergence\(\) does not work with NetworkDenoiser: .*'level'"
+    ):
+        make(denoiser="network", objective=ContrastiveDivergence()).fit(rows)
+    with pytest.raises(
+        TypeError, match=r"MaximumLikelihood\(\) does not work with NetworkDenoiser: its loss has no"
+    ):
+        make(denoiser="network", objective=MaximumLikelihood()).fit(rows)
     with pytest.raises(ValueError, match="denoiser='closed-form' has no network that could learn variances"):
         make(denoiser="closed-form", objective="improved-ddpm").fit(rows)
     with pytest.raises(ValueError, match="cannot learn variances"):
