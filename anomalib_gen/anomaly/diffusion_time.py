@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from anomalib_gen._component import Component
+from anomalib_gen._runtime import check_count
 from anomalib_gen.anomaly._feature_density import keep_rows, nearest_square_distances
 
 ESTIMATORS = ("learned", "non-parametric")
@@ -74,8 +75,7 @@ class DiffusionTime(Component):
         if self.estimator not in ESTIMATORS:
             known = ", ".join(map(repr, ESTIMATORS))
             raise ValueError(f"estimator={self.estimator!r} is unknown. Known estimators: {known}.")
-        if self.n_neighbors < 1:
-            raise ValueError(f"n_neighbors must be at least 1, got {self.n_neighbors!r}.")
+        check_count(self.n_neighbors, "n_neighbors")
         if self.estimator == "learned":
             level: torch.Tensor = model.estimate_level(x)
             return level

@@ -13,11 +13,13 @@ every row: each row climbs a fixed function, and the best point met on the way, 
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
 
 from anomalib_gen._component import Component
+from anomalib_gen._runtime import check_count
 
 BETAS = (0.8, 0.9)
 """Adam's memory: short, because what is climbed has no noise and the steps are few."""
@@ -58,6 +60,10 @@ class LikelihoodRegret(Component):
             return self._regret(model, x.clone(), generator)
 
     def _regret(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        # Without a step that leads somewhere all rows have a regret of zero.
+        check_count(self.n_steps, "n_steps")
+        if not (isinstance(self.learning_rate, Real) and 0 < self.learning_rate < math.inf):
+            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate!r}.")
         encoded = model.encode(x)
         noise = model.draw_balanced_noise(self.n_draws, generator)
 

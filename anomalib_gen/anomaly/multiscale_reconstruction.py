@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from anomalib_gen._component import Component
+from anomalib_gen._runtime import check_count
 from anomalib_gen.anomaly._levels import level_ladder, way_back
 
 IMAGE_LEVELS = (0.2, 2.0)
@@ -82,6 +83,7 @@ class MultiScaleReconstruction(Component):
                 f"A multi-scale distance is one of images; rows of shape {tuple(x.shape[1:])} are none. "
                 "Choose another reconstruction."
             )
+        check_count(self.n_scales, "n_scales")
         distances = [pyramid_distance(r, self.n_scales) for r in self.residuals(model, x)]
         return torch.stack(distances).mean(0)
 
@@ -95,8 +97,7 @@ class MultiScaleReconstruction(Component):
             coordinates = model.observation.coordinates
             yield coordinates(x) - coordinates(model.reconstruct(x))
             return
-        if self.n_steps < 1:
-            raise ValueError(f"n_steps must be at least 1, got {self.n_steps!r}.")
+        check_count(self.n_steps, "n_steps")
         levels = level_ladder(model, self.noise_levels, self.n_levels)
         for level in levels:
             yield (x - way_back(model, x, level, min(levels[0], 0.1 * level), self.n_steps)) / level

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from anomalib_gen._component import Component
+from anomalib_gen._runtime import check_count
 from anomalib_gen.anomaly._feature_density import check_density, fit_density, keep_rows
 from anomalib_gen.anomaly._levels import DATA_LEVELS, denoise_at, deterministic_step, level_ladder
 
@@ -108,8 +109,7 @@ class DiffusionPath(Component):
 
     def statistics(self, model: Any, x: torch.Tensor) -> torch.Tensor:
         """Statistics of the paths of rows ``(B, *E)``, ``(B, n_statistics)``."""
-        if self.n_steps < 2:
-            raise ValueError(f"n_steps must be at least 2, got {self.n_steps!r}.")
+        check_count(self.n_steps, "n_steps", least=2)
         if self.n_statistics not in (1, 6):
             raise ValueError(f"n_statistics must be 6 or 1, got {self.n_statistics!r}.")
         levels = level_ladder(model, self.noise_levels, self.n_steps)

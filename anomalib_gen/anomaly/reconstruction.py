@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from anomalib_gen._component import Component
+from anomalib_gen._runtime import check_count
 from anomalib_gen.anomaly._levels import (
     DATA_LEVELS,
     balanced_noise,
@@ -103,8 +104,7 @@ class DiffusionReconstruction(Component):
             raise ValueError(
                 f"norm={self.norm!r} is unknown. Known norms: {', '.join(map(repr, sorted(POWERS)))}."
             )
-        if self.n_steps < 1:
-            raise ValueError(f"n_steps must be at least 1, got {self.n_steps!r}.")
+        check_count(self.n_steps, "n_steps")
         power = POWERS[self.norm]
         total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         noise = balanced_noise(x, self.n_draws, generator) if self.add_noise else [torch.zeros_like(x[0])]

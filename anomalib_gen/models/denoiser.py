@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomalib_gen._runtime import check_shape, expand_as_rows, normal_like
+from anomalib_gen._runtime import check_count, check_shape, expand_as_rows, normal_like
 from anomalib_gen.models.likelihood import ELBOTerms, balanced_elbo_terms, ode_log_prob
 from anomalib_gen.paths import Path, Prediction
 from anomalib_gen.samplers import SAMPLERS
@@ -180,8 +180,7 @@ class Denoiser(nn.Module):
         n_draws : int, default=1
             Pairs of noise; each costs two evaluations of the model for each step.
         """
-        if n_steps < 1:
-            raise ValueError(f"n_steps must be at least 1, got {n_steps}.")
+        check_count(n_steps, "n_steps")
         low, high = self.noise_levels
         levels = torch.logspace(math.log10(low), math.log10(high), n_steps + 1, dtype=torch.float64)
         return balanced_elbo_terms(self.denoise, x, levels, generator, n_draws=n_draws)

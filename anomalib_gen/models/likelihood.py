@@ -52,7 +52,7 @@ from typing import NamedTuple
 
 import torch
 
-from anomalib_gen._runtime import check_shape, expand_as_rows, normal_noise
+from anomalib_gen._runtime import check_count, check_shape, expand_as_rows, normal_noise
 from anomalib_gen.samplers import solve_ode
 
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -130,11 +130,10 @@ def ode_log_prob(
     low, high = levels
     if not 0 < low < high < math.inf:
         raise ValueError(f"levels must be positive and rise, got {levels}.")
-    if n_steps < 1 or n_probes < 1 or (estimate_error and n_steps % 2):
-        raise ValueError(
-            "n_steps and n_probes must be at least 1, and n_steps must be even if the error is estimated, "
-            f"got {n_steps} and {n_probes}."
-        )
+    check_count(n_steps, "n_steps")
+    check_count(n_probes, "n_probes")
+    if estimate_error and n_steps % 2:
+        raise ValueError(f"n_steps must be even if the error is estimated, got {n_steps}.")
     probes = _probes(x, divergence, n_probes, generator)
     fine, finite = _integrate(denoise, x, low, high, n_steps, method, probes)
     log_prob = fine.mean(1)
@@ -305,8 +304,7 @@ def balanced_elbo_terms(
     ELBOTerms
         Single steps may come out slightly negative, by equation 6.
     """
-    if n_draws < 1:
-        raise ValueError(f"n_draws must be at least 1, got {n_draws}.")
+    check_count(n_draws, "n_draws")
     s = torch.as_tensor(levels).to(x)
     weights = 0.5 * (s[:-1] ** -2 - s[1:] ** -2) * (s[1:] / (1 + s[1:].square())).square()
     terms = []

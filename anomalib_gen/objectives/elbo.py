@@ -24,6 +24,7 @@ import torch
 
 from anomalib_gen._component import Component
 from anomalib_gen._runtime import normal_like
+from anomalib_gen.objectives._checks import require
 from anomalib_gen.objectives._smoothing import dequantise
 
 VALIDATION_DRAWS = 4
@@ -114,8 +115,11 @@ class EvidenceLowerBound(Component):
         return torch.where(kl.mean(0) > self.free_bits, kl, self.free_bits).sum(1)
 
     def _check(self) -> None:
-        if self.beta < 0 or self.free_bits < 0 or not 0 <= self.warmup <= 1 or self.n_draws < 1:
-            raise ValueError(f"{self!r}: beta, free_bits >= 0, 0 <= warmup <= 1 and n_draws >= 1 are needed.")
+        require(self, counts=("n_draws",), not_negative=("beta", "free_bits", "warmup"))
+        if self.warmup > 1:
+            raise ValueError(
+                f"warmup of {self!r} must be a share of the steps, at most 1, got {self.warmup!r}."
+            )
         if self.free_bits > 0 and self.n_draws > 1:
             raise ValueError(
                 f"{self!r}: free bits need the divergence in closed form, which several draws do without. "

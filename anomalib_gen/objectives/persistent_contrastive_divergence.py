@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from anomalib_gen.objectives._checks import require
 from anomalib_gen.objectives._smoothing import some_rows
 from anomalib_gen.objectives.contrastive_divergence import ContrastiveDivergence, Transition
 
@@ -107,6 +108,7 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
     def prepare(self, model: Any, rows: Any, generator: torch.Generator) -> None:
         """Start all the chains, from noise."""
         super().prepare(model, rows, generator)
+        require(self, counts=("buffer_size",))
         self.pool_ = some_rows(rows, POOL, generator)
         self.buffer_ = self._from_noise(self.buffer_size, generator)
 

@@ -171,9 +171,12 @@ def test_the_generator_determines_the_noise(settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"beta": -1.0}, "beta, free_bits >= 0"),
-        ({"warmup": 1.5}, "0 <= warmup <= 1"),
-        ({"n_draws": 0}, "n_draws >= 1"),
+        ({"beta": -1.0}, "beta of .* must be finite and not negative, got -1.0"),
+        ({"beta": float("inf")}, "beta of .* must be finite and not negative, got inf"),
+        ({"free_bits": "0.1"}, "free_bits of .* must be finite and not negative, got '0.1'"),
+        ({"warmup": 1.5}, "warmup of .* at most 1, got 1.5"),
+        ({"n_draws": 0}, "n_draws of .* must be a positive integer, got 0"),
+        ({"n_draws": 2.0}, "n_draws of .* must be a positive integer, got 2.0"),
         ({"free_bits": 0.1, "n_draws": 2}, r"free bits need the divergence in closed form.*Set n_draws=1"),
     ],
 )

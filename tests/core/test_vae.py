@@ -297,6 +297,11 @@ def test_unfitted_detectors_do_not_interpolate(X):
         ({"degrees_of_freedom": -1.0}, "'degrees_of_freedom' parameter"),
         ({"encoder": "cnn"}, "'encoder' parameter"),
         ({"objective": "likelihood"}, r"objective='likelihood' is unknown\. Known names: 'elbo';"),
+        ({"anomaly": LikelihoodRegret(n_steps=0)}, "n_steps must be a positive integer, got 0"),
+        (
+            {"anomaly": LikelihoodRegret(n_steps=1, learning_rate=0)},
+            "learning_rate must be positive and finite, got 0",
+        ),
         ({"anomaly": "energy"}, r"Known names: 'elbo', 'iwae', 'kl', 'likelihood_regret', 'recon"),
         ({"encoder": lambda i, o: nn.Linear(i, o // 2)}, r"encoder returned a tensor of shape \(2, 2\)"),
         ({"decoder": lambda i, o: nn.Linear(i, 1)}, r"decoder returned a tensor of shape \(2, 1\)"),
