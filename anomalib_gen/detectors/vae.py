@@ -23,6 +23,7 @@ import torch
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_array
 from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.metadata_routing import UNUSED
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
@@ -216,6 +217,8 @@ class VAEDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, GenerativeD
         "typicality": Typicality,
     }
     _image_steps: ClassVar[tuple[int, int]] = (50, 1000)
+    # Latent vectors are no metadata, as scikit-learn's routing would have it of an argument that is not called X.
+    __metadata_request__inverse_transform: ClassVar[Any] = {"Z": UNUSED}
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **GenerativeDetector._parameter_constraints,
         "n_components": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],

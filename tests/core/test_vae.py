@@ -159,6 +159,8 @@ def test_latent_vectors_there_and_back(vae, X):
     assert Z.dtype == np.float64
     assert vae.inverse_transform(Z).shape == (200, 3)
     np.testing.assert_array_equal(vae.inverse_transform(Z), vae.reconstruct(X))
+    # Latent vectors are data, and nothing that a pipeline could route.
+    assert not hasattr(vae, "set_inverse_transform_request")
     np.testing.assert_array_equal(make(n_components=2).fit_transform(X), Z)
 
 
