@@ -17,6 +17,7 @@ scores it sees:
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from numbers import Real
 from typing import Any, ClassVar, Self
@@ -198,8 +199,9 @@ class ExpectedCost(ThresholdRule):
     def __call__(self, scores: npt.NDArray[np.float64], y: Any = None) -> float:
         """Threshold of least cost; of several, the one that flags fewest rows."""
         for name in ("false_alarm", "miss"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be a positive cost, got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 < float(value) < math.inf:
+                raise ValueError(f"{name} must be a positive and finite cost, got {value!r}.")
         y = np.asarray(y)
         n_normal, n_abnormal = int((y == 1).sum()), int((y == -1).sum())
         if not n_normal or not n_abnormal:

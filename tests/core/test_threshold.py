@@ -181,8 +181,9 @@ def test_parameters_clone_pickle_and_failure():
         ThresholdDetector(Value(), threshold="quantile").fit(X)
     with pytest.raises(ValueError, match="rate must lie between 0 and 1, got 2"):
         ThresholdDetector(Value(), threshold=FalsePositiveRate(2)).fit(X)
-    with pytest.raises(ValueError, match="false_alarm must be a positive cost, got 0"):
-        ExpectedCost(false_alarm=0)(X[:, 0], np.ones(200))
+    for cost in (0, np.inf, "10"):
+        with pytest.raises(ValueError, match=f"false_alarm must be a positive and finite cost, got {cost!r}"):
+            ExpectedCost(false_alarm=cost)(X[:, 0], np.ones(200))
     with pytest.raises(TypeError, match="threshold must be a name or a rule"):
         ThresholdDetector(Value(), threshold=Likelihood()).fit(X)
     offset = fitted.offset_
