@@ -315,6 +315,9 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         with self._restored_on_failure():
             return self._fit(X, sample_weight, continued=hasattr(self, "model_"), one_pass=True)
 
+    # Training needs gradients, also within a caller's no_grad or inference_mode.
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def _fit(self, X: Any, sample_weight: Any, *, continued: bool, one_pass: bool) -> Self:
         X = self._validate(X, reset=not continued, min_rows=2)
         self.event_shape_, self._eight_bit = X.shape[1:], X.dtype == np.uint8

@@ -21,7 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import nn
 
-from anomalib_gen import FlowDetector
+from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
 from anomalib_gen._base import GenerativeDetector, outlier_threshold
 from anomalib_gen._component import Component
 from anomalib_gen._training import TrainingOptions
@@ -187,6 +187,18 @@ def test_a_random_state_instance_is_consumed(tiny, X):
     second = detector.fit(X).score_samples(X)
     assert not np.array_equal(first, second)
     np.testing.assert_array_equal(first, tiny(random_state=0).fit(X).score_samples(X))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("family", [FlowDetector, VAEDetector, EnergyDetector, DiffusionDetector])
+def test_fit_takes_gradients_where_the_caller_takes_none(X, family, mode):
+    detector = family(max_iter=3, hidden_features=8, random_state=0, device="cpu")
+    expected = clone(detector).fit(X).partial_fit(X).score_samples(X)
+    with mode():
+        detector.fit(X).partial_fit(X)
+        np.testing.assert_array_equal(detector.score_samples(X), expected)
+    np.testing.assert_array_equal(detector.score_samples(X), expected)
+    np.testing.assert_array_equal(clone(detector).fit(X).partial_fit(X).score_samples(X), expected)
 
 
 # Continuing -----------------------------------------------------------------------------------------------
