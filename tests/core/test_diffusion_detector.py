@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -250,6 +251,16 @@ def test_a_model_that_is_kept_refuses_an_objective_of_another_kind(rows, objecti
             getattr(detector, method)(rows)
     np.testing.assert_array_equal(detector.score_samples(rows[:9]), scores)
     detector.set_params(warm_start=False).fit(rows)
+
+
+def test_the_constant_warns_of_no_names(rows, recwarn):
+    named = make(denoiser="closed-form").fit(pd.DataFrame(rows, columns=["a", "b"]))
+    bare = make(denoiser="closed-form").fit(rows)
+    named.normalize(n_samples=4, random_state=0)
+    assert not recwarn
+    drawn = bare.sample(4, random_state=0)
+    expected = np.log(np.mean(np.exp(-bare.energy(drawn) - bare.log_prob(drawn))))
+    assert named.log_normalizer_ == pytest.approx(expected, rel=1e-9)
 
 
 def test_wrong_arguments_are_named(rows, fitted):
