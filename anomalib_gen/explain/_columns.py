@@ -1,4 +1,4 @@
-"""From the columns that a detector sees back to those that a user knows, through scalers and encoders.
+"""From the columns that a detector sees back to those that a user knows, through scalers, imputers and encoders.
 
 Contributions are additive, so those of the columns made from one input column (the flags of a one-hot encoding) add up
 to that column's. Which column a column was made from is asked of the transformers where they say it exactly, and else

@@ -150,7 +150,7 @@ def feature_contributions(
     Parameters
     ----------
     detector : fitted detector
-        A detector of this package, or a pipeline that ends in one. Through a pipeline's scalers and encoders
+        A detector of this package, or a pipeline that ends in one. Through its scalers, imputers and encoders
         contributions return to its input columns; meta-estimators of `calibration` with one detector are seen through.
     X : array-like or data frame of shape (n_rows, n_columns)
         Rows, seen in training or not.
