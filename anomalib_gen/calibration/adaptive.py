@@ -117,7 +117,12 @@ def _matched(X: Any, X_normal: Any) -> tuple[Any, Any]:
     """Both sets of rows as frames of pandas with the same columns in the same order, or both as arrays."""
     names, known = column_names(X), column_names(X_normal)
     if names is None and known is None:
-        return np.asarray(X), np.asarray(X_normal)
+        X, X_normal = np.asarray(X), np.asarray(X_normal)
+        if X.ndim == 0 or X.shape[1:] != X_normal.shape[1:]:
+            raise ValueError(
+                f"X and X_normal must be arrays of the same columns, got shapes {X.shape} and {X_normal.shape}."
+            )
+        return X, X_normal
     if names is None or known is None:
         frame, array = ("X", "X_normal") if known is None else ("X_normal", "X")
         raise ValueError(

@@ -303,7 +303,7 @@ class MassVolume(_VolumeScorer):
         self.random_state = random_state
 
     def _judge(self, scores: npt.NDArray[np.float64], reference: npt.NDArray[np.float64]) -> float:
-        low, high = self.levels
+        low, high = self.levels if np.shape(self.levels) == (2,) else (np.nan, np.nan)
         if not 0 <= low <= high <= 1:
             raise ValueError(f"levels must be two numbers with 0 <= low <= high <= 1, got {self.levels!r}.")
         mass, volume = mass_volume_curve(scores, reference)

@@ -5,6 +5,7 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
+from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KernelDensity
 from sklearn.pipeline import make_pipeline
@@ -94,6 +95,10 @@ def test_columns_are_matched_by_name():
 
 def test_errors():
     batch, normal = batch_of(0)
+    with pytest.raises(ValueError, match=r"arrays of the same columns, got shapes \(5, 2\) and \(9, 3\)"):
+        adaptive_p_values(np.zeros((5, 2)), np.zeros((9, 3)))
+    with pytest.raises(ValueError, match=r"arrays of the same columns, got shapes \(\) and \(\)"):
+        adaptive_p_values(sparse.csr_array(np.eye(5)), sparse.csr_array(np.eye(9)))
     with pytest.raises(ValueError, match="calibration_fraction must lie between 0 and 1, got 1"):
         adaptive_p_values(batch, normal, calibration_fraction=1)
     with pytest.raises(ValueError, match="X_normal has 1 rows; at least 2"):

@@ -549,6 +549,7 @@ def test_reference_points_keep_to_the_range_of_each_column():
     ("scorer", "message"),
     [
         (MassVolume(levels=(0.9, 0.1)), r"levels must be two numbers.*\(0.9, 0.1\)"),
+        (MassVolume(levels=0.9), r"levels must be two numbers.* got 0\.9"),
         (MassVolume(n_points=0), "n_points must be a positive integer, got 0"),
         (MassVolume(n_columns=0), "n_columns must be a positive integer, got 0"),
         (
