@@ -406,7 +406,7 @@ class CrossConformalDetector(_LeftOutConformalDetector):
         Raises
         ------
         ValueError
-            If there are fewer rows than folds, or the folds overlap.
+            If there are fewer rows than folds, there are no folds, or they overlap.
         """
         X = splittable(X)
         n = _num_samples(X)
@@ -419,7 +419,12 @@ class CrossConformalDetector(_LeftOutConformalDetector):
         else:
             from sklearn.model_selection import check_cv
 
-            held_out = [test for _, test in check_cv(self.cv).split(X)]
+            # As in scikit-learn's searches, folds may be masks.
+            held_out = [np.arange(n)[test] for _, test in check_cv(self.cv).split(X)]
+            if not held_out:
+                raise ValueError(
+                    f"cv={self.cv!r} has no folds, as an iterator that was used before has none."
+                )
         if len(np.unique(np.concatenate(held_out))) != sum(map(len, held_out)):
             raise ValueError("cv holds a row out more than once; folds that do not overlap are needed.")
         return self._fit_models(X, [np.setdiff1d(np.arange(n), fold) for fold in held_out])

@@ -392,6 +392,18 @@ def test_folds_must_not_overlap():
         CrossConformalDetector(Distance()).fit(normals(4, 0))
 
 
+def test_folds_may_be_masks():
+    X = normals(40, 0)
+    first = np.arange(40) < 15
+    masks, positions = [(~first, first)], [(np.flatnonzero(~first), np.flatnonzero(first))]
+    a, b = (CrossConformalDetector(Distance(), alpha=0.2, cv=cv).fit(X) for cv in (masks, positions))
+    assert a.n_calibration_ == 15
+    np.testing.assert_array_equal(a.p_values(normals(5, 1)), b.p_values(normals(5, 1)))
+    once = CrossConformalDetector(Distance(), alpha=0.2, cv=iter(masks)).fit(X)
+    with pytest.raises(ValueError, match="has no folds, as an iterator that was used before"):
+        once.fit(X)
+
+
 @pytest.mark.parametrize("detector", DETECTORS, ids=NAMES)
 def test_clone_parameters_pickle_and_seeds(detector):
     detector = clone(detector).set_params(estimator=IsolationForest(n_estimators=3), alpha=0.2)
