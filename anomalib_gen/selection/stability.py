@@ -124,7 +124,7 @@ def model_centrality(scores: Any) -> npt.NDArray[np.float64]:
     ----------
     scores : array-like of shape (n_candidates, n_rows)
         Scores of the same rows by each candidate, lower = more abnormal; of rows that none was fitted to, for instance
-        from `sklearn.model_selection.cross_val_predict` with ``method="score_samples"``.
+        from `sklearn.model_selection.cross_val_predict` with ``method="decision_function"``.
 
     Returns
     -------

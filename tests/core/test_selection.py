@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 from sklearn.ensemble import IsolationForest
 from sklearn.frozen import FrozenEstimator
 from sklearn.mixture import GaussianMixture
-from sklearn.model_selection import GridSearchCV, cross_validate
+from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_validate
 from sklearn.neighbors import KernelDensity, LocalOutlierFactor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, MinMaxScaler, OneHotEncoder, RobustScaler, StandardScaler
@@ -299,6 +299,17 @@ def test_the_centre_is_found():
     assert model_centrality([*scores, random.normal(size=500)]).argmax() == 1
     unrelated = model_centrality(random.normal(size=(2, 2000)))
     assert abs(unrelated[0]) < 3 / np.sqrt(2000)
+
+
+def test_held_out_scores_of_a_search_can_be_compared():
+    X, _ = correlated(60)
+    scores = [
+        cross_val_predict(
+            IsolationForest(n_estimators=n, random_state=0), X, cv=2, method="decision_function"
+        )
+        for n in (5, 50, 60)
+    ]
+    assert model_centrality(scores).argmin() == 0
 
 
 def test_centrality_refuses():
