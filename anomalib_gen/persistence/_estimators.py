@@ -19,6 +19,7 @@ import numpy as np
 from torch import nn
 
 from anomalib_gen.persistence._errors import ModelFolderError
+from anomalib_gen.persistence._requests import without_circles
 
 MAX_SCHEMA_BYTES = 2**24
 PACKAGES = frozenset(
@@ -78,7 +79,7 @@ def dump_estimator(estimator: Any, trusted: Collection[str]) -> bytes:
     """
     skops = _skops()
     try:
-        data = _canonical(skops.dumps(estimator))
+        data = _canonical(skops.dumps(without_circles(estimator)))
     except Exception as error:
         networks = [
             name for name, value in getattr(estimator, "__dict__", {}).items() if isinstance(value, nn.Module)

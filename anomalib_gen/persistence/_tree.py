@@ -7,6 +7,7 @@ None, booleans, integers, strings, finite floats and lists stand for themselves.
     float                                                   nan, inf and -inf
     number, array, tensor, parameter, dtype, device         numpy's and torch's; the values are in the tensors file
     random                                                  states of numpy's generators
+    requests                                                what metadata an estimator asks for
     object, module                                          an instance: its class and its attributes
     callable                                                a class or function, by import path
     estimator                                               a scikit-learn estimator, in a file of its own
@@ -31,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn.base import BaseEstimator
+from sklearn.utils.metadata_routing import MetadataRequest
 from torch import nn
 
 from anomalib_gen.persistence._allowed import (
@@ -42,6 +44,12 @@ from anomalib_gen.persistence._allowed import (
     path_of,
 )
 from anomalib_gen.persistence._errors import ModelFolderError
+from anomalib_gen.persistence._requests import (
+    ATTRIBUTE,
+    name_owner,
+    requests_from_plain,
+    requests_to_plain,
+)
 
 MAX_DEPTH = 100
 """Objects within objects; the deepest of our own models has about twenty."""
@@ -146,6 +154,8 @@ class Encoder:
             return {"is": "device", "name": str(value)}
         if isinstance(value, np.random.RandomState | np.random.Generator):
             return self._random(value, where)
+        if isinstance(value, MetadataRequest):
+            return {"is": "requests", "of": requests_to_plain(value, where)}
         if isinstance(value, functools.partial):
             parts = [value.func, list(value.args), dict(value.keywords)]
             return {"is": "partial", "items": self._items(parts, where)}
@@ -508,6 +518,10 @@ class Decoder:
         state = dict(self._named(node["state"].items()))
         if is_module and not _TORCH_OWN.isdisjoint(state):
             raise ModelFolderError(f"The attributes of a {node['class']} are not its own.")
+        if ATTRIBUTE in state:
+            if not isinstance(state[ATTRIBUTE], MetadataRequest):
+                raise ModelFolderError(f"The requests of a {node['class']} for metadata are something else.")
+            name_owner(state[ATTRIBUTE], cls.__name__)
         # Into the dictionary: neither properties nor `__setattr__` of the class run.
         vars(made).update(_new_parameters(cls))
         vars(made).update(state)
@@ -563,6 +577,7 @@ Decoder._makers = {
     "partial": Decoder._partial,
     "random": Decoder._random,
     "range": Decoder._range,
+    "requests": lambda decoder, node: requests_from_plain(node["of"]),
     "same": Decoder._same,
     "set": lambda decoder, node: set(decoder._items(node)),
     "slice": Decoder._slice,

@@ -7,6 +7,7 @@ from sklearn.base import BaseEstimator
 
 from anomalib_gen.persistence import _document
 from anomalib_gen.persistence._allowed import find
+from anomalib_gen.persistence._requests import ATTRIBUTE
 from anomalib_gen.persistence._tree import _new_parameters
 
 ATTRIBUTES = Path(__file__).parent / "attributes"
@@ -22,7 +23,8 @@ def attributes_of(document):
         names = set(node["state"])
         names |= {name for kind in ("parameters", "buffers", "modules") for name, _ in node.get(kind, ())}
         if issubclass(cls, BaseEstimator):
-            names -= set(_new_parameters(cls))
+            # Requests are scikit-learn's, and none are as good as those of the class.
+            names -= {*_new_parameters(cls), ATTRIBUTE}
         names = {name for name in names if not name.isdigit() and not hasattr(cls, name)}
         found.setdefault(node["class"], set()).update(names)
     return found

@@ -373,6 +373,21 @@ def deep(depth):
         ({"is": "partial", "items": [3, [], {"is": "dict", "items": []}]}, "do not fit|malformed"),
         ({"is": "float", "value": "1e999"}, "malformed"),
         ({"is": "dtype", "of": "torch", "name": "load"}, "names a type"),
+        ({"is": "requests", "of": {}}, "holds a MetadataRequest"),
+        *(
+            ({"is": "requests", "of": of}, "request of metadata .* is malformed")
+            for of in (
+                None,
+                [["fit", {}]],
+                {"fit": ["sample_weight"]},
+                {"owner": {"sample_weight": True}},
+                {"__init__": {"sample_weight": True}},
+                {"fit": {"sample_weight": 1}},
+                {"fit": {"sample_weight": {"is": "callable", "path": "os:system"}}},
+                {"fit": {"sample_weight": "a.b"}},
+                {"fit": {"": True}},
+            )
+        ),
         ({"is": "no such kind"}, "unknown kind"),
         ({"is": ["tuple"]}, "unknown kind"),
         (deep(150), "deeper"),
@@ -400,6 +415,14 @@ def test_attributes_that_are_not_an_objects_own(name, tmp_path):
 
     assert poison(document["model"])
     refused(write(tmp_path / "m", rehash(WHOLE, document)), match="attribute")
+
+
+@pytest.mark.parametrize("value", [None, 1, "fit", {"is": "dict", "items": []}, {"is": "same", "id": 1}])
+def test_requests_of_metadata_that_are_something_else(value, tmp_path):
+    document = document_of(SOURCES["format-1-composed"])
+    document["model"]["state"]["_metadata_request"] = value
+    files = rehash(SOURCES["format-1-composed"], document)
+    refused(write(tmp_path / "m", files), match="for metadata are something else")
 
 
 def test_a_document_that_is_none(tmp_path):
@@ -468,7 +491,7 @@ VALUES = st.recursive(
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                ["is", "items", "id", "class", "state", "key", "order", "dtype", "path", "of", "shape", "x"]
+                ["is", "items", "id", "class", "state", "key", "order", "dtype", "path", "of", "shape", "fit"]
             ),
             inner | st.sampled_from(KINDS),
             max_size=5,

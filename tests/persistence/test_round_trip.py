@@ -13,16 +13,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.base import BaseEstimator
+from sklearn import config_context
+from sklearn.base import BaseEstimator, clone
 from sklearn.compose import make_column_transformer
 from sklearn.decomposition import PCA
 from sklearn.ensemble import IsolationForest, RandomTreesEmbedding
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import NotFittedError, UnsetMetadataPassedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.impute import SimpleImputer
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, QuantileTransformer, StandardScaler
+from sklearn.utils.metadata_routing import MetadataRequest
 from torch import nn
 from torch.nn import functional as F
 
@@ -324,6 +326,66 @@ def test_calibrated_detectors(wrap, X, tmp_path):
     if hasattr(detector, "p_values"):
         np.testing.assert_array_equal(loaded.p_values(X), detector.p_values(X))
     assert save(loaded, tmp_path / "again", X=X) == content
+
+
+def requests_of(estimator):
+    return estimator._get_metadata_request()._serialize()
+
+
+@pytest.mark.parametrize("alias", [True, False, None, "weight"])
+def test_requests_of_metadata_are_kept(alias, X, tmp_path):
+    with config_context(enable_metadata_routing=True):
+        detector = small(FlowDetector).set_fit_request(sample_weight=alias).fit(X)
+        content = detector.save(tmp_path / "model")
+        loaded = load(tmp_path / "model")
+        assert_same(loaded, detector, X)
+        for one in (loaded, clone(loaded)):
+            assert requests_of(one) == requests_of(detector)
+        assert requests_of(loaded)["fit"] == {"sample_weight": alias}
+        assert loaded.save(tmp_path / "again") == clone(detector).fit(X).save(tmp_path / "other") == content
+        # They go on being those of one estimator.
+        loaded.set_fit_request(sample_weight=False)
+        assert requests_of(detector)["fit"] == {"sample_weight": alias}
+
+
+def test_a_pipeline_that_was_loaded_routes_metadata_as_before(X, tmp_path):
+    weights = np.repeat([1.0, 0.0], [len(X) - 20, 20])
+    with config_context(enable_metadata_routing=True):
+        # Requests within a part that is saved as a whole, and of a clone, which keep the original.
+        numbers = make_pipeline(clone(StandardScaler().set_fit_request(sample_weight="weight")), PCA(2))
+        detector = SplitConformalDetector(
+            small(FlowDetector).set_fit_request(sample_weight=True), random_state=0
+        )
+        pipeline = make_pipeline(make_column_transformer((numbers, [0, 1])), clone(detector)).fit(X)
+        content = save(pipeline, tmp_path / "model")
+        loaded = load(tmp_path / "model")
+        np.testing.assert_array_equal(loaded.score_samples(X), pipeline.score_samples(X))
+        assert save(clone(pipeline).fit(X), tmp_path / "again") == content
+        scalers = [one[0].transformers[0][1][0] for one in (loaded, pipeline)]
+        assert requests_of(scalers[0]) == requests_of(scalers[1])
+        assert requests_of(scalers[0])["fit"] == {"sample_weight": "weight"}
+        assert requests_of(loaded[-1].estimator)["fit"] == {"sample_weight": True}
+        # What is saved is not what was changed for it.
+        assert scalers[1]._metadata_request.owner is not None
+        one, other = (
+            make_pipeline(clone(model[0].transformers[0][1][0]), clone(model[-1].estimator)).fit(
+                X, weight=weights, sample_weight=weights
+            )
+            for model in (loaded, pipeline)
+        )
+        np.testing.assert_array_equal(one.score_samples(X), other.score_samples(X))
+        with pytest.raises(UnsetMetadataPassedError, match=r"FlowDetector\.set_fit_request"):
+            make_pipeline(clone(loaded[-1].estimator).set_fit_request(sample_weight=None)).fit(
+                X, sample_weight=weights
+            )
+
+
+def test_a_request_that_a_folder_would_not_read_is_not_saved(X, tmp_path):
+    detector = small(FlowDetector).fit(X)
+    detector._metadata_request = MetadataRequest(owner=detector)
+    detector._metadata_request.fit.requests["sample_weight"] = 1
+    with pytest.raises(ModelFolderError, match=r"FlowDetector\._metadata_request has a request"):
+        detector.save(tmp_path / "model")
 
 
 def test_a_fitted_search_is_saved_by_its_best(X, tmp_path):
