@@ -136,6 +136,9 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     n_iter_: int
     loss_curve_: list[float]
     validation_curve_: list[float]
+    # Detectors that were saved before they were kept have none.
+    loss_steps_: list[int] | None = None
+    validation_steps_: list[int] | None = None
     _scaler: Standardizer
     _seeds: list[int]
 
@@ -379,16 +382,28 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         if hasattr(objective, "conclude"):
             objective.conclude(model, rows, _runtime.make_generator(seeds[2], device))
         model = model.to(_runtime.event_dtype(self.event_shape_, device))
-        history = continued and hasattr(self, "n_iter_")
-        self.loss_curve_ = (self.loss_curve_ if history else []) + result.loss_curve
-        self.validation_curve_ = (self.validation_curve_ if history else []) + result.validation_curve
-        self.best_iter_ = (self.n_iter_ if history else 0) + result.best_iter
-        self.n_iter_ = (self.n_iter_ if history else 0) + result.n_iter
+        self._note_training(result, more=continued and hasattr(self, "n_iter_"))
         self.model_, self._scaler, self._seeds = model, scaler, seeds
         self._note_rows(X, index)
         # Held-out rows are what scoring will meet; training rows look a little too normal.
         self._set_anomaly(anomaly, X, index, held_out_index, rows if held_out is None else held_out)
         return self
+
+    def _note_training(self, result: TrainingResult, *, more: bool) -> None:
+        """Set what is told of the training; `more` if it went on from an earlier one."""
+        if not more:
+            self.n_iter_, self.loss_curve_, self.validation_curve_ = 0, [], []
+            self.loss_steps_, self.validation_steps_ = [], []
+        before = self.n_iter_
+        self.loss_curve_ = self.loss_curve_ + result.loss_curve
+        self.validation_curve_ = self.validation_curve_ + result.validation_curve
+        # Where those of the first points are not known, later ones would belong to the wrong points.
+        if self.loss_steps_ is not None and self.validation_steps_ is not None:
+            self.loss_steps_ = self.loss_steps_ + [before + step for step in result.loss_steps]
+            self.validation_steps_ = self.validation_steps_ + [
+                before + step for step in result.validation_steps
+            ]
+        self.best_iter_, self.n_iter_ = before + result.best_iter, before + result.n_iter
 
     def with_anomaly(self, anomaly: Any, X: Any, sample_weight: Any = None) -> Self:
         """Return a detector with the same model and another anomaly, without training again.

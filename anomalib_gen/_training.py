@@ -114,6 +114,8 @@ class TrainingResult:
         Mean training loss between evaluations.
     validation_curve : list of float
         Loss of the averaged weights on the held-out rows at each evaluation; empty without held-out rows.
+    loss_steps, validation_steps : list of int
+        Steps taken by each point of the curves.
     best_iter : int
         The step whose averaged weights were kept.
     interrupted : bool
@@ -123,6 +125,8 @@ class TrainingResult:
     n_iter: int = 0
     loss_curve: list[float] = field(default_factory=list)
     validation_curve: list[float] = field(default_factory=list)
+    loss_steps: list[int] = field(default_factory=list)
+    validation_steps: list[int] = field(default_factory=list)
     best_iter: int = 0
     interrupted: bool = False
 
@@ -451,12 +455,16 @@ def train(
                 )
                 _runtime.release_memory(device)
 
+    def add_training_loss() -> None:
+        if recent:
+            result.loss_curve.append(float(torch.stack(recent).mean()))
+            result.loss_steps.append(result.n_iter)
+            recent.clear()
+
     def evaluate_and_keep() -> bool:
         """Add a point to the curves and keep the weights if they are the best; return whether to stop."""
         nonlocal best_loss, best_weights, since_best
-        if recent:
-            result.loss_curve.append(float(torch.stack(recent).mean()))
-            recent.clear()
+        add_training_loss()
         if validation is None:
             result.best_iter = result.n_iter
             if hasattr(objective, "diverged"):
@@ -465,6 +473,7 @@ def train(
         average.follow_buffers()
         loss = judge_held_out(validation)
         result.validation_curve.append(loss)
+        result.validation_steps.append(result.n_iter)
         if loss < best_loss:
             best_loss, best_weights, since_best = loss, average.state(), 0
             result.best_iter = result.n_iter
@@ -482,7 +491,7 @@ def train(
             if not all(bool(torch.isfinite(value).all()) for value in best_weights[0]):
                 raise FloatingPointError(f"Training diverged within {result.n_iter} steps: {reason}.")
         if not result.loss_curve:
-            result.loss_curve.append(float(torch.stack(recent).mean()))
+            add_training_loss()
         warn_user(
             f"Training diverged and was stopped at step {result.n_iter}: {reason}. The detector keeps the weights of "
             f"step {result.best_iter}, the best so far.",
@@ -578,8 +587,8 @@ def train(
         result.interrupted = True
         if best_weights is None:
             result.best_iter = result.n_iter
-        if recent and not result.loss_curve:
-            result.loss_curve.append(float(torch.stack(recent).mean()))
+        if not result.loss_curve:
+            add_training_loss()
         warn_user(
             f"Training was interrupted after {result.n_iter} steps. The detector keeps the weights of step "
             f"{result.best_iter}, the best so far, and is usable.",

@@ -231,6 +231,9 @@ class DiffusionDetector(GenerativeDetector):
         Mean training loss between evaluations, of standardised rows.
     validation_curve_ : list of float
         Held-out loss at each evaluation; empty if no rows were held out.
+    loss_steps_, validation_steps_ : list of int
+        Steps of the points of `loss_curve_` and of `validation_curve_`, counted from the first fit on. None of a
+        detector whose fit, or first fit, was saved by a version that did not keep them.
     event_shape_ : tuple of int
         Shape of one row: ``(n_features_in_,)``, or ``(channels, height, width)`` of an image.
     n_features_in_ : int

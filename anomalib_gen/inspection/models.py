@@ -207,10 +207,14 @@ class LossCurveDisplay:
 
     Parameters
     ----------
-    steps : ndarray of shape (n_evaluations,)
-    training, validation : ndarray of shape (n_evaluations,)
-        Loss; that on held-out rows is empty where none were held out.
+    steps : ndarray of shape (n_points,)
+    training : ndarray of shape (n_points,)
+        Loss up to each step.
+    validation : ndarray of shape (n_evaluations,)
+        Loss on held-out rows; empty where none were held out.
     best_step : int or None, default=None
+    validation_steps : ndarray of shape (n_evaluations,) or None, default=None
+        Steps of `validation`; None takes the last of `steps`.
     name : str or None, default=None
         Of the detector.
 
@@ -227,9 +231,11 @@ class LossCurveDisplay:
         training: Any,
         validation: Any,
         best_step: int | None = None,
+        validation_steps: Any = None,
         name: str | None = None,
     ) -> None:
         self.steps = steps
+        self.validation_steps = validation_steps
         self.training = training
         self.validation = validation
         self.best_step = best_step
@@ -268,10 +274,13 @@ class LossCurveDisplay:
             raise ValueError(
                 f"The loss_curve_ of this {type(inner).__name__} is empty: its model has no weights that were trained."
             )
-        # Evaluations are evenly spaced, and the last is that of the last step.
-        steps = inner.n_iter_ * np.arange(1, len(training) + 1) / max(len(training), 1)
+        steps, validation_steps = inner.loss_steps_, inner.validation_steps_
+        if steps is None:
+            # Not kept when the detector was saved: nearly even in one fit, up to the last step.
+            steps = inner.n_iter_ * np.arange(1, len(training) + 1) / len(training)
         return cls(
-            steps=steps,
+            steps=np.asarray(steps),
+            validation_steps=None if validation_steps is None else np.asarray(validation_steps),
             training=training,
             validation=np.asarray(inner.validation_curve_, dtype=np.float64),
             best_step=inner.best_iter_,
@@ -290,22 +299,22 @@ class LossCurveDisplay:
         LossCurveDisplay
         """
         ax = start(self, ax)
-        marker = "o" if len(self.steps) == 1 else None  # a line of one point is not seen
         ax.plot(
             self.steps,
             self.training,
             color=NORMAL,
             lw=1.4,
-            marker=marker,
+            marker=_marker(self.training),
             label="training, mean between evaluations",
         )
         if len(self.validation):
+            judged = self.validation_steps
             ax.plot(
-                self.steps[-len(self.validation) :],
+                self.steps[-len(self.validation) :] if judged is None else judged,
                 self.validation,
                 color=ANOMALY,
                 lw=1.8,
-                marker=marker,
+                marker=_marker(self.validation),
                 label="held out",
             )
         if self.best_step is not None and len(self.validation):
@@ -322,6 +331,11 @@ class LossCurveDisplay:
         ax.set(xlabel="gradient step", ylabel="loss a row", title=self.name)
         ax.legend(frameon=False)
         return self
+
+
+def _marker(points: Any) -> str | None:
+    """A line of one point is not seen."""
+    return "o" if len(points) == 1 else None
 
 
 class LatentSpaceDisplay:

@@ -211,6 +211,41 @@ def test_loss_curve_ends_at_the_last_step(fitted, X):
         LossCurveDisplay.from_estimator(IsolationForest().fit(X))
 
 
+def drawn_losses(detector):
+    """Steps of the points of both curves, and of the line at the weights kept, as they are drawn."""
+    lines = LossCurveDisplay.from_estimator(detector).ax_.lines
+    return [list(line.get_xdata()) for line in lines[:2]], lines[-1].get_xdata()[0]
+
+
+def test_losses_are_drawn_at_the_steps_of_their_evaluations(X):
+    detector = VAEDetector(max_iter=60, warm_start=True, random_state=0, device="cpu").fit(X)
+    assert drawn_losses(detector)[0] == [[25, 50, 60]] * 2
+    detector.fit(X).partial_fit(X[:30])
+    # Of 30 rows none are held out, so one point has no loss of such rows.
+    last = detector.n_iter_
+    training, held_out = [25, 50, 60, 85, 110, 120, last], [25, 50, 60, 85, 110, 120]
+    assert last > 120
+    (drawn, judged), best = drawn_losses(detector)
+    assert (drawn, judged) == (training, held_out)
+    assert (detector.loss_steps_, detector.validation_steps_) == (training, held_out)
+    assert best == detector.best_iter_ == last
+    detector.fit(X)
+    _, best = drawn_losses(detector)
+    assert detector.validation_steps_[6 + int(np.argmin(detector.validation_curve_[6:]))] == best
+    detector.set_params(warm_start=False).fit(X)
+    assert detector.loss_steps_ == detector.validation_steps_ == [25, 50, 60]
+
+
+def test_a_detector_without_steps_has_its_losses_evenly_spaced(X):
+    detector = VAEDetector(max_iter=60, warm_start=True, random_state=0, device="cpu").fit(X)
+    # As one that was saved before steps were kept.
+    del detector.loss_steps_, detector.validation_steps_
+    assert drawn_losses(detector)[0] == [[20, 40, 60]] * 2
+    assert detector.fit(X).loss_steps_ is None
+    assert drawn_losses(detector)[0] == [[20, 40, 60, 80, 100, 120]] * 2
+    assert detector.set_params(warm_start=False).fit(X).loss_steps_ == [25, 50, 60]
+
+
 def test_samples_are_shown_by_column_and_pair(fitted, X):
     display = SamplesDisplay.from_estimator(fitted, X, n_samples=150)
     assert display.axes_.shape == (3, 3)

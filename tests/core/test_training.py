@@ -454,7 +454,9 @@ def test_the_last_step_is_always_evaluated():
     rows = make_rows()
     result = run(Centre(), distance, rows, validation=make_rows(8), max_iter=12, eval_every=5)
     assert len(result.validation_curve) == len(result.loss_curve) == 3
+    assert result.validation_steps == result.loss_steps == [5, 10, 12]
     result = run(Centre(), distance, rows, max_iter=3, eval_every=5)
+    assert (result.validation_steps, result.loss_steps) == ([], [3])
     assert (len(result.validation_curve), len(result.loss_curve)) == (0, 1)
 
 
@@ -533,6 +535,7 @@ def test_an_interrupt_keeps_the_weights_so_far():
     assert len(result.loss_curve) == 1  # though no evaluation was due
     np.testing.assert_array_equal(model.centre.detach(), reference.centre.detach())
     assert (result.n_iter, result.best_iter, result.interrupted) == (12, 12, True)
+    assert len(result.loss_curve) == len(result.loss_steps)
     assert not model.training
 
 
