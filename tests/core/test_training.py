@@ -577,7 +577,7 @@ def interrupt_at(monkeypatch, step):
     calls = iter(range(10_000))
 
     def spy(self, model, x, generator):
-        if torch.is_grad_enabled() and next(calls) == step:
+        if len(x) > 2 and torch.is_grad_enabled() and next(calls) == step:
             raise KeyboardInterrupt
         return loss(self, model, x, generator)
 
