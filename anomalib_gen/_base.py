@@ -627,10 +627,14 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         device = self._scoring_device()
         return map_in_blocks(self._model_on(device), function, X, shape=shape, scaler=scaler, device=device)
 
+    # Some anomalies take gradients, also within a caller's inference_mode: no weight may be one of that mode.
+    @torch.inference_mode(False)
     def _model_on(self, device: torch.device) -> nn.Module:
         """Return the model on `device` in the precision of scores there, whatever machine it was fitted on."""
         dtype = _runtime.event_dtype(self.event_shape_, device)
-        tensors = itertools.chain(self.model_.parameters(), self.model_.buffers())
+        tensors = list(itertools.chain(self.model_.parameters(), self.model_.buffers()))
+        if any(t.is_inference() for t in tensors):
+            _runtime.leave_inference_mode(self.model_)
         # A look takes less time than `to`, which sets every weight anew.
         if any(t.device != device or (t.is_floating_point() and t.dtype != dtype) for t in tensors):
             self.model_.to(device=device, dtype=dtype)

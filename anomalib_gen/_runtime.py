@@ -15,6 +15,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
+from torch import nn
 
 SCORING_VALUES_PER_BLOCK = 2**18
 """Input values scored at once on a CPU; keeps a block's activations in tens of megabytes."""
@@ -157,6 +158,22 @@ def forked_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
             torch.set_rng_state(cpu_state)
             if cuda is not None and cuda_state is not None:
                 torch.cuda.set_rng_state(cuda_state, cuda)
+
+
+@torch.inference_mode(False)
+def leave_inference_mode(model: nn.Module) -> None:
+    """Renew weights and buffers that were copied or unpickled in inference mode: nothing could be differentiated."""
+    renewed: dict[int, torch.Tensor] = {}  # what is shared stays so
+    for module in model.modules():
+        for kept in (module._parameters, module._buffers):
+            for name, value in kept.items():
+                if value is None or not value.is_inference():
+                    continue
+                if id(value) not in renewed:
+                    new = value.detach().clone()
+                    is_weight = isinstance(value, nn.Parameter)
+                    renewed[id(value)] = nn.Parameter(new, value.requires_grad) if is_weight else new
+                kept[name] = renewed[id(value)]  # type: ignore[assignment]
 
 
 def expand_as_rows(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -106,7 +106,8 @@ def map_in_blocks(
     limit = torch.finfo(dtype).max
     block = _runtime.scoring_block_rows(int(max(np.prod(X.shape[1:]), np.prod(shape))), device)
     values = np.empty((len(X), *shape))
-    with torch.no_grad():
+    # Not in inference mode, the caller's included: `function` may take gradients.
+    with torch.inference_mode(False), torch.no_grad():
         for rows in _runtime.row_blocks(len(X), block):
             z = np.asarray(X[rows], dtype=np.float64) if scaler is None else scaler.transform(X[rows])
             x = torch.from_numpy(np.clip(z, -limit, limit)).to(device=device, dtype=dtype)

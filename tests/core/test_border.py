@@ -21,11 +21,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import nn
 
-from anomalib_gen import DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
+from anomalib_gen import ComposedDetector, DiffusionDetector, EnergyDetector, FlowDetector, VAEDetector
 from anomalib_gen._base import GenerativeDetector, outlier_threshold
 from anomalib_gen._component import Component
 from anomalib_gen._training import TrainingOptions
 from anomalib_gen.anomaly import Likelihood, Typicality
+from anomalib_gen.explain import feature_contributions
 from anomalib_gen.objectives import MaximumLikelihood
 
 
@@ -199,6 +200,53 @@ def test_fit_takes_gradients_where_the_caller_takes_none(X, family, mode):
         np.testing.assert_array_equal(detector.score_samples(X), expected)
     np.testing.assert_array_equal(detector.score_samples(X), expected)
     np.testing.assert_array_equal(clone(detector).fit(X).partial_fit(X).score_samples(X), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The weights of 8 chains")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_follows_gradients_works_where_the_caller_takes_none(X, mode):
+    options = {"max_iter": 3, "random_state": 0, "device": "cpu"}
+    flow = FlowDetector(transform="nsf-autoregressive", n_layers=1, **options).fit(X)
+    vae, energy = VAEDetector(**options).fit(X), EnergyDetector(**options).fit(X)
+    diffusion = DiffusionDetector(**options).fit(X)
+    product = ComposedDetector([("flow", flow), ("energy", energy)], n_steps=4).fit(X)
+
+    def explained(detector, method):
+        return feature_contributions(detector, X[:2], method=method, background=X).values
+
+    calls = [
+        lambda: explained(flow, "integrated-gradients"),
+        lambda: explained(product, "integrated-gradients"),
+        lambda: explained(flow, "conditional"),
+        lambda: explained(energy, "score"),
+        lambda: clone(energy).fit(X).normalize(n_chains=8, n_levels=4, random_state=0).log_normalizer_,
+        lambda: product.sample(3, random_state=0),
+        # Their detectors are copies made there.
+        lambda: vae.with_anomaly("likelihood_regret", X).score_samples(X[:2]),
+        lambda: energy.with_anomaly("score_norm", X).score_samples(X[:2]),
+        lambda: diffusion.with_anomaly("likelihood", X).score_samples(X[:2]),
+    ]
+    for call in calls:
+        expected = call()
+        with mode():
+            found = call()
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("family", [FlowDetector, VAEDetector, EnergyDetector, DiffusionDetector])
+def test_a_detector_unpickled_in_inference_mode_is_as_any_other(X, family):
+    detector = family(max_iter=3, random_state=0, device="cpu").fit(X)
+    expected = detector.score_samples(X)
+    with torch.inference_mode():
+        copied = pickle.loads(pickle.dumps(detector))
+        np.testing.assert_array_equal(copied.score_samples(X), expected)
+    np.testing.assert_array_equal(copied.score_samples(X), expected)
+    assert not any(weight.is_inference() for weight in copied.model_.parameters())
+    # Weights that were shared are shared again.
+    assert len(list(copied.model_.parameters())) == len(list(detector.model_.parameters()))
+    np.testing.assert_array_equal(
+        copied.partial_fit(X).score_samples(X), detector.partial_fit(X).score_samples(X)
+    )
 
 
 # Continuing -----------------------------------------------------------------------------------------------
