@@ -336,7 +336,8 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
             scaler, model = self._scaler, copy.deepcopy(self.model_).float()
         else:
             scaler = self._make_scaler(X, None if len(index) == len(X) else index, weights)
-            with _runtime.forked_rng(seeds[1]):
+            # The first weights of a seed are those drawn in float32.
+            with _runtime.forked_rng(seeds[1]), _runtime.SinglePrecision():
                 grain = column_grain(X, index[train_index], scaler)
                 n_rows = None if one_pass else len(train_index)
                 model = self._make_model_for(n_rows, X.shape[1:], grain).float()

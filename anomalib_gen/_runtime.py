@@ -16,9 +16,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 SCORING_VALUES_PER_BLOCK = 2**18
 """Input values scored at once on a CPU; keeps a block's activations in tens of megabytes."""
+_IN_DEFAULT_TYPE = frozenset(
+    {torch.empty, torch.eye, torch.linspace, torch.logspace, torch.ones, torch.rand, torch.randn, torch.zeros}
+)
 _global_generators = threading.RLock()
 """Held by the thread that has torch's global generators to itself."""
 
@@ -158,6 +162,21 @@ def forked_rng(seed: int, device: torch.device | None = None) -> Iterator[None]:
             torch.set_rng_state(cpu_state)
             if cuda is not None and cuda_state is not None:
                 torch.cuda.set_rng_state(cuda_state, cuda)
+
+
+class SinglePrecision(TorchFunctionMode):
+    """Make float32 of what torch's functions, and so its layers, make in their default type inside the block.
+
+    That type is the process's (`torch.set_default_dtype`); this mode is the thread's own.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _IN_DEFAULT_TYPE and kwargs.get("dtype") is None and kwargs.get("out") is None:
+            kwargs = {**kwargs, "dtype": torch.float32}
+        return func(*args, **kwargs)
 
 
 @torch.inference_mode(False)

@@ -142,7 +142,7 @@ class Denoiser(nn.Module):
             raise ValueError(f"sampler={sampler!r} is unknown. Known: {', '.join(map(repr, SAMPLERS))}.")
         grid = self.path.grid(n_steps).flip(0)
         width = float((self.path.alpha(grid[0]).square() + self.path.sigma(grid[0]).square()).sqrt())
-        like = next(chain(self.parameters(), self.buffers()), torch.empty(()))
+        like = next(chain(self.parameters(), self.buffers()), torch.empty((), dtype=torch.float32))
         start = width * normal_like(like.new_empty((n, *self.event_shape)), generator)
         learned = options.get("variance") == "learned"
         denoise = self.denoise_and_variance if learned else self.denoise

@@ -469,12 +469,13 @@ def _column_ranks(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     columns = []
     for column in rows.T:
         values, counts = torch.unique(column, return_counts=True)
-        midranks = counts.cumsum(0) - 0.5 * counts
+        midranks = counts.cumsum(0).float() - 0.5 * counts.float()
         gap = values.diff().median() if len(values) > 1 else values.new_ones(())
         if len(values) > RANK_KNOTS - 2:
             last = len(values) - 1
             extreme = torch.arange(EXTREME_KNOTS, device=rows.device)
-            between = torch.linspace(0, last, RANK_KNOTS - 2 - 2 * EXTREME_KNOTS, device=rows.device)
+            n_between = RANK_KNOTS - 2 - 2 * EXTREME_KNOTS
+            between = torch.linspace(0, last, n_between, dtype=torch.float32, device=rows.device)
             chosen = torch.cat([extreme, between.round().long(), last - extreme]).unique()
             values, midranks = values[chosen], midranks[chosen]
         values = torch.cat([values[:1] - gap, values, values[-1:] + gap])

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomalib_gen._runtime import check_shape, forked_rng
+from anomalib_gen._runtime import SinglePrecision, check_shape, forked_rng
 from anomalib_gen.models.flow import FlowModel, make_flow_transform
 from anomalib_gen.networks import compress_tails, expand_tails
 
@@ -105,7 +105,7 @@ class MarginalNoise(nn.Module):
         """Fit to rows ``(n, D)``, n >= 2."""
         y = compress_tails(x)[0].sort(0).values
         n_kernels = min(N_KERNELS, len(y))
-        middle = (torch.arange(n_kernels, device=y.device) + 0.5) / n_kernels * len(y)
+        middle = (torch.arange(n_kernels, dtype=torch.float32, device=y.device) + 0.5) / n_kernels * len(y)
         centres = y[middle.long()].T.contiguous()
         gaps = centres.diff(dim=1)
         # At either end there is one neighbour, and all of the tail to cover.
@@ -195,11 +195,11 @@ def fit_flow_noise(
         Without gradients.
     """
     seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
-    with forked_rng(seed):
+    with forked_rng(seed), SinglePrecision():
         transform = make_flow_transform(
             "nsf-coupling", x.shape[1], n_layers=4, hidden_features=32, n_blocks=1
         )
-    flow = FlowModel(transform, x.shape[1]).to(x)
+        flow = FlowModel(transform, x.shape[1]).to(x)
     optimiser = torch.optim.Adam(flow.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_steps)
     with torch.enable_grad():

@@ -54,5 +54,6 @@ def some_rows(rows: Any, limit: int, generator: torch.Generator) -> torch.Tensor
         index = torch.randperm(len(rows), generator=generator, device=generator.device)[:limit]
         return rows.take(index.cpu())
     mass = weights.double().cpu().cumsum(0)
-    u = torch.rand(min(limit, len(rows)), generator=generator, device=generator.device).cpu().double()
+    size = min(limit, len(rows))
+    u = torch.rand(size, generator=generator, dtype=torch.float32, device=generator.device).cpu().double()
     return rows.take(torch.searchsorted(mass, u * mass[-1], right=True).clamp(max=len(rows) - 1))

@@ -196,7 +196,7 @@ class ContrastiveDivergence(Component):
             raise ValueError(f"step_size must be positive and finite, got {self.step_size!r}.")
         if "mala" in (self.transition, self._auto_transition if self.transition == "auto" else None):
             # One run in five is of short steps, h / 10 or h / 100: lengths, so the root.
-            u = torch.rand(len(x), generator=generator, device=x.device)
+            u = torch.rand(len(x), generator=generator, dtype=torch.float32, device=x.device)
             size = (u < SHORT_RUNS).to(x) + (u < 0.5 * SHORT_RUNS).to(x)
             scale = expand_as_rows(torch.pow(10.0, -0.5 * size), x)
             longest = math.sqrt(2 * x[0].numel() / h)  # its step is as long as that of the noise

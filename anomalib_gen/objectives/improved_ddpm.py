@@ -77,7 +77,7 @@ class ImprovedDDPM(Component):
     def prepare(self, model: Any, rows: Any, generator: torch.Generator) -> None:
         """Forget the losses of an earlier training."""
         n = len(step_tables(model.path).level)
-        self.history_ = torch.zeros((n, HISTORY), device=generator.device)
+        self.history_ = torch.zeros((n, HISTORY), dtype=torch.float32, device=generator.device)
         self.counts_ = torch.zeros(n, dtype=torch.long, device=generator.device)
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

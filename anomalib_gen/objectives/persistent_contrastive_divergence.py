@@ -121,7 +121,7 @@ class PersistentContrastiveDivergence(ContrastiveDivergence):
         place: dict[str, Any] = {"generator": generator, "device": self.buffer_.device}
         picked = torch.randperm(size, **place)[:batch]
         start = self.buffer_[picked]
-        anew = (torch.rand(batch, **place) < self.p_restart).nonzero().squeeze(1)
+        anew = (torch.rand(batch, **place, dtype=torch.float32) < self.p_restart).nonzero().squeeze(1)
         start[anew] = self._from_noise(len(anew), generator)
         end = self._transit(model, start, generator)
         self.buffer_[picked] = end

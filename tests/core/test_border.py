@@ -27,7 +27,7 @@ from anomalib_gen._component import Component
 from anomalib_gen._training import TrainingOptions
 from anomalib_gen.anomaly import Likelihood, Typicality
 from anomalib_gen.explain import feature_contributions
-from anomalib_gen.objectives import MaximumLikelihood
+from anomalib_gen.objectives import MaximumLikelihood, NoiseContrastive
 
 
 def same_scaling(a, b):
@@ -188,6 +188,63 @@ def test_a_random_state_instance_is_consumed(tiny, X):
     second = detector.fit(X).score_samples(X)
     assert not np.array_equal(first, second)
     np.testing.assert_array_equal(first, tiny(random_state=0).fit(X).score_samples(X))
+
+
+@pytest.fixture
+def in_double():
+    """Torch's default type as a user may have set it."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    assert torch.get_default_dtype() == torch.float64
+    torch.set_default_dtype(torch.float32)
+
+
+def families_and_objectives():
+    for family in (FlowDetector, VAEDetector, EnergyDetector, DiffusionDetector):
+        yield pytest.param(family, {}, id=family.__name__)
+        for name in family._objectives if "objective" in family().get_params() else ():
+            yield pytest.param(family, {"objective": name}, id=f"{family.__name__}-{name}")
+    for transform in ("maf", "realnvp", "nsf-coupling"):
+        yield pytest.param(FlowDetector, {"transform": transform}, id=transform)
+    for noise in ("product-of-marginals", "flow"):
+        yield pytest.param(EnergyDetector, {"objective": NoiseContrastive(noise=noise)}, id=noise)
+    yield pytest.param(EnergyDetector, {"spectral_norm": 1.0}, id="spectral")
+
+
+def fit_small(family, parts, X):
+    options = {"max_iter": 4, "hidden_features": 8, "random_state": 0, "device": "cpu"} | parts
+    detector = family(**options).fit(X)
+    return detector.loss_curve_, detector.score_samples(X), detector.partial_fit(X).score_samples(X)
+
+
+@pytest.mark.parametrize(("family", "parts"), families_and_objectives())
+def test_torch_s_default_type_changes_nothing(family, parts, X, request):
+    expected = fit_small(family, parts, X)
+    request.getfixturevalue("in_double")
+    for one, other in zip(fit_small(family, parts, X), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("family", [FlowDetector, VAEDetector, EnergyDetector, DiffusionDetector])
+def test_torch_s_default_type_changes_nothing_of_images(family, request):
+    images = np.random.default_rng(0).integers(0, 256, (24, 1, 8, 8), dtype=np.uint8)
+    parts = {"batch_size": 8, "n_blocks": 1} if family is not EnergyDetector else {"batch_size": 8}
+    expected = fit_small(family, parts, images)
+    request.getfixturevalue("in_double")
+    for one, other in zip(fit_small(family, parts, images), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_networks_of_any_type_are_taken(dtype, X, in_double):
+    def network(features, n_heads, context_features):
+        shift = torch.tensor([0.5], dtype=dtype)  # by its values
+        layer = nn.Bilinear(features, context_features, n_heads, dtype=dtype)
+        layer.bias.data += shift
+        return layer
+
+    detector = EnergyDetector(network=network, max_iter=3, random_state=0, device="cpu").fit(X)
+    assert np.isfinite(detector.score_samples(X)).all()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

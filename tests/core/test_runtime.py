@@ -397,3 +397,18 @@ def test_scoring_noise_is_the_same_in_every_precision():
 
 def test_the_generator_of_scores_is_on_the_cpu():
     assert _runtime.scoring_generator(0).device == CPU
+
+
+def test_single_precision_is_for_one_thread_and_for_what_says_no_type():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with ThreadPoolExecutor(1) as pool, _runtime.SinglePrecision():
+            assert nn.Linear(2, 2).weight.dtype == torch.zeros(2).dtype == torch.float32
+            assert nn.Linear(2, 2, dtype=torch.float64).weight.dtype == torch.float64
+            assert torch.zeros(2, dtype=torch.int64).dtype == torch.arange(2).dtype == torch.int64
+            assert torch.zeros(2, out=torch.empty(2, dtype=torch.float64)).dtype == torch.float64
+            assert pool.submit(lambda: torch.zeros(2).dtype).result() == torch.float64
+            assert torch.get_default_dtype() == torch.float64
+        assert torch.zeros(2).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
