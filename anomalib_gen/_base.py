@@ -555,13 +555,20 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
     def _energy(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         return self._apply(self._energy_anomaly(), X)
 
-    def _torch_energy(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return `energy` as a differentiable function of rows ``(n, D)`` on `device`, in the units of X."""
+    def _torch_energy(
+        self, device: torch.device, *, scaled: bool = False
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return `energy` as a differentiable function of rows ``(n, D)`` on `device`, in the units of X.
+
+        If `scaled`, of rows from which the scaler's shift and scale were taken: in the units of X a column of subnormal
+        numbers has a gradient beyond the floating-point range.
+        """
         model, anomaly = self._model_on(device), self._energy_anomaly()
         dtype, seed = _runtime.event_dtype(self.event_shape_, device), self._scoring_seed
 
         def energy(x: torch.Tensor) -> torch.Tensor:
-            z, log_det = self._scaler.transform_tensor(x.to(dtype))
+            enter = self._scaler.finish_tensor if scaled else self._scaler.transform_tensor
+            z, log_det = enter(x.to(dtype))
             values: torch.Tensor = anomaly(model, z, _runtime.scoring_generator(seed))
             return values - log_det
 

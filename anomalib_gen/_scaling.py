@@ -136,7 +136,11 @@ class Standardizer:
         shift, scale = (
             torch.as_tensor(value, dtype=x.dtype, device=x.device) for value in (self.shift, self.scale)
         )
-        return (x - shift) / scale, x.new_full((len(x),), self.log_det)
+        return self.finish_tensor((x - shift) / scale)
+
+    def finish_tensor(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `transform_tensor` gives for ``(x - shift) / scale``, ``(n, *E)``."""
+        return z, z.new_full((len(z),), self.log_det)
 
 
 @dataclass(frozen=True)
@@ -165,9 +169,9 @@ class TailedStandardizer(Standardizer):
         y, log_det = compress_tails(torch.from_numpy(super().transform(X)))
         return y.numpy(), self.log_det + log_det.numpy()
 
-    def transform_tensor(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Standardise and compress ``(n, *E)`` differentiably; also log |dz/dx| ``(n,)``."""
-        z, log_det = super().transform_tensor(x)
+    def finish_tensor(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compress the tails of ``(x - shift) / scale``."""
+        z, log_det = super().finish_tensor(z)
         y, log_det_tails = compress_tails(z)
         return y, log_det + log_det_tails
 

@@ -268,12 +268,15 @@ def _integrated_gradients(
         starts = _nearest(X, background, shift, scale, n_baselines)
     device = detector._scoring_device() if hasattr(detector, "_scoring_device") else torch.device("cpu")
     dtype = _runtime.scoring_dtype(device)
-    energy = detector._torch_energy(device)
+    # Where the units of the path are the detector's own, it need not see those of X.
+    scaled = hasattr(detector, "_scaler")
+    energy = detector._torch_energy(device, scaled=True) if scaled else detector._torch_energy(device)
     shift_t, scale_t = (torch.as_tensor(v, dtype=dtype, device=device) for v in (shift, scale))
 
     def along(y: torch.Tensor) -> torch.Tensor:
         """Energy as a function of compressed standardised rows."""
-        value: torch.Tensor = energy(expand_tails(y)[0] * scale_t + shift_t)
+        z = expand_tails(y)[0]
+        value: torch.Tensor = energy(z if scaled else z * scale_t + shift_t)
         return value
 
     def compressed(rows: npt.NDArray[Any]) -> torch.Tensor:

@@ -105,6 +105,22 @@ def test_rows_far_out_still_add_up(fitted, rows):
     assert found.values[1].argmax() == 2
 
 
+@pytest.mark.parametrize("family", [FlowDetector, VAEDetector, EnergyDetector])
+@pytest.mark.filterwarnings("error:The path integrals")
+def test_columns_of_subnormal_numbers_are_explained(family):
+    """In their units the energy falls by more than the largest number for each unit."""
+    random = np.random.default_rng(0)
+    X = np.column_stack([random.normal(size=80), random.integers(1, 40, 80) * 5e-324])
+    detector = family(max_iter=5, random_state=0, device="cpu").fit(X)
+    for background in (None, X):
+        found = feature_contributions(
+            detector, X[:4], method="integrated-gradients", background=background, n_baselines=2
+        )
+        assert (found.values != 0).any(axis=0).all()
+        np.testing.assert_allclose(found.anomaly, detector.energy(X[:4]), rtol=1e-9)
+        np.testing.assert_allclose(found.baseline + found.values.sum(1), found.anomaly, rtol=1e-9)
+
+
 def test_the_path_integral_alone_meets_its_tolerance(rows, monkeypatch):
     """What is shared out afterwards is small: without it the sums hold within a hundredth."""
     from anomalib_gen.explain import contributions as module
