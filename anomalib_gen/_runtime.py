@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -206,6 +206,13 @@ def check_count(value: Any, name: str, *, least: int = 1) -> int:
         wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ValueError(f"{name} must be {wanted}, got {value!r}.")
     return int(value)
+
+
+def check_share(value: Any, name: str, *, with_one: bool = False) -> float:
+    """Return a number between 0 and 1, or in (0, 1]; the message of another value names it."""
+    if not isinstance(value, Real) or not (0 < float(value) < 1 or (with_one and value == 1)):
+        raise ValueError(f"{name} must lie {'in (0, 1]' if with_one else 'between 0 and 1'}, got {value!r}.")
+    return float(value)
 
 
 def check_shape(values: torch.Tensor, shape: Sequence[int], name: str) -> torch.Tensor:

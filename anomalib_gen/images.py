@@ -27,7 +27,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._inputs import stack_images
-from anomalib_gen._runtime import row_blocks
+from anomalib_gen._runtime import check_share, row_blocks
 from anomalib_gen._scaling import rows_per_block
 from anomalib_gen._warnings import warn_user
 from anomalib_gen.detectors import ComposedDetector
@@ -94,8 +94,7 @@ def mutate_pixels(X: npt.NDArray[Any], *, rate: float = 0.2, random_state: Any =
     ValueError
         If the rate does not lie between 0 and 1.
     """
-    if not 0 < rate <= 1:
-        raise ValueError(f"rate must lie in (0, 1], got {rate!r}.")
+    check_share(rate, "rate", with_one=True)
     random = check_random_state(random_state)
     X = np.asarray(X)
     low, high = X.min(), X.max()

@@ -21,6 +21,7 @@ from sklearn.utils import _safe_indexing, check_random_state
 from sklearn.utils.validation import _num_samples
 
 from anomalib_gen._inputs import as_pandas, column_names, name_columns
+from anomalib_gen._runtime import check_share
 from anomalib_gen.calibration._wrapped import seeded_clone
 from anomalib_gen.calibration.p_values import conformal_p_values
 
@@ -81,8 +82,7 @@ def adaptive_p_values(
     >>> flagged[:80].mean() < 0.05, flagged[80:].mean() > 0.3
     (np.True_, np.True_)
     """
-    if not 0 < calibration_fraction < 1:
-        raise ValueError(f"calibration_fraction must lie between 0 and 1, got {calibration_fraction!r}.")
+    check_share(calibration_fraction, "calibration_fraction")
     n, m = _num_samples(X_normal), _num_samples(X)
     if n < 2:
         raise ValueError(f"X_normal has {n} rows; at least 2 are needed, and hundreds are better.")

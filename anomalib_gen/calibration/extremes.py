@@ -19,6 +19,7 @@ excesses look like what was fitted to them (`TailFit.goodness_of_fit`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ import numpy.typing as npt
 from scipy import optimize, stats
 from sklearn.utils import check_random_state
 
-from anomalib_gen._runtime import check_count
+from anomalib_gen._runtime import check_count, check_share
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -136,8 +137,7 @@ class TailFit:
         ValueError
             If `rate` lies beyond the tail, or `confidence` is no number between 0 and 1.
         """
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence must lie between 0 and 1, got {confidence!r}.")
+        check_share(confidence, "confidence")
         excess = self._excess(rate, self.shape, self.scale)
         if not excess > 0:
             return self.threshold, self.threshold
@@ -159,8 +159,8 @@ class TailFit:
             ends.append(float(self.threshold + excess * np.exp(found)))
         return ends[0], ends[1]
 
-    def _excess(self, rate: float, shape: float, scale: float) -> float:
-        if not 0 < rate <= self.tail_fraction:
+    def _excess(self, rate: Any, shape: float, scale: float) -> float:
+        if not isinstance(rate, Real) or not 0 < float(rate) <= self.tail_fraction:
             raise ValueError(
                 f"rate={rate!r} must be positive and at most {self.tail_fraction:.3g}, the share of values in the tail."
             )
@@ -235,10 +235,9 @@ def fit_tail(values: Any, *, tail_fraction: float = 0.1) -> TailFit:
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not np.isfinite(values).all():
         raise ValueError(f"values must be finite and one-dimensional, got shape {values.shape}.")
-    if not 0 < tail_fraction <= 1:
-        raise ValueError(f"tail_fraction must lie in (0, 1], got {tail_fraction!r}.")
+    check_share(tail_fraction, "tail_fraction", with_one=True)
     values = np.sort(values)
-    n_tail = min(round(tail_fraction * len(values)), len(values) - 1)
+    n_tail = max(0, min(round(tail_fraction * len(values)), len(values) - 1))
     # The largest value that is not in the tail, so that excesses are positive.
     threshold = values[-n_tail - 1] if len(values) else 0.0
     excesses = values[values > threshold] - threshold

@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from anomalib_gen._runtime import check_share
+
 METHODS = ("bh", "by", "storey")
 
 
@@ -77,8 +79,7 @@ def adjust_p_values(
         raise ValueError(f"p_values must lie in [0, 1], got {p[outside][0]:g} at {int(outside.argmax())}.")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
-    if not 0 < lambda_ < 1:
-        raise ValueError(f"lambda_ must lie between 0 and 1, got {lambda_!r}.")
+    check_share(lambda_, "lambda_")
     if not len(p):
         return p
     weighted = p

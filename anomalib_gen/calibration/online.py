@@ -25,9 +25,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from math import exp, isfinite, log, sqrt
+from numbers import Real
 from typing import Any, ClassVar, Self
 
 from scipy import special
+
+from anomalib_gen._runtime import check_share
 
 LORD_TERMS = 100_000
 """Terms of LORD's series summed one by one; the rest is an integral in closed form."""
@@ -70,16 +73,13 @@ class OnlineControl(ABC):
     _parameters: ClassVar[tuple[str, ...]] = ("alpha", "initial_wealth")
 
     def __init__(self, *, alpha: float, initial_wealth: float | None) -> None:
-        if not 0 < alpha < 1:
-            raise ValueError(f"alpha must lie between 0 and 1, got {alpha!r}.")
-        if initial_wealth is None:
-            initial_wealth = alpha / 2
-        if not 0 < initial_wealth <= alpha:
+        self.alpha = check_share(alpha, "alpha")
+        wealth: Any = alpha / 2 if initial_wealth is None else initial_wealth
+        if not isinstance(wealth, Real) or not 0 < float(wealth) <= alpha:
             raise ValueError(
                 f"initial_wealth must be positive and at most alpha={alpha:g}, got {initial_wealth!r}."
             )
-        self.alpha = float(alpha)
-        self.initial_wealth = float(initial_wealth)
+        self.initial_wealth = float(wealth)
         self.n_tests = 0
         self.n_discoveries = 0
         self.wealth = self.initial_wealth
@@ -133,7 +133,7 @@ class OnlineControl(ABC):
         """
         try:
             p = float(p_value)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise TypeError(
                 f"p_value must be one number, got {type(p_value).__name__}; test_each takes several."
             ) from error
@@ -326,8 +326,7 @@ class SAFFRON(OnlineControl):
     def __init__(
         self, *, alpha: float = 0.05, lambda_: float = 0.5, initial_wealth: float | None = None
     ) -> None:
-        if not 0 < lambda_ < 1:
-            raise ValueError(f"lambda_ must lie between 0 and 1, got {lambda_!r}.")
+        check_share(lambda_, "lambda_")
         super().__init__(alpha=alpha, initial_wealth=initial_wealth)
         self.lambda_ = float(lambda_)
 
@@ -400,7 +399,9 @@ class ADDIS(OnlineControl):
         theta: float = 0.5,
         initial_wealth: float | None = None,
     ) -> None:
-        if not 0 < lambda_ < theta <= 1:
+        check_share(lambda_, "lambda_")
+        check_share(theta, "theta", with_one=True)
+        if not lambda_ < theta:
             raise ValueError(f"0 < lambda_ < theta <= 1 is needed, got lambda_={lambda_!r}, theta={theta!r}.")
         super().__init__(alpha=alpha, initial_wealth=initial_wealth)
         self.lambda_, self.theta = float(lambda_), float(theta)

@@ -20,13 +20,15 @@ The detectors that make such p-values are in calibration.conformal.
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import special
 from sklearn.utils import check_random_state
+
+from anomalib_gen._runtime import check_share
 
 
 def conformal_p_values(
@@ -144,8 +146,7 @@ def conditional_p_values(
     if not isinstance(n_calibration, Integral) or n_calibration < 2:
         found = f"an array of shape {np.shape(n_calibration)}" if np.ndim(n_calibration) else n_calibration
         raise ValueError(f"n_calibration must be an integer of at least 2, got {found}.")
-    if not isinstance(delta, Real) or not 0 < delta < 1:
-        raise ValueError(f"delta must lie between 0 and 1, got {delta!r}.")
+    check_share(delta, "delta")
     n = int(n_calibration)
     p = np.asarray(p_values, dtype=np.float64)
     scaled = p * (n + 1)

@@ -32,6 +32,7 @@ from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
 from anomalib_gen._component import Component, resolve_component
+from anomalib_gen._runtime import check_share
 from anomalib_gen.calibration._wrapped import (
     WrappedDetector,
     check_labels,
@@ -68,12 +69,6 @@ class ThresholdRule(Component):
         """
 
 
-def _check_rate(rate: Any, name: str) -> float:
-    if not isinstance(rate, Real) or not 0 < float(rate) < 1:
-        raise ValueError(f"{name} must lie between 0 and 1, got {rate!r}.")
-    return float(rate)
-
-
 class Contamination(ThresholdRule):
     """Flag a share of the training rows, as scikit-learn's detectors do.
 
@@ -90,7 +85,7 @@ class Contamination(ThresholdRule):
 
     def __call__(self, scores: npt.NDArray[np.float64], y: Any = None) -> float:
         """Quantile of the training scores."""
-        rate = _check_rate(self.rate, "rate")
+        rate = check_share(self.rate, "rate")
         lower, upper = (float(np.quantile(scores, rate, method=method)) for method in ("lower", "higher"))
         # There is no way from -inf, as outside the support of a density, to the next score.
         return upper if np.isinf(lower) else float(np.quantile(scores, rate))
@@ -124,12 +119,12 @@ class FalsePositiveRate(ThresholdRule):
 
     def __call__(self, scores: npt.NDArray[np.float64], y: Any = None) -> float:
         """Order statistic of the held-out scores."""
-        rate, n = _check_rate(self.rate, "rate"), len(scores)
+        rate, n = check_share(self.rate, "rate"), len(scores)
         if self.confidence is None:
             k = flagged_ranks(rate, n)
             needed = int(np.ceil(1 / rate - 1))
         else:
-            confidence = _check_rate(self.confidence, "confidence")
+            confidence = check_share(self.confidence, "confidence")
             # The rate is Beta(k, n + 1 - k): P(Beta <= rate) falls with k.
             kept = stats.beta.cdf(rate, np.arange(1, n + 1), n - np.arange(n)) >= confidence
             k = int(kept.sum())
@@ -166,7 +161,7 @@ class TailProbability(ThresholdRule):
 
     def __call__(self, scores: npt.NDArray[np.float64], y: Any = None) -> float:
         """Minus the value that anomalies of normal rows exceed with probability `rate`."""
-        rate = _check_rate(self.rate, "rate")
+        rate = check_share(self.rate, "rate")
         self.tail_: TailFit = fit_tail(-scores, tail_fraction=self.tail_fraction)
         return -self.tail_.quantile(rate)
 
@@ -209,7 +204,7 @@ class ExpectedCost(ThresholdRule):
                 f"Both labels are needed among the held-out rows, got {n_normal} normal (+1) and {n_abnormal} "
                 "abnormal (-1) ones."
             )
-        share = n_abnormal / len(y) if self.prevalence is None else _check_rate(self.prevalence, "prevalence")
+        share = n_abnormal / len(y) if self.prevalence is None else check_share(self.prevalence, "prevalence")
         order = np.argsort(scores, kind="stable")
         sorted_scores, labels = scores[order], y[order]
         # The j lowest are flagged, j = 0 ... n.

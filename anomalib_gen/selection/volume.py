@@ -33,7 +33,7 @@ import numpy.typing as npt
 from scipy.integrate import trapezoid
 from sklearn.utils import _safe_indexing, check_random_state
 
-from anomalib_gen._runtime import check_count
+from anomalib_gen._runtime import check_count, check_share
 from anomalib_gen._warnings import warn_user
 from anomalib_gen.selection._scorer import Scorer, as_table, draw_uniform, refit, with_columns
 
@@ -374,8 +374,7 @@ class ExcessMass(_VolumeScorer):
         self.random_state = random_state
 
     def _judge(self, scores: npt.NDArray[np.float64], reference: npt.NDArray[np.float64]) -> float:
-        if not 0 < self.level < 1:
-            raise ValueError(f"level must lie between 0 and 1, got {self.level!r}.")
+        check_share(self.level, "level")
         t, excess = excess_mass_curve(scores, reference)
         end = float(len(reference))
         if excess[-1] <= self.level:

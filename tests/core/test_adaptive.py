@@ -99,7 +99,8 @@ def test_errors():
         adaptive_p_values(np.zeros((5, 2)), np.zeros((9, 3)))
     with pytest.raises(ValueError, match=r"arrays of the same columns, got shapes \(\) and \(\)"):
         adaptive_p_values(sparse.csr_array(np.eye(5)), sparse.csr_array(np.eye(9)))
-    with pytest.raises(ValueError, match="calibration_fraction must lie between 0 and 1, got 1"):
-        adaptive_p_values(batch, normal, calibration_fraction=1)
+    for wrong in (1, "x"):
+        with pytest.raises(ValueError, match=f"calibration_fraction must lie between 0 and 1, got {wrong!r}"):
+            adaptive_p_values(batch, normal, calibration_fraction=wrong)
     with pytest.raises(ValueError, match="X_normal has 1 rows; at least 2"):
         adaptive_p_values(batch, normal[:1])

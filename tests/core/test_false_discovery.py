@@ -92,7 +92,8 @@ def test_edges_and_errors():
             adjust_p_values(wrong)
     with pytest.raises(ValueError, match="method must be one of 'bh', 'by', 'storey', got 'bonferroni'"):
         adjust_p_values([0.5], method="bonferroni")
-    with pytest.raises(ValueError, match="lambda_ must lie between 0 and 1, got 1"):
-        adjust_p_values([0.5], method="storey", lambda_=1)
+    for wrong in (1, "x"):
+        with pytest.raises(ValueError, match=f"lambda_ must lie between 0 and 1, got {wrong!r}"):
+            adjust_p_values([0.5], method="storey", lambda_=wrong)
     with pytest.raises(ValueError, match="weights must be 1 positive"):
         adjust_p_values([0.5], weights=[0.0])

@@ -208,18 +208,24 @@ def test_errors_leave_the_state(control):
     for wrong in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"p_value must lie in \[0, 1\]"):
             running.test(wrong)
-    for wrong in (np.array([0.1, 0.2]), [0.1], None):
+    for wrong in (np.array([0.1, 0.2]), [0.1], None, "x"):
         with pytest.raises(TypeError, match=r"p_value must be one number, got .*test_each"):
             running.test(wrong)
     assert running.get_state() == before
-    with pytest.raises(ValueError, match="alpha must lie between 0 and 1, got 0"):
-        control(alpha=0)
+    for wrong in (0, 1, "x", None):
+        with pytest.raises(ValueError, match=f"alpha must lie between 0 and 1, got {wrong!r}"):
+            control(alpha=wrong)
+    with pytest.raises(ValueError, match=r"initial_wealth must be positive and at most alpha=0.1, got 'x'"):
+        control(alpha=0.1, initial_wealth="x")
     with pytest.raises(ValueError, match=r"initial_wealth must be positive and at most alpha=0.1, got 0.2"):
         control(alpha=0.1, initial_wealth=0.2)
 
 
 def test_parameters_of_saffron_and_addis():
-    with pytest.raises(ValueError, match="lambda_ must lie between 0 and 1, got 1"):
-        SAFFRON(lambda_=1)
+    for wrong in (1, "x"):
+        with pytest.raises(ValueError, match=f"lambda_ must lie between 0 and 1, got {wrong!r}"):
+            SAFFRON(lambda_=wrong)
+    with pytest.raises(ValueError, match=r"theta must lie in \(0, 1\], got 'x'"):
+        ADDIS(theta="x")
     with pytest.raises(ValueError, match="0 < lambda_ < theta <= 1 is needed"):
         ADDIS(lambda_=0.5, theta=0.5)

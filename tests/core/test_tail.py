@@ -99,15 +99,19 @@ def test_errors():
         fit_tail(values, tail_fraction=0.05)
     with pytest.raises(ValueError, match="0 of 100 values make the tail"):
         fit_tail(np.ones(100))
+    with pytest.raises(ValueError, match=r"^0 of 0 values make the tail; at least 10 are needed"):
+        fit_tail([])
     with pytest.raises(ValueError, match="values must be finite"):
         fit_tail([np.inf] * 100)
-    with pytest.raises(ValueError, match=r"tail_fraction must lie in \(0, 1\], got 0"):
-        fit_tail(values, tail_fraction=0)
+    for wrong in (0, "x", None):
+        with pytest.raises(ValueError, match=rf"tail_fraction must lie in \(0, 1\], got {wrong!r}"):
+            fit_tail(values, tail_fraction=wrong)
     fit = fit_tail(values, tail_fraction=0.2)
-    for wrong in (0, 0.3):
-        with pytest.raises(ValueError, match=rf"rate={wrong} must be positive and at most 0.2"):
+    for wrong in (0, 0.3, "x"):
+        with pytest.raises(ValueError, match=rf"rate={wrong!r} must be positive and at most 0.2"):
             fit.quantile(wrong)
-    with pytest.raises(ValueError, match="confidence must lie between 0 and 1, got 1"):
-        fit.interval(0.01, confidence=1)
+    for wrong in (1, "x"):
+        with pytest.raises(ValueError, match=f"confidence must lie between 0 and 1, got {wrong!r}"):
+            fit.interval(0.01, confidence=wrong)
     with pytest.raises(ValueError, match="n_resamples must be a positive integer, got 0"):
         fit.goodness_of_fit(n_resamples=0)
