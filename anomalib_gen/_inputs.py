@@ -148,7 +148,19 @@ def as_pandas(X: Any) -> Any:
         return X
     import pandas as pd
 
-    return pd.DataFrame({name: np.asarray(X[name]) for name in names})
+    return pd.DataFrame({name: _values_of(X[name]) for name in names})
+
+
+def _values_of(column: Any) -> Any:
+    """Values of a column of polars or pyarrow for pandas, whole numbers as such where some are missing."""
+    values = np.asarray(column)
+    kind = str(getattr(column, "dtype", getattr(column, "type", ""))).lower()
+    # As an array they are floats then, with NaN.
+    if values.dtype.kind != "f" or not kind.startswith(("int", "uint")):
+        return values
+    import pandas as pd
+
+    return pd.arrays.IntegerArray(np.array(column.fill_null(0)), np.array(column.is_null()))
 
 
 def as_kind_of(rows: Any, X: Any) -> Any:

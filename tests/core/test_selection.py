@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import polars as pl
+import pyarrow as pa
 import pytest
 from scipy import integrate, stats
 from sklearn import config_context
@@ -21,6 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, MinMaxScaler, OneHotEncoder, RobustScaler, StandardScaler
 
 from anomalib_gen import EnergyDetector, FlowDetector
+from anomalib_gen._inputs import as_pandas
 from anomalib_gen.calibration import SplitConformalDetector
 from anomalib_gen.selection import (
     ColumnReplacement,
@@ -520,6 +522,32 @@ def test_whole_numbers_of_which_some_are_missing(kind):
     assert share.sum() == pytest.approx(1)
     assert share[5] == pytest.approx(1 / 3 if kind == "category" else 0.4, abs=0.05)
     assert drawn[0].dtype == counts.dtype
+
+
+@pytest.mark.parametrize("convert", [pl.from_pandas, pa.Table.from_pandas])
+@pytest.mark.parametrize("kind", ["Int64", "UInt8"])
+def test_whole_numbers_of_other_libraries_of_which_some_are_missing(kind, convert):
+    counts = pd.Series([0, 1, 5] * 100).astype(kind)
+    frame = pd.DataFrame({"size": np.linspace(0.0, 1.0, 300), "count": counts.where(np.arange(300) % 7 > 0)})
+    drawn = []
+
+    class Watched(Known):
+        def score_samples(self, X):
+            drawn.append(X["count"])
+            return np.asarray(X["size"], dtype=float)
+
+    for scorer in (ColumnReplacement(), MassVolume(n_points=300)):
+        assert scorer(Watched(), convert(frame)) == scorer(Watched(), frame)
+    for found in drawn:
+        assert found.dtype == counts.dtype
+        assert set(found.dropna()) <= {0, 1, 5}
+
+
+def test_large_whole_numbers_stay_exact():
+    large = pl.DataFrame({"id": [2**60 + 1, None, 2**60 + 3]})
+    assert list(as_pandas(large)["id"].dropna()) == [2**60 + 1, 2**60 + 3]
+    assert as_pandas(large.fill_null(0))["id"].dtype == np.int64
+    assert as_pandas(large.to_arrow())["id"].dtype == "Int64"
 
 
 def test_polars_frames_are_read_by_their_names():
