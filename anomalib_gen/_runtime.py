@@ -80,6 +80,15 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ValueError(
             f"device={device!r} was asked for, but torch finds no MPS device. Use device='auto' or 'cpu'."
         )
+    if resolved.type not in ("cpu", "cuda", "mps"):
+        try:
+            # Values are needed, which tensors on "meta" have none of, and random numbers.
+            torch.zeros(1, device=resolved).item()
+            torch.Generator(device=resolved)
+        except Exception as error:  # each kind of device raises its own
+            raise ValueError(
+                f"device={device!r} was asked for, but torch cannot compute there. Use device='auto' or 'cpu'."
+            ) from error
     return resolved
 
 

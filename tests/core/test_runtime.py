@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import threading
 import time
 import warnings
@@ -397,6 +398,14 @@ def test_scoring_noise_is_the_same_in_every_precision():
 
 def test_the_generator_of_scores_is_on_the_cpu():
     assert _runtime.scoring_generator(0).device == CPU
+
+
+@pytest.mark.parametrize("device", ["meta", torch.device("meta"), "xla", "vulkan:0"])
+def test_devices_without_values_are_refused_by_name(device, tiny, X):
+    with pytest.raises(
+        ValueError, match=rf"device={re.escape(repr(device))} was .* Use device='auto' or 'cpu'"
+    ):
+        tiny(device=device).fit(X)
 
 
 def test_single_precision_is_for_one_thread_and_for_what_says_no_type():
