@@ -94,7 +94,9 @@ def evaluate_cell(job: Job) -> tuple[dict[str, Any], tuple[Any, Split, Evaluatio
             result = evaluate(estimator, own, fit_seconds=seconds)
         shared = hasattr(estimator, "with_anomaly")
         _last_fit[:] = [(fit_identity(job), estimator, result.fit_seconds)] if shared else []
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise  # Ctrl-C reaches workers, too, and is nobody's failure
+    except BaseException as error:  # SystemExit is one, and so is what libraries in Rust raise
         return describe_failure(cell, "exception", error), None
     record = describe_success(cell, split, result)
     if images_shown is not None:

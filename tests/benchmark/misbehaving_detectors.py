@@ -40,6 +40,17 @@ class _Mute(Exception):
         return self.code
 
 
+class Panics(_Detector):
+    """Raises what is no Exception, as libraries in Rust do."""
+
+    def fit(self, X, y=None):
+        raise _Panic("no <b>luck</b> at all")
+
+
+class _Panic(BaseException):
+    pass
+
+
 class Sleeps(_Detector):
     def __init__(self, *, seconds=60.0):
         self.seconds = seconds

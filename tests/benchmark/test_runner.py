@@ -54,6 +54,7 @@ def test_every_kind_of_failure_is_recorded(tables, tmp_path, helpers):
             f"{bad}.Raises",
             f"{bad}.Garbled",
             f"{bad}.Mute",
+            f"{bad}.Panics",
             f"{bad}.Exits",
             f"{bad}.Exits(code=0)",
             f"{bad}.Killed",
@@ -73,6 +74,7 @@ def test_every_kind_of_failure_is_recorded(tables, tmp_path, helpers):
         "Raises": "exception",
         "Garbled": "exception",
         "Mute": "exception",
+        "Panics": "exception",
         "Exits": "worker died",
         "Exits(code=0)": "worker died",
         "Killed": "worker died",
@@ -87,6 +89,7 @@ def test_every_kind_of_failure_is_recorded(tables, tmp_path, helpers):
     assert results.loc["Garbled", "error"] == r"OSError: no file caf\udce9"
     assert results.loc["Mute", "error"] == "_Mute: <its message cannot be made: AttributeError>"
     assert "in fit" in results.loc["Mute", "traceback"]
+    assert results.loc["Panics", "error"] == "_Panic: no <b>luck</b> at all"
     assert results.loc["Sleeps", "error"] == "time limit of 4 s exceeded"
     assert "exit code 3" in results.loc["Exits", "error"]
     assert "SIGKILL" in results.loc["Killed", "error"]
