@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import struct
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
@@ -38,8 +39,8 @@ SHOWN = 5
 """Files named in a message; the others are counted."""
 CHANNELS = {"L": 1, "RGB": 3}
 MODES = {channels: mode for mode, channels in CHANNELS.items()}
-UNREADABLE = (OSError, ValueError, SyntaxError)
-"""What Pillow raises for damaged files."""
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, struct.error)
+"""What Pillow and its decoders raise for damaged files."""
 
 
 def bits_per_dimension(log_prob: Any, event_shape: Sequence[int]) -> npt.NDArray[np.float64]:

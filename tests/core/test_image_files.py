@@ -145,6 +145,16 @@ def test_files_that_cannot_be_read_are_named(folder):
         reader.transform([str(folder / "a" / "broken.png")])
 
 
+def test_whatever_decoders_raise_names_the_file(folder):
+    """Words in place of a height: Pillow fails when it writes the camera's tags anew, turned upright."""
+    tags = struct.pack("<HHI4s", 0x0101, 2, 4, b"tall") + struct.pack("<HHII", 0x0112, 3, 1, 6)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    Image.new("RGB", (12, 10)).save(folder / "a" / "camera.jpg", exif=exif)
+    reader = ImageReader(size=(10, 12), on_error="skip").fit(folder)
+    with pytest.warns(UserWarning, match=r"1 of 13 files .*camera\.jpg"):
+        assert len(reader.transform(folder)) == 12
+
+
 def test_the_size_comes_from_a_file_that_can_be_read(folder):
     (folder / "a" / "00.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"No size can be told from .*00\.png"):
