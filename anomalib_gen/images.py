@@ -506,7 +506,7 @@ def _is_deep(tile: Any) -> bool:
     name, _, _, arguments = tile
     if name.startswith("ppm") and isinstance(arguments, tuple):
         return bool(arguments[1] > 255)
-    return ";16" in str(arguments)
+    return ";16" in str(arguments) and "BGR;16" not in str(arguments)  # that is 16 bits a pixel
 
 
 def _remove(path: str) -> None:

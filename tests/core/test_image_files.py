@@ -290,6 +290,20 @@ def test_nor_are_those_of_ppm(tmp_path, kind):
         ImageReader(size=8).fit_transform(tmp_path)
 
 
+def test_sixteen_bits_a_pixel_are_less_than_eight_a_value(tmp_path):
+    """Bitmaps of 5, 6 and 5 bits."""
+    pixels = np.zeros((8, 8), dtype="<u2")
+    pixels[0, :3] = 31 << 11, 63 << 5, 31
+    header = struct.pack("<IiiHHIIiiII", 40, 8, -8, 1, 16, 3, pixels.nbytes, 0, 0, 0, 0)
+    masks = struct.pack("<III", 31 << 11, 63 << 5, 31)
+    (tmp_path / "565.bmp").write_bytes(
+        struct.pack("<2sIII", b"BM", 66 + pixels.nbytes, 0, 66) + header + masks + pixels.tobytes()
+    )
+    (image,) = ImageReader().fit_transform(tmp_path)
+    np.testing.assert_array_equal(image[:, 0, :3], 255 * np.eye(3))
+    assert image.sum() == 3 * 255
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
 def test_images_stand_as_a_viewer_shows_them(tmp_path, suffix):
     pixels = np.zeros((16, 24), dtype=np.uint8)
