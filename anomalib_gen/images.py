@@ -539,7 +539,7 @@ def list_images(X: Any) -> list[str]:
     """
     if isinstance(X, str | os.PathLike):
         folder = Path(X)
-        if not folder.is_dir():
+        if not os.path.isdir(X):  # of "", an unset variable, Path makes the working directory
             raise ValueError(
                 f"X={os.fspath(X)!r} is no folder. Give a folder, or a list of the paths of files."
             )

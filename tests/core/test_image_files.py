@@ -165,6 +165,8 @@ def test_the_size_comes_from_a_file_that_can_be_read(folder):
 def test_what_is_no_folder_and_no_list_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no folder"):
         ImageReader().fit(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="X='' is no folder"):
+        ImageReader().fit("")
     with pytest.raises(ValueError, match="There are no image files"):
         ImageReader().fit(tmp_path)
     with pytest.raises(ValueError, match="X names no files"):
