@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def list_builtin() -> list[str]:
 
 
 def _class_numbers(normal: Any, classes: list[str]) -> list[int]:
-    wanted = [normal] if isinstance(normal, str | int | np.integer) else list(normal)
+    wanted = [normal] if isinstance(normal, str) or not isinstance(normal, Iterable) else list(normal)
     chosen = set()
     for label in wanted:
         if isinstance(label, str) and label in classes:

@@ -50,6 +50,7 @@ def test_frame():
         (3, "normal contains 3, which is no class of this data set; choose from .*class_0"),
         ("red", "normal contains 'red'"),
         (-1, "normal contains -1"),
+        (1.0, "normal contains 1.0, which is no class"),
         ([], "leaves no normal rows"),
         ([0, 1, 2], "leaves no anomalies"),
     ],
