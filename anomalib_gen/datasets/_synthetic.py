@@ -23,6 +23,7 @@ than :math:`\log p_{in}(x) - \log p_{out}(x)`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -264,6 +265,8 @@ def _check_arguments(
     check_scalar(n_features, "n_features", Integral, min_val=1)
     check_scalar(n_components, "n_components", Integral, min_val=1)
     check_scalar(contamination, "contamination", Real, min_val=0, max_val=1, include_boundaries="left")
+    if math.isnan(contamination):  # which is neither below nor above a bound
+        raise ValueError("contamination == nan, must be a number from 0 on and below 1.")
     if kind == "dependency" and n_features < 2:
         raise ValueError("n_features must be at least 2 for kind='dependency', got 1.")
 
@@ -275,6 +278,8 @@ def _check_alpha(kind: str, alpha: float | None) -> float | None:
         raise ValueError(f"alpha has no meaning for kind='dependency', got {alpha!r}; leave it out.")
     smallest = 1 if kind == "local" else 0
     check_scalar(alpha, "alpha", Real, min_val=smallest, include_boundaries="neither")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha == {alpha}, must be finite.")
     return float(alpha)
 
 

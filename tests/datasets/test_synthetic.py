@@ -179,7 +179,10 @@ def test_frame_pair_and_no_anomalies():
         ({"n_components": 0}, ValueError, "n_components == 0"),
         ({"contamination": 1.0}, ValueError, "contamination == 1.0, must be < 1"),
         ({"contamination": -0.1}, ValueError, "contamination == -0.1"),
+        ({"contamination": np.nan}, ValueError, "contamination == nan, must be"),
         ({"alpha": 1.0}, ValueError, "alpha == 1.0, must be > 1"),
+        ({"alpha": np.nan}, ValueError, "alpha == nan, must be finite"),
+        ({"kind": "global", "alpha": np.inf}, ValueError, "alpha == inf, must be finite"),
         ({"kind": "global", "alpha": 0}, ValueError, "alpha == 0, must be > 0"),
         (
             {"kind": "dependency", "alpha": 2.0},
