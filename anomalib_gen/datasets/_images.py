@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
@@ -81,19 +82,19 @@ def load_images(
     Raises
     ------
     ValueError
-        Unknown name or subset, or ``normal`` names a class that does not exist, no class, or all of them.
+        Unknown name or subset, or ``normal`` names a class that does not exist, no class, or all of them; or the
+        file, which is named, cannot be read.
     FileNotFoundError
         If the file is not there; the message lists where it was looked for.
     """
-    name = resolve_name(name, _FILES, listing="its documentation")
+    name = resolve_name(name, _FILES)
     if subset not in ("train", "test"):
         raise ValueError(f"subset must be 'train' or 'test', got {subset!r}.")
     names = _CLASSES[name]
     chosen = _class_numbers(normal, names)
     path = find_image_file(_FILES[name][subset], data_home)
     if name == "mnist":
-        with np.load(path, allow_pickle=False) as archive:
-            X, classes = archive[f"X_{subset}"][:, None], archive[f"y_{subset}"]
+        X, classes = _read_digits(path, subset)
     else:
         X, classes = _read_parquet(path)
     classes = classes.astype(np.int64)
@@ -143,7 +144,7 @@ def load_other_images(
     Raises
     ------
     ValueError
-        If the source is unknown, or `n_samples` is not a positive integer.
+        If the source is unknown, `n_samples` is not a positive integer, or a file cannot be read; it is named then.
     FileNotFoundError
         If the files of CIFAR-10 or of MNIST are not there.
     """
@@ -153,8 +154,8 @@ def load_other_images(
         raise ValueError(f"n_samples must be a positive integer, got {n_samples!r}.")
     random = check_random_state(random_state)
     if source == "mnist":
-        with np.load(find_image_file(_FILES["mnist"]["test"], data_home), allow_pickle=False) as archive:
-            digits = archive["X_test"]
+        digits, _ = _read_digits(find_image_file(_FILES["mnist"]["test"], data_home), "test")
+        digits = digits[:, 0]
         digits = digits[np.sort(random.permutation(len(digits))[:n_samples])]
         padded = np.pad(digits, ((0, 0), (2, 2), (2, 2)))
         X = np.repeat(padded[:, None], 3, axis=1)
@@ -184,7 +185,8 @@ def _coder_of(path: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
     import pyarrow.parquet as pq
     from PIL import Image, JpegImagePlugin
 
-    first = next(pq.ParquetFile(path).iter_batches(batch_size=1, columns=["image"]))["image"][0].as_py()
+    with _naming(path):
+        first = next(pq.ParquetFile(path).iter_batches(batch_size=1, columns=["image"]))["image"][0].as_py()
     with Image.open(io.BytesIO(first)) as image:
         if not isinstance(image, JpegImagePlugin.JpegImageFile):
             return lambda pixels: pixels
@@ -239,15 +241,33 @@ def _require_readers() -> None:
         )
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file on which a reader fails."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # archives, tables and coded images: each raises its own
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _read_digits(path: Path, subset: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images ``(n, 1, 28, 28)`` and classes of one part of MNIST."""
+    with _naming(path), np.load(path, allow_pickle=False) as archive:
+        return archive[f"X_{subset}"][:, None], archive[f"y_{subset}"]
+
+
 def _read_parquet(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images ``(n, 3, 32, 32)`` and classes of a file with columns ``image`` and ``label``."""
     _require_readers()
     import pyarrow.parquet as pq
     from PIL import Image
 
-    table = pq.read_table(path, columns=["image", "label"])
-    X = np.empty((table.num_rows, 3, 32, 32), dtype=np.uint8)
-    for k, coded in enumerate(table["image"]):
-        with Image.open(io.BytesIO(coded.as_py())) as image:
-            X[k] = np.moveaxis(np.asarray(image.convert("RGB")), 2, 0)
-    return X, table["label"].to_numpy()
+    with _naming(path):
+        table = pq.read_table(path, columns=["image", "label"])
+        X = np.empty((table.num_rows, 3, 32, 32), dtype=np.uint8)
+        for k, coded in enumerate(table["image"]):
+            with Image.open(io.BytesIO(coded.as_py())) as image:
+                X[k] = np.moveaxis(np.asarray(image.convert("RGB")), 2, 0)
+        return X, table["label"].to_numpy()

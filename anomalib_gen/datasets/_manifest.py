@@ -57,13 +57,16 @@ def read_card(family: str) -> str:
     return (manifest_folder() / f"{family}.md").read_text(encoding="utf-8")
 
 
-def resolve_name(name: str, known: Iterable[str], *, listing: str) -> str:
-    """Return the member of ``known`` that equals ``name`` but for case; the error suggests near ones."""
+def resolve_name(name: str, known: Iterable[str], *, listing: str | None = None) -> str:
+    """Return the member of ``known`` that equals ``name`` but for case; the error suggests near ones, or all."""
     by_key = {candidate.lower(): candidate for candidate in known}
+    names = (
+        f"{listing} lists the names." if listing else f"Known names: {', '.join(map(repr, by_key.values()))}."
+    )
     if not isinstance(name, str):
-        raise TypeError(f"name must be a string, got {name!r}; {listing} lists the names.")
+        raise TypeError(f"name must be a string, got {name!r}. {names}")
     if name.lower() in by_key:
         return by_key[name.lower()]
     near = [repr(by_key[key]) for key in difflib.get_close_matches(name.lower(), by_key, n=3)]
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
-    raise ValueError(f"Unknown data set name={name!r}. {hint}{listing} lists the names.")
+    raise ValueError(f"Unknown data set name={name!r}. {hint}{names}")

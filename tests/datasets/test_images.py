@@ -65,8 +65,19 @@ def test_what_is_missing_is_told(home):
         load_images("mnist", normal=0, subset="validation", data_home=home)
     with pytest.raises(ValueError, match="no class"):
         load_images("mnist", normal="ten", data_home=home)
-    with pytest.raises(ValueError, match="svhn"):
+    with pytest.raises(ValueError, match=r"name='svhn'\. Known names: 'mnist', 'cifar10'\."):
         load_images("svhn", normal=0)
+
+
+@pytest.mark.parametrize(("name", "file"), [("mnist", "mnist.npz"), ("cifar10", "cifar10-train.parquet")])
+def test_damaged_files_are_named(home, name, file):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    (home / "images" / file).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=rf"{file} cannot be read: "):
+        load_images(name, normal=0, data_home=home)
+    if name == "mnist":
+        with pytest.raises(ValueError, match=r"mnist\.npz cannot be read: "):
+            load_other_images(name, data_home=home)
 
 
 def test_missing_packages_are_told(home, monkeypatch):
