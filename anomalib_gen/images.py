@@ -103,7 +103,7 @@ def mutate_pixels(X: npt.NDArray[Any], *, rate: float = 0.2, random_state: Any =
     for rows in row_blocks(len(X), rows_per_block(int(np.prod(X.shape[1:])))):
         block = mutated[rows]
         chosen = random.random_sample(block.shape) < rate
-        if np.issubdtype(X.dtype, np.integer):
+        if X.dtype.kind in "iub":
             block[chosen] = random.randint(int(low), int(high) + 1, size=int(chosen.sum()))
         else:
             block[chosen] = random.uniform(low, high, size=int(chosen.sum()))
@@ -169,7 +169,10 @@ def likelihood_ratio(
             f"{type(detector).__name__} was fitted on rows of shape {detector.event_shape_}."
         )
     X = detector._validate(X, reset=False, min_rows=2)
-    background = clone(detector).fit(mutate_pixels(X, rate=rate, random_state=random_state))
+    # Zeros and ones are to stay such, in whatever type they are given.
+    whole = X.astype(np.uint8) if getattr(detector, "observation", None) == "bernoulli" else X
+    mutated = mutate_pixels(whole, rate=rate, random_state=random_state).astype(X.dtype, copy=False)
+    background = clone(detector).fit(mutated)
     return ComposedDetector([("normal", detector), ("background", background)], weights=[1, -1]).fit(X)
 
 

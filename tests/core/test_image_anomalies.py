@@ -262,6 +262,9 @@ def test_mutations(digits):
     # Whole numbers of any type reach the largest.
     two = mutate_pixels(np.tile([0, 1], (50, 1, 8, 4)), rate=1.0, random_state=0)
     assert set(np.unique(two)) == {0, 1}
+    truths = mutate_pixels(np.tile([False, True], (50, 1, 8, 4)), rate=1.0, random_state=0)
+    assert truths.dtype == bool
+    assert 0.4 < truths.mean() < 0.6
     real = mutate_pixels(digits / 255.0, rate=1.0, random_state=0)
     assert real.mean() == pytest.approx((digits / 255.0).max() / 2, rel=0.05)
     with pytest.raises(ValueError, match="rate must lie"):
@@ -276,6 +279,18 @@ def test_a_likelihood_ratio_is_the_difference_of_two_energies(digits):
     np.testing.assert_allclose(normal, detector.energy(digits[:9]))
     assert np.abs(background - normal).max() > 1
     assert ratio.event_shape_ == (1, 8, 8)
+
+
+def test_a_likelihood_ratio_of_zeros_and_ones_keeps_them(digits):
+    dark = digits > 100
+    ratios = [
+        likelihood_ratio(small(VAEDetector, observation="bernoulli").fit(X), X, random_state=0)
+        for X in (dark.astype(np.float32), dark.astype(np.uint8))
+    ]
+    scores = [
+        ratio.score_samples(dark[:9].astype(kind)) for ratio, kind in zip(ratios, ("f4", "u1"), strict=True)
+    ]
+    assert np.isfinite(scores).all()
 
 
 def test_what_has_no_likelihood_ratio_is_refused_before_training(digits, monkeypatch):
