@@ -239,7 +239,7 @@ def benchmark(
         results = run_benchmark(
             chosen,
             suite=suite.value,
-            datasets=names or None,
+            datasets=None if datasets is None else names,  # "" names none, and is not to mean all
             seeds=seed_list,
             jobs=jobs,
             time_limit=time_limit,

@@ -58,6 +58,9 @@ def test_bad_data_is_code_2(tmp_path):
     result = run("benchmark", "--detector", KNN, "--datasets", "absent.npz", "--output", tmp_path)
     assert result.exit_code == 2
     assert "absent.npz does not exist" in result.output
+    result = run("benchmark", "--detector", KNN, "--datasets", "", "--output", tmp_path)  # an unset variable
+    assert result.exit_code == 2
+    assert "datasets is empty" in result.output
     result = run("benchmark", "--report-only", "--output", tmp_path / "nothing")
     assert result.exit_code == 2
     assert "holds no benchmark results" in result.output
