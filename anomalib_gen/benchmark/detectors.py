@@ -167,6 +167,8 @@ def parse_detector(text: str) -> Detector:
     for keyword in keywords:
         if keyword.arg is None:
             raise _bad(text, "'**' is not understood")
+        if keyword.arg in arguments:
+            raise _bad(text, f"the argument {keyword.arg} is given twice")
         try:
             arguments[keyword.arg] = ast.literal_eval(keyword.value)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):

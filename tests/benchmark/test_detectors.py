@@ -61,6 +61,7 @@ def test_names(text, name):
         "__import__('os').system('true')",
         "a.b.C(); import os",
         "a.b.C(x=f'{1}')",
+        "a.b.C(x=1, x=2)",
     ],
 )
 def test_parser_rejects_all_but_paths_and_literals(text):
