@@ -200,7 +200,11 @@ def parse_detectors(detectors: Iterable[str | Detector], *, images: bool = False
     ------
     ValueError
         If a text cannot be read, or two different detectors bear the same name.
+    TypeError
+        If `detectors` is itself a text, whose letters would be read as detectors.
     """
+    if isinstance(detectors, str):
+        raise TypeError(f"detectors must be a list, got the text {detectors!r}. Put it into one.")
     found: dict[str, Detector] = {}
     for item in detectors:
         members: tuple[Detector, ...]

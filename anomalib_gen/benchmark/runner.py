@@ -102,6 +102,8 @@ def run_benchmark(
         If a data set cannot be found or read; nothing is run then.
     ValueError
         If an argument is out of range, or the folder belongs to another suite.
+    TypeError
+        If `detectors` or `datasets` is a text and no list, or a detector's path leads to no class with a fit method.
     RuntimeError
         If another run is writing to the folder.
     BenchmarkInterrupted

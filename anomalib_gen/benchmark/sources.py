@@ -35,10 +35,17 @@ OTHER_IMAGES = 10_000
 """Images of another source in the test part, as many as there are of CIFAR-10."""
 
 
+def _refuse_text(datasets: Any) -> None:
+    """Refuse one name in place of a list, whose letters would be taken for names."""
+    if isinstance(datasets, str):
+        raise TypeError(f"datasets must be a list, got the text {datasets!r}. Put it into one.")
+
+
 def find_sources(datasets: Sequence[str] | None, data_home: str | None) -> dict[str, str]:
     """Map the name of each data set to where it comes from; names are checked, nothing is read."""
     from anomalib_gen.datasets import list_adbench, list_builtin
 
+    _refuse_text(datasets)
     if datasets is None:
         names = list_adbench(data_home=data_home, available_only=True)
         if not names:
@@ -86,6 +93,7 @@ def find_sources(datasets: Sequence[str] | None, data_home: str | None) -> dict[
 
 def find_image_sources(datasets: Sequence[str] | None, data_home: str | None) -> dict[str, str]:
     """Names of image tasks, which are their sources; names are checked, nothing is read."""
+    _refuse_text(datasets)
     names = list(IMAGE_TASKS if datasets is None else map(str, datasets))
     for name in names:
         match = re.fullmatch(r"(\w+):(not|only)-(\d)", name)

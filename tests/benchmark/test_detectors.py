@@ -19,6 +19,7 @@ from anomalib_gen.benchmark import (
     parse_detectors,
     score_rows,
 )
+from anomalib_gen.benchmark.sources import find_image_sources, find_sources
 
 
 def test_parse_class_with_literals():
@@ -80,6 +81,14 @@ def test_only_classes_with_fit_are_called(text):
 def test_missing_module_is_named():
     with pytest.raises(ImportError, match=r"no_such_package\.Thing"):
         parse_detector("no_such_package.Thing()").resolve()
+
+
+def test_a_text_in_place_of_a_list_is_no_list_of_letters():
+    with pytest.raises(TypeError, match=r"detectors must be a list, got the text 'a\.b\.C'"):
+        parse_detectors("a.b.C")
+    for find in (find_sources, find_image_sources):
+        with pytest.raises(TypeError, match="datasets must be a list, got the text 'mnist:not-1'"):
+            find("mnist:not-1", None)
 
 
 def test_equal_names_of_different_detectors_are_refused():
