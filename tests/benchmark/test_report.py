@@ -90,6 +90,7 @@ def test_a_detector_without_any_result_takes_nobody_else_along():
     assert summary.without_result == ["dead"]
     assert len(summary.compared) == 2
     assert "no cell finished: dead" in summary.basis
+    assert "unless its own finished no cell at all" in page(data)
 
 
 def test_suites_are_never_mixed():
