@@ -216,6 +216,10 @@ def read_config(path: Path) -> dict[str, Any]:
         for key in values:
             if key.replace("_", "-") not in known:
                 raise UsageError(f"{path}: {table}.{key} is unknown.{_guess(key.replace('_', '-'), known)}")
+            if "_" in key and key.replace("_", "-") in values:
+                raise UsageError(
+                    f"{path}: {table}.{key} and {table}.{key.replace('_', '-')} are one option. Keep one."
+                )
     return content
 
 

@@ -449,6 +449,10 @@ def test_flags_switch_off_what_a_file_switches_on(run, tmp_path, monkeypatch, co
     [
         ("[score]\nmax_bad_row = 1", "score.max_bad_row is unknown. Did you mean 'max-bad-rows'"),
         ("[scores]\nx = 1", "'scores' is unknown. Did you mean 'score'"),
+        (
+            "[score]\nmax_bad_rows = 1\nmax-bad-rows = 5",
+            "score.max_bad_rows and score.max-bad-rows are one option. Keep one.",
+        ),
         ("score = 1", "'score' must be a table"),
         ("[score]\nmax-bad-rows = 'many'", "score.max-bad-rows must be a whole number, got 'many'"),
         ("[score]\nmax-bad-rows = true", "score.max-bad-rows must be a whole number, got True"),
