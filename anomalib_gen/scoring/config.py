@@ -253,7 +253,7 @@ def resolve(cls: type[Options], name: str, flags: Mapping[str, Any], config: Pat
         flag = flags.get(field.name)
         if flag is not None and flag != []:
             values[field.name] = _check(flag, field, f"--{field.name.replace('_', '-')}")
-        elif field.name in table:
+        elif field.name in table and (table[field.name] != [] or field.default is not MISSING):
             values[field.name] = _check(
                 table[field.name], field, f"{config}: {name}.{field.name.replace('_', '-')}"
             )

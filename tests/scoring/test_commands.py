@@ -476,6 +476,14 @@ def test_what_is_wrong_in_a_file_is_named(run, tmp_path, text, message):
     assert message in result.stderr
 
 
+def test_an_empty_list_of_files_is_none(run, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[fit]\ninput = []\nexclude = []")
+    result = run("fit", "-m", tmp_path / "model", "--config", path)
+    assert result.exit_code == 1
+    assert "fit needs an INPUT, as an argument or as 'input'" in result.stderr
+
+
 def test_a_file_that_is_not_there(run, tmp_path):
     result = run("score", "--config", tmp_path / "none.toml")
     assert result.exit_code == 1
