@@ -339,11 +339,6 @@ def test_regret_takes_gradients_where_they_are_off_and_leaves_none():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_no_steps_no_regret():
-    values = LikelihoodRegret(n_steps=0)(make_model(), draw(3, 4), generator())
-    assert torch.equal(values, torch.zeros(3, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("anomaly", ANOMALIES, ids=lambda anomaly: type(anomaly).__name__)
 def test_a_row_counts_alone(anomaly):
     model, x = make_model(), draw(20, 4)
