@@ -201,6 +201,7 @@ def leave_inference_mode(model: nn.Module) -> None:
                     new = value.detach().clone()
                     is_weight = isinstance(value, nn.Parameter)
                     renewed[id(value)] = nn.Parameter(new, value.requires_grad) if is_weight else new
+                # Of the kind that is there, which mypy does not see.
                 kept[name] = renewed[id(value)]  # type: ignore[assignment]
 
 

@@ -446,7 +446,7 @@ def train(
                     rows_per_block=block,
                     generator=noise,
                 )
-            except Exception as error:  # as below
+            except Exception as error:  # devices differ in what they raise when memory runs out
                 if not _runtime.is_out_of_memory(error) or block == 1:
                     raise
                 most_judged = block // 2

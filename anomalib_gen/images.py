@@ -362,8 +362,10 @@ class ImageReader(_ImageTransformer):
         if self.size is None:
             height, width = self._first_size(paths)
         else:
-            sides: list[Any] = [self.size] * 2 if isinstance(self.size, Integral) else list(self.size)  # type: ignore[arg-type]
-            if len(sides) != 2 or not all(isinstance(side, Integral) and side > 0 for side in sides):  # type: ignore[operator]
+            size: Any = self.size
+            sides = list(size) if np.iterable(size) else [size, size]
+            whole = all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides)
+            if len(sides) != 2 or not whole or min(sides) < 1:
                 raise ValueError(
                     f"size must be a positive integer or a pair (height, width), got {self.size!r}."
                 )

@@ -171,8 +171,9 @@ def test_what_is_no_folder_and_no_list_is_refused(tmp_path):
         ImageReader().fit(tmp_path)
     with pytest.raises(ValueError, match="X names no files"):
         ImageReader().fit([])
-    with pytest.raises(ValueError, match="size must be"):
-        ImageReader(size=(3, 0)).fit([tmp_path])
+    for size in ((3, 0), (3, 4, 5), (3, 4.0), True):
+        with pytest.raises(ValueError, match="size must be"):
+            ImageReader(size=size).fit([tmp_path])
     with pytest.raises(ValueError, match="'mode'"):
         ImageReader(mode="CMYK").fit([tmp_path])
 
