@@ -5,24 +5,32 @@ Nothing here changes a global: no seed, no thread count, no backend flag.
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 SCORING_VALUES_PER_BLOCK = 2**18
 """Input values scored at once on a CPU; keeps a block's activations in tens of megabytes."""
+MOST_THREADS = 8
+"""Threads that score at a time at most; each has its own buffers, of a closed form up to 80 MB (models.neighbors)."""
 _IN_DEFAULT_TYPE = frozenset(
     {torch.empty, torch.eye, torch.linspace, torch.logspace, torch.ones, torch.rand, torch.randn, torch.zeros}
 )
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 _global_generators = threading.RLock()
 """Held by the thread that has torch's global generators to itself."""
 
@@ -270,6 +278,74 @@ def scoring_block_rows(event_size: int, device: torch.device) -> int:
     # A few columns still cost a network's whole width, hence the cap. On a CPU activations of a thousand rows are
     # about what its caches hold.
     return max(1, min(values // max(1, event_size), 1024 if device.type == "cpu" else 65536))
+
+
+def scoring_threads() -> int:
+    """Threads among which blocks of rows are shared out on a CPU: as many as torch has for one operation.
+
+    Operations on a block are short, and threads that share each of them wait for one another at its end: where other
+    work has one of the cores, for most of the time. Threads with blocks of their own wait for nobody.
+    """
+    return min(torch.get_num_threads(), MOST_THREADS) if _can_keep_to_one_core() else 1
+
+
+def in_threads(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], n_threads: int
+) -> Iterator[_Result]:
+    """``function(item)`` of each item, in order, in threads whose operations run on one core each.
+
+    Items are asked for in the caller's thread, a few ahead. With one thread everything is done there.
+    """
+    if n_threads == 1:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="scoring", initializer=_keep_to_one_core)
+    waiting: deque[Future[_Result]] = deque()
+    try:
+        for item in items:
+            try:
+                waiting.append(pool.submit(function, item))
+            except RuntimeError:
+                # There are no threads to be had: the main one has ended, or the system is short of them.
+                waiting.append(Future())
+                waiting[-1].set_result(function(item))
+            if len(waiting) > 2 * n_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@functools.cache
+def _openmp_libraries() -> list[Any]:
+    return ThreadpoolController().select(user_api="openmp").lib_controllers
+
+
+def _keep_to_one_core() -> None:
+    """Let torch's operations in this thread run on one core; OpenMP's number of threads is each thread's own."""
+    # Otherwise torch sets it at the first operation.
+    torch.get_num_threads()
+    for library in _openmp_libraries():
+        library.set_num_threads(1)
+
+
+@functools.cache
+def _can_keep_to_one_core() -> bool:
+    """Whether `_keep_to_one_core` does what it says: torch may have been built with other threads than OpenMP's."""
+    found: list[int] = []
+
+    def look() -> None:
+        _keep_to_one_core()
+        found.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=look)
+    try:
+        thread.start()
+    except RuntimeError:  # there are no threads to be had
+        return False
+    thread.join()
+    return found == [1]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,8 +17,11 @@ from anomalib_gen._scaling import Standardizer
 
 IMAGES_PER_BLOCK = 64
 """Images scored at once at most."""
-BLOCKS_STANDARDISED = 8
-"""Blocks of rows standardised at once."""
+ROWS_PER_BLOCK = 512
+"""Rows of tables scored at once at most on a CPU. Of larger blocks the allocator may give the activations' memory back
+to the system and ask for it again at every layer, which takes as long as the layer does."""
+LEAST_ROWS = 128
+"""Rows for which a thread is worth its start."""
 CELL_PAIRS = 1
 """Pairs of points of each cell over which the likelihood of discrete images is averaged."""
 
@@ -44,34 +47,33 @@ def score_in_blocks(
         If a row gets NaN; the message names the first.
     """
     dtype = _runtime.event_dtype(X.shape[1:], device)
-    block_rows = _runtime.scoring_block_rows(int(np.prod(X.shape[1:])), device)
+    block_rows, n_threads = _blocks_and_threads(len(X), int(np.prod(X.shape[1:])), X.shape[1:], device)
     if X.ndim > 2:
         # Blocks are padded to their full size, and one image is often all there is.
         block_rows = min(block_rows, IMAGES_PER_BLOCK)
     cell = float(getattr(model, "cell", 0.0)) if anomaly.in_nats else 0.0
-    values = np.empty(len(X))
-    # An anomaly that takes gradients leaves inference mode by itself (samplers.score_of does).
-    with torch.inference_mode():
-        # Rows are standardised several blocks at a time: calls of numpy would be a part of what small models take.
-        for several in _runtime.row_blocks(len(X), BLOCKS_STANDARDISED * block_rows):
-            scaled, log_dets = scaler.transform_with_log_dets(X[several])
-            for rows in _runtime.row_blocks(len(scaled), block_rows):
-                z = scaled[rows]
-                n = len(z)
-                if dtype == torch.float32:
-                    limit = float(np.finfo(np.float32).max)
-                    # One shape for every block: in float32 a kernel's rounding depends on the shape.
-                    z = np.clip(np.resize(z, (block_rows, *z.shape[1:])), -limit, limit)
-                x = torch.from_numpy(z).to(device=device, dtype=dtype)
-                # The same noise for every block, so that a row's score does not depend on its place.
-                parts = []
-                for offset in cell_points(x, cell, seed):
-                    a = anomaly(model, x if offset is None else x + offset, _runtime.scoring_generator(seed))
-                    parts.append(a[:n].cpu().double().numpy())
-                first = several.start + rows.start
-                values[first : first + n] = parts[0] if len(parts) == 1 else np.mean(parts, axis=0)
-            if anomaly.in_nats:
-                values[several] -= log_dets
+
+    def score(rows: slice) -> npt.NDArray[np.float64]:
+        z, log_dets = scaler.transform_with_log_dets(X[rows])
+        n = len(z)
+        if dtype == torch.float32:
+            limit = float(np.finfo(np.float32).max)
+            # One shape for every block: in float32 a kernel's rounding depends on the shape.
+            z = np.clip(np.resize(z, (block_rows, *z.shape[1:])), -limit, limit)
+        # An anomaly that takes gradients leaves inference mode by itself (samplers.score_of does).
+        with torch.inference_mode():
+            x = torch.from_numpy(z).to(device=device, dtype=dtype)
+            # The same noise for every block, so that a row's score does not depend on its place.
+            parts = []
+            for offset in cell_points(x, cell, seed):
+                a = anomaly(model, x if offset is None else x + offset, _runtime.scoring_generator(seed))
+                parts.append(a[:n].cpu().double().numpy())
+        found = parts[0] if len(parts) == 1 else np.mean(parts, axis=0)
+        return found - log_dets if anomaly.in_nats else found
+
+    values = np.concatenate(
+        list(_runtime.in_threads(score, _runtime.row_blocks(len(X), block_rows), n_threads))
+    )
     if np.isnan(values).any():
         raise FloatingPointError(
             f"The model gives NaN for row {int(np.flatnonzero(np.isnan(values))[0])}. "
@@ -102,17 +104,40 @@ def map_in_blocks(
     device: torch.device,
 ) -> npt.NDArray[np.float64]:
     """``function(model, x)`` of blocks of rows, scaled first if there is a scaler; ``(n, *shape)``."""
-    dtype = _runtime.event_dtype(X.shape[1:] if X.ndim > 2 else shape, device)
+    event_shape = X.shape[1:] if X.ndim > 2 else shape
+    dtype = _runtime.event_dtype(event_shape, device)
     limit = torch.finfo(dtype).max
-    block = _runtime.scoring_block_rows(int(max(np.prod(X.shape[1:]), np.prod(shape))), device)
-    values = np.empty((len(X), *shape))
-    # Not in inference mode, the caller's included: `function` may take gradients.
-    with torch.inference_mode(False), torch.no_grad():
-        for rows in _runtime.row_blocks(len(X), block):
-            z = np.asarray(X[rows], dtype=np.float64) if scaler is None else scaler.transform(X[rows])
+    size = int(max(np.prod(X.shape[1:]), np.prod(shape)))
+    block_rows, n_threads = _blocks_and_threads(len(X), size, event_shape, device)
+
+    def call(rows: slice) -> npt.NDArray[np.float64]:
+        z = np.asarray(X[rows], dtype=np.float64) if scaler is None else scaler.transform(X[rows])
+        # Not in inference mode, the caller's included: `function` may take gradients.
+        with torch.inference_mode(False), torch.no_grad():
             x = torch.from_numpy(np.clip(z, -limit, limit)).to(device=device, dtype=dtype)
-            values[rows] = function(model, x).cpu().double().numpy()
-    return values
+            return function(model, x).cpu().double().numpy()
+
+    blocks = _runtime.row_blocks(len(X), block_rows)
+    values = list(_runtime.in_threads(call, blocks, n_threads))
+    return np.concatenate(values) if values else np.empty((0, *shape))
+
+
+def _blocks_and_threads(
+    n_rows: int, event_size: int, event_shape: tuple[int, ...], device: torch.device
+) -> tuple[int, int]:
+    """Rows of a block at most, and the threads that blocks are shared out among: no more than have some to do.
+
+    Rows of tables alone are shared out, and on a CPU: operations on images are long, and in float32 their last digits
+    depend on how they are shared.
+    """
+    block_rows = _runtime.scoring_block_rows(event_size, device)
+    if device.type != "cpu" or len(event_shape) > 1:
+        return block_rows, 1
+    block_rows = min(block_rows, ROWS_PER_BLOCK)
+    n_threads = _runtime.scoring_threads()
+    if n_threads > 1:
+        block_rows = min(block_rows, max(LEAST_ROWS, -(-n_rows // n_threads)))
+    return block_rows, max(1, min(n_threads, -(-n_rows // block_rows)))
 
 
 @contextmanager

@@ -251,6 +251,16 @@ def test_fresh_tables_are_judged_group_by_group(tmp_path):
     assert "| all (3) | kNN(1) |" in out.with_suffix(".md").read_text()
 
 
+def test_a_busy_machine_is_compared_with_an_idle_one(tmp_path):
+    out = tmp_path / "busy.json"
+    run("busy_machine.py", "--output", out)
+    results = json.loads(out.read_text())["results"]
+    assert len(results) == 5
+    for found in results.values():
+        assert found["score, one thread"]["idle"]["ratio"] == 1
+        assert all(place["ratio"] > 0 for way in found.values() for place in way.values())
+
+
 def test_throughput_is_measured_from_file_to_file(tmp_path):
     out = tmp_path / "throughput.json"
     run("scoring_throughput.py", "--only", "realnvp", "--output", out)

@@ -130,6 +130,16 @@ def anomalies():
             yield pytest.param(family, name, id=f"{family.__name__}-{name}")
 
 
+@pytest.mark.parametrize(("family", "name"), list(anomalies()))
+def test_a_score_does_not_depend_on_the_threads(trained, family, name, X, monkeypatch):
+    detector = trained(family, {}).with_anomaly(name, X)
+    scores = detector.score_samples(X)
+    monkeypatch.setattr("anomalib_gen._runtime.scoring_threads", lambda: 4)
+    monkeypatch.setattr("anomalib_gen._scoring.LEAST_ROWS", 5)
+    monkeypatch.setattr("anomalib_gen._scoring.ROWS_PER_BLOCK", 11)
+    np.testing.assert_allclose(detector.score_samples(X), scores, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("contamination", ["auto", 0.1])
 @pytest.mark.parametrize(("family", "name"), list(anomalies()))
 def test_another_anomaly_is_as_if_fitted_with_it(trained, family, name, contamination, X):

@@ -3,6 +3,8 @@
 import os
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -13,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from anomalib_gen import _runtime
+from anomalib_gen import _runtime, _scoring
 from anomalib_gen._component import Component
 from anomalib_gen.anomaly import Typicality
 from anomalib_gen.objectives import MaximumLikelihood
@@ -364,6 +366,96 @@ def test_blocks_are_bounded(device, event_size):
     rows = _runtime.scoring_block_rows(event_size, device)
     assert 1 <= rows <= 65536
     assert rows == 1 or rows * event_size <= 2**22
+
+
+def test_threads_work_on_one_core_each_and_answer_in_order():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    caller = threading.get_ident()
+
+    def look(item):
+        time.sleep(0.01 * (item % 3))
+        torch.ones(300, 300) @ torch.ones(300, 300)
+        return item, torch.get_num_threads(), threading.get_ident()
+
+    try:
+        found = list(_runtime.in_threads(look, range(20), 2))
+        assert [item for item, *_ in found] == list(range(20))
+        assert {threads for _, threads, _ in found} == {1}
+        assert len({ident for *_, ident in found} - {caller}) == 2
+        assert torch.get_num_threads() == 3
+        # One thread is the caller's, which keeps its cores.
+        assert list(_runtime.in_threads(look, [0], 1)) == [(0, 3, caller)]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_are_as_many_as_torch_has_but_not_more_than_can_be_kept_apart(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert _runtime.scoring_threads() == 3
+        torch.set_num_threads(50)
+        assert _runtime.scoring_threads() == _runtime.MOST_THREADS
+        monkeypatch.setattr(_runtime, "_can_keep_to_one_core", lambda: False)
+        assert _runtime.scoring_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_ask_for_few_items_ahead_and_for_none_after_an_error():
+    asked, done = [], []
+
+    def items():
+        for item in range(1000):
+            asked.append(item)
+            yield item
+
+    def work(item):
+        if item == 5:
+            raise ValueError("five")
+        done.append(item)
+
+    found = _runtime.in_threads(work, items(), 2)
+    for _ in range(5):
+        next(found)
+    with pytest.raises(ValueError, match="five"):
+        next(found)
+    assert len(asked) < 20
+    assert len(done) < 20
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("scoring")]
+
+
+def test_a_thread_that_outlives_the_main_one_can_score():
+    code = """if True:
+        import threading, time
+        from anomalib_gen import _runtime
+
+        def late():
+            threading.main_thread().join()
+            assert _runtime.scoring_threads() >= 1
+            print(sum(_runtime.in_threads(abs, range(-10, 0), 2)))
+
+        threading.Thread(target=late).start()
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "55\n"
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 127, 128, 129, 512, 513, 2000, 10**5])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_rows_of_tables_are_shared_out_evenly(n_rows, n_threads, monkeypatch):
+    monkeypatch.setattr(_runtime, "scoring_threads", lambda: n_threads)
+    rows, threads = _scoring._blocks_and_threads(n_rows, 10, (10,), CPU)
+    n_blocks = -(-n_rows // rows)
+    assert 1 <= threads <= max(1, min(n_threads, n_blocks))
+    assert rows <= _scoring.ROWS_PER_BLOCK
+    assert n_rows <= rows or rows >= _scoring.LEAST_ROWS
+    if n_rows >= n_threads * _scoring.LEAST_ROWS:
+        assert threads == n_threads
+    assert _scoring._blocks_and_threads(n_rows, 64, (1, 8, 8), CPU)[1] == 1
+    assert _scoring._blocks_and_threads(n_rows, 10, (10,), torch.device("cuda"))[1] == 1
 
 
 def test_per_row_numbers_broadcast_over_events():
