@@ -143,7 +143,9 @@ def multiplications(model: Any, X: pd.DataFrame) -> float | None:
     """Floating-point operations of matrix products for a row; None for models that are not torch's."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    # It counts in its own thread alone.
+    one = mock.patch("anomalib_gen._runtime.scoring_threads", return_value=1)
+    with one, FlopCounterMode(display=False) as counter:
         model.score_samples(X)
     return counter.get_total_flops() / len(X) or None
 
