@@ -294,7 +294,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         self
         """
         continued = self.warm_start and hasattr(self, "model_")
-        with self._restored_on_failure():
+        with self._restored_on_failure(), _runtime.within_quota():
             return self._fit(X, sample_weight, continued=continued, one_pass=False)
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -315,7 +315,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         -------
         self
         """
-        with self._restored_on_failure():
+        with self._restored_on_failure(), _runtime.within_quota():
             return self._fit(X, sample_weight, continued=hasattr(self, "model_"), one_pass=True)
 
     # Training needs gradients, also within a caller's no_grad or inference_mode.
@@ -605,7 +605,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
         generator = _runtime.make_generator(seed, device)
         block = _runtime.scoring_block_rows(int(np.prod(self.event_shape_)), device)
         drawn = np.empty((n_samples, *self.event_shape_))
-        with torch.no_grad():
+        with torch.no_grad(), _runtime.within_quota():
             for rows in _runtime.row_blocks(int(n_samples), block):
                 z = model.sample(rows.stop - rows.start, generator, **options)
                 drawn[rows] = self._scaler.inverse_transform(z.cpu().double().numpy())

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
+import joblib
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import nn
@@ -315,6 +316,35 @@ def in_threads(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def within_quota() -> Iterator[None]:
+    """Let torch's operations in this thread use no more cores than the process may.
+
+    The share of a machine that a container has is a quota of time, of which torch knows nothing: it starts a thread for
+    each of the machine's cores, and when they have used the quota up all stand still, also those that others wait for.
+    ``OMP_NUM_THREADS``, where it is set, is the user's word and counts.
+    """
+    cores = _cores()
+    threads = torch.get_num_threads()
+    if threads <= cores or "OMP_NUM_THREADS" in os.environ or not _can_keep_to_one_core():
+        yield
+        return
+    libraries = [(library, library.get_num_threads()) for library in _openmp_libraries()]
+    try:
+        for library, _ in libraries:
+            library.set_num_threads(cores)
+        yield
+    finally:
+        for library, before in libraries:
+            library.set_num_threads(before)
+
+
+@functools.cache
+def _cores() -> int:
+    """Cores that the process may use: by its affinity, its container's quota, and ``LOKY_MAX_CPU_COUNT``."""
+    return int(joblib.cpu_count())
 
 
 @functools.cache

@@ -26,6 +26,7 @@ CELL_PAIRS = 1
 """Pairs of points of each cell over which the likelihood of discrete images is averaged."""
 
 
+@_runtime.within_quota()
 def score_in_blocks(
     model: nn.Module,
     anomaly: Any,
@@ -94,6 +95,7 @@ def cell_points(x: torch.Tensor, cell: float, seed: int) -> list[torch.Tensor] |
     return points
 
 
+@_runtime.within_quota()
 def map_in_blocks(
     model: nn.Module,
     function: Callable[[Any, torch.Tensor], torch.Tensor],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-_MODULES = ("filelock", "jinja2", "matplotlib", "pebble", "pyarrow", "scikit_posthocs", "threadpoolctl")
+_MODULES = ("filelock", "jinja2", "matplotlib", "pebble", "pyarrow", "scikit_posthocs")
 
 
 def require_benchmark_extra() -> None:

@@ -443,6 +443,44 @@ def test_a_thread_that_outlives_the_main_one_can_score():
     assert not done.stderr
 
 
+def test_a_quota_of_cores_is_kept_to(tiny, X, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(_runtime, "_cores", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    seen = []
+    forward = nn.Linear.forward
+    monkeypatch.setattr(
+        nn.Linear, "forward", lambda layer, x: (seen.append(torch.get_num_threads()), forward(layer, x))[1]
+    )
+    try:
+        torch.set_num_threads(5)
+        with _runtime.within_quota():
+            assert torch.get_num_threads() == 2
+            assert _runtime.scoring_threads() == 2
+            with _runtime.within_quota():
+                assert torch.get_num_threads() == 2
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 5
+        detector = tiny().fit(X)
+        detector.sample(3)
+        assert set(seen) == {1, 2}  # threads that score blocks have a core each
+        seen.clear()
+        tiny(validation_fraction=0, contamination=0.1, max_iter=3).fit(X[:50])
+        assert set(seen) == {2}
+        seen.clear()
+        detector.score_samples(X[:20])
+        detector.score_samples(X)
+        assert set(seen) == {1, 2}  # a block that is alone has both
+        with pytest.raises(ValueError, match="max_iter"):
+            tiny(max_iter=0).fit(X)
+        assert torch.get_num_threads() == 5
+        monkeypatch.setenv("OMP_NUM_THREADS", "5")
+        with _runtime.within_quota():
+            assert torch.get_num_threads() == 5
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("n_rows", [0, 1, 127, 128, 129, 512, 513, 2000, 10**5])
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_rows_of_tables_are_shared_out_evenly(n_rows, n_threads, monkeypatch):

@@ -100,7 +100,6 @@ def test_a_broken_link_is_found(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def pages():
     pytest.importorskip("typer")
-    pytest.importorskip("joblib", reason="the benchmark extra is not installed")
     sys.path.insert(0, str(DOCS / "_ext"))
     try:
         yield importlib.import_module("pages")
