@@ -21,6 +21,9 @@ from typer.core import TyperGroup
 from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.commands import register
 
+MOST_SEEDS = 1000
+"""Seeds of one range at most: more are a slip of the hand."""
+
 # Newer versions of typer carry their own copy of click, so the class is taken from where typer itself has it.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
@@ -290,7 +293,10 @@ def _parse_seeds(text: str) -> list[int]:
     try:
         for part in text.split(","):
             first, dash, last = part.strip().partition("-")
-            seeds += range(int(first), int(last) + 1) if dash else [int(first)]
+            asked = range(int(first), int(last) + 1) if dash else [int(first)]
+            if len(asked) > MOST_SEEDS:
+                raise typer.BadParameter(f"--seeds {text!r} has a range of more than {MOST_SEEDS:,}")
+            seeds += asked
     except ValueError:
         seeds = []
     if not seeds:

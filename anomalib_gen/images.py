@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import struct
 import tempfile
@@ -28,7 +29,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from anomalib_gen._base import GenerativeDetector
 from anomalib_gen._inputs import stack_images
-from anomalib_gen._runtime import check_share, row_blocks
+from anomalib_gen._runtime import check_count, check_share, row_blocks
 from anomalib_gen._scaling import rows_per_block
 from anomalib_gen._warnings import warn_user
 from anomalib_gen.detectors import ComposedDetector
@@ -63,6 +64,11 @@ def bits_per_dimension(log_prob: Any, event_shape: Sequence[int]) -> npt.NDArray
     -------
     ndarray of shape (n_samples,)
 
+    Raises
+    ------
+    ValueError
+        If `event_shape` holds anything but positive whole numbers.
+
     Examples
     --------
     >>> import numpy as np
@@ -70,7 +76,9 @@ def bits_per_dimension(log_prob: Any, event_shape: Sequence[int]) -> npt.NDArray
     >>> bits_per_dimension([-64 * np.log(256)], (1, 8, 8))  # all values of 8 bits alike
     array([8.])
     """
-    n = int(np.prod(tuple(event_shape)))
+    if isinstance(event_shape, int):
+        raise ValueError(f"event_shape must be a sequence such as (1, 28, 28), got {event_shape!r}.")
+    n = math.prod(check_count(side, "Each number of event_shape") for side in event_shape)
     bits: npt.NDArray[np.float64] = -np.asarray(log_prob, dtype=np.float64) / (n * np.log(2))
     return bits
 
@@ -254,8 +262,18 @@ class ChannelsFirst(_ImageTransformer):
         Returns
         -------
         ndarray of shape (n_samples, height, width, channels)
+
+        Raises
+        ------
+        ValueError
+            If X does not have four dimensions, or is a list of images of different shapes.
         """
-        return np.moveaxis(np.asarray(X), 1, 3)
+        X = stack_images(X)
+        if X.ndim != 4:
+            raise ValueError(
+                f"Images (n, channels, height, width) are needed, got an array of shape {X.shape}."
+            )
+        return np.moveaxis(X, 1, 3)
 
     def __sklearn_is_fitted__(self) -> bool:
         return True

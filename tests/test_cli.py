@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from anomalib_gen.cli import _parse_seeds, app
@@ -140,6 +141,8 @@ def test_missing_extra_says_how_to_install(monkeypatch, tmp_path):
 def test_seeds():
     assert _parse_seeds("0-4") == [0, 1, 2, 3, 4]
     assert _parse_seeds("0, 2,7-8") == [0, 2, 7, 8]
+    with pytest.raises(typer.BadParameter, match="more than 1,000"):
+        _parse_seeds("0-100000000")
 
 
 def test_importing_the_command_is_light():

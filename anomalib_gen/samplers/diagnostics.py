@@ -140,6 +140,10 @@ def _differ(samples: torch.Tensor) -> torch.Tensor:
 
 def _check(samples: torch.Tensor) -> torch.Tensor:
     """Return draws as floating-point numbers; refuse too few of them."""
+    if not isinstance(samples, torch.Tensor):
+        raise TypeError(
+            f"samples must be a torch.Tensor, got a {type(samples).__name__}; see torch.as_tensor."
+        )
     if samples.ndim < 2 or samples.shape[0] < 4 or samples.shape[1] < 1:
         raise ValueError(f"samples must be (N, B, *E) with N >= 4 and B >= 1, got {tuple(samples.shape)}.")
     return samples if samples.is_floating_point() else samples.to(torch.get_default_dtype())

@@ -208,6 +208,8 @@ def test_layouts():
     assert np.shares_memory(moved, images)
     np.testing.assert_array_equal(layout.inverse_transform(moved), images)
     assert layout.transform(images[..., 0]).shape == (6, 1, 9, 10)
+    with pytest.raises(ValueError, match=r"\(n, channels, height, width\) are needed, got .* \(6, 9\)"):
+        layout.inverse_transform(images[..., 0, 0])
     with pytest.raises(ValueError, match="are needed"):
         layout.fit(images[0, 0])
     pipeline = make_pipeline(layout, FlowDetector(max_iter=2, hidden_features=8, device="cpu")).fit(images)
@@ -232,6 +234,9 @@ def test_a_pipeline_with_images_may_return_data_frames(folder, library):
 
 def test_bits_per_dimension():
     np.testing.assert_allclose(bits_per_dimension([-np.log(2) * 3 * 8 * 8 * 5.0], (3, 8, 8)), 5.0)
+    for shape, message in ((64, "sequence"), ((0, 8, 8), "positive integer, got 0"), ((8, 8.0), "got 8.0")):
+        with pytest.raises(ValueError, match=message):
+            bits_per_dimension([-1.0], shape)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

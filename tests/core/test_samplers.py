@@ -636,6 +636,8 @@ def test_diagnostics_see_chains_that_disagree():
     assert float(effective_sample_size(apart)) < 20
     trend = x + torch.linspace(0, 3, 500)[:, None]
     assert float(split_rhat(trend)) > 1.2
+    with pytest.raises(TypeError, match=r"torch.Tensor, got a ndarray; see torch.as_tensor"):
+        effective_sample_size(x.numpy())
 
 
 def test_diagnostics_of_events_and_of_constants():
