@@ -20,7 +20,7 @@ IMAGES_PER_BLOCK = 64
 ROWS_PER_BLOCK = 512
 """Rows of tables scored at once at most on a CPU. Of larger blocks the allocator may give the activations' memory back
 to the system and ask for it again at every layer, which takes as long as the layer does."""
-LEAST_ROWS = 128
+LEAST_ROWS = 256
 """Rows for which a thread is worth its start."""
 CELL_PAIRS = 1
 """Pairs of points of each cell over which the likelihood of discrete images is averaged."""
@@ -130,16 +130,15 @@ def _blocks_and_threads(
     """Rows of a block at most, and the threads that blocks are shared out among: no more than have some to do.
 
     Rows of tables alone are shared out, and on a CPU: operations on images are long, and in float32 their last digits
-    depend on how they are shared.
+    depend on how they are shared. Blocks do not depend on the number of threads: in float64, too, the last digit of a
+    score may depend on the rows beside it, and a run that goes on elsewhere is to end with the same bytes.
     """
     block_rows = _runtime.scoring_block_rows(event_size, device)
     if device.type != "cpu" or len(event_shape) > 1:
         return block_rows, 1
-    block_rows = min(block_rows, ROWS_PER_BLOCK)
-    n_threads = _runtime.scoring_threads()
-    if n_threads > 1:
-        block_rows = min(block_rows, max(LEAST_ROWS, -(-n_rows // n_threads)))
-    return block_rows, max(1, min(n_threads, -(-n_rows // block_rows)))
+    share = -(-n_rows // _runtime.MOST_THREADS)
+    block_rows = min(block_rows, ROWS_PER_BLOCK, max(LEAST_ROWS, share))
+    return block_rows, max(1, min(_runtime.scoring_threads(), -(-n_rows // block_rows)))
 
 
 @contextmanager

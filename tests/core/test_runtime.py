@@ -463,14 +463,11 @@ def test_a_quota_of_cores_is_kept_to(tiny, X, monkeypatch):
         assert torch.get_num_threads() == 5
         detector = tiny().fit(X)
         detector.sample(3)
-        assert set(seen) == {1, 2}  # threads that score blocks have a core each
-        seen.clear()
-        tiny(validation_fraction=0, contamination=0.1, max_iter=3).fit(X[:50])
+        detector.score_samples(X)
         assert set(seen) == {2}
         seen.clear()
-        detector.score_samples(X[:20])
-        detector.score_samples(X)
-        assert set(seen) == {1, 2}  # a block that is alone has both
+        detector.score_samples(np.tile(X, (3, 1)))
+        assert set(seen) == {1}  # threads that score blocks have a core each
         with pytest.raises(ValueError, match="max_iter"):
             tiny(max_iter=0).fit(X)
         assert torch.get_num_threads() == 5
@@ -481,19 +478,28 @@ def test_a_quota_of_cores_is_kept_to(tiny, X, monkeypatch):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("n_rows", [0, 1, 127, 128, 129, 512, 513, 2000, 10**5])
-@pytest.mark.parametrize("n_threads", [1, 3])
-def test_rows_of_tables_are_shared_out_evenly(n_rows, n_threads, monkeypatch):
-    monkeypatch.setattr(_runtime, "scoring_threads", lambda: n_threads)
-    rows, threads = _scoring._blocks_and_threads(n_rows, 10, (10,), CPU)
-    n_blocks = -(-n_rows // rows)
-    assert 1 <= threads <= max(1, min(n_threads, n_blocks))
-    assert rows <= _scoring.ROWS_PER_BLOCK
-    assert n_rows <= rows or rows >= _scoring.LEAST_ROWS
-    if n_rows >= n_threads * _scoring.LEAST_ROWS:
-        assert threads == n_threads
-    assert _scoring._blocks_and_threads(n_rows, 64, (1, 8, 8), CPU)[1] == 1
-    assert _scoring._blocks_and_threads(n_rows, 10, (10,), torch.device("cuda"))[1] == 1
+@pytest.mark.parametrize("n_rows", [0, 1, 255, 256, 257, 512, 513, 2000, 4096, 10**5])
+def test_rows_of_tables_are_shared_out(n_rows, monkeypatch):
+    found = []
+    for n_threads in (1, 3, 8):
+        monkeypatch.setattr(_runtime, "scoring_threads", lambda n=n_threads: n)
+        rows, threads = _scoring._blocks_and_threads(n_rows, 10, (10,), CPU)
+        assert _scoring.LEAST_ROWS <= rows <= _scoring.ROWS_PER_BLOCK
+        assert threads == max(1, min(n_threads, -(-n_rows // rows)))
+        found.append(rows)
+        assert _scoring._blocks_and_threads(n_rows, 64, (1, 8, 8), CPU)[1] == 1
+        assert _scoring._blocks_and_threads(n_rows, 10, (10,), torch.device("cuda"))[1] == 1
+    assert len(set(found)) == 1
+
+
+def test_scores_of_many_rows_are_the_same_on_any_number_of_threads(fitted, monkeypatch):
+    rows = np.random.default_rng(0).normal(size=(1500, 3)) * [1.0, 1.0, 5.0]
+    scores = []
+    for n_threads in (1, 2, 5):
+        monkeypatch.setattr(_runtime, "scoring_threads", lambda n=n_threads: n)
+        scores.append(fitted.score_samples(rows))
+    np.testing.assert_array_equal(scores[0], scores[1])
+    np.testing.assert_array_equal(scores[0], scores[2])
 
 
 def test_per_row_numbers_broadcast_over_events():
