@@ -302,6 +302,7 @@ def in_threads(
         return
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="scoring", initializer=_keep_to_one_core)
     waiting: deque[Future[_Result]] = deque()
+    wait = True
     try:
         for item in items:
             try:
@@ -314,8 +315,12 @@ def in_threads(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except KeyboardInterrupt:
+        # What is being computed cannot be stopped, and may take minutes. Nobody waits for it any more.
+        wait = False
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait, cancel_futures=True)
 
 
 @contextmanager

@@ -426,6 +426,21 @@ def test_threads_ask_for_few_items_ahead_and_for_none_after_an_error():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("scoring")]
 
 
+def test_who_interrupts_does_not_wait_for_what_is_being_computed():
+    free = threading.Event()
+
+    def items():
+        yield 0
+        raise KeyboardInterrupt
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(_runtime.in_threads(lambda item: free.wait(60), items(), 2))
+        assert not free.is_set()
+    finally:
+        free.set()
+
+
 def test_a_thread_that_outlives_the_main_one_can_score():
     code = """if True:
         import threading, time
