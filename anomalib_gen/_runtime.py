@@ -5,6 +5,7 @@ Nothing here changes a global: no seed, no thread count, no backend flag.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import math
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 import joblib
@@ -336,14 +338,11 @@ def within_quota() -> Iterator[None]:
     if threads <= cores or "OMP_NUM_THREADS" in os.environ or not _can_keep_to_one_core():
         yield
         return
-    libraries = [(library, library.get_num_threads()) for library in _openmp_libraries()]
+    before = _set_threads([cores] * len(_thread_setters()))
     try:
-        for library, _ in libraries:
-            library.set_num_threads(cores)
         yield
     finally:
-        for library, before in libraries:
-            library.set_num_threads(before)
+        _set_threads(before)
 
 
 @functools.cache
@@ -353,16 +352,42 @@ def _cores() -> int:
 
 
 @functools.cache
-def _openmp_libraries() -> list[Any]:
-    return ThreadpoolController().select(user_api="openmp").lib_controllers
+def _thread_setters() -> list[Callable[[int], int]]:
+    """Functions that set a number of threads for operations of the calling thread alone, and return the former one.
+
+    They are OpenMP's, and where torch has MKL in it, MKL's, which `torch.set_num_threads` sets, too, and which rules
+    matrix products from then on.
+    """
+
+    def of_openmp(library: Any) -> Callable[[int], int]:
+        def set_threads(n: int) -> int:
+            before = int(library.get_num_threads())
+            library.set_num_threads(n)
+            return before
+
+        return set_threads
+
+    setters = [
+        of_openmp(library) for library in ThreadpoolController().select(user_api="openmp").lib_controllers
+    ]
+    for path in (Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"):
+        try:
+            setters.append(ctypes.CDLL(str(path)).MKL_Set_Num_Threads_Local)
+        except (OSError, AttributeError):
+            continue
+    return setters
+
+
+def _set_threads(numbers: Sequence[int]) -> list[int]:
+    """Set numbers of threads, one for each of `_thread_setters`, and return the former ones."""
+    # Otherwise torch sets its own at the first operation of a thread.
+    torch.get_num_threads()
+    return [set_threads(n) for set_threads, n in zip(_thread_setters(), numbers, strict=True)]
 
 
 def _keep_to_one_core() -> None:
-    """Let torch's operations in this thread run on one core; OpenMP's number of threads is each thread's own."""
-    # Otherwise torch sets it at the first operation.
-    torch.get_num_threads()
-    for library in _openmp_libraries():
-        library.set_num_threads(1)
+    """Let torch's operations in this thread run on one core."""
+    _set_threads([1] * len(_thread_setters()))
 
 
 @functools.cache

@@ -390,6 +390,31 @@ def test_threads_work_on_one_core_each_and_answer_in_order():
         torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="the system does not list threads")
+def test_no_library_under_torch_starts_threads_where_one_core_is_enough():
+    """Nor if the user has set their number by `torch.set_num_threads`, which tells MKL as well."""
+    before = torch.get_num_threads()
+    started = []
+
+    def work(limited):
+        if limited:
+            _runtime._keep_to_one_core()
+        there = set(os.listdir("/proc/self/task"))
+        x = torch.ones(600, 600, dtype=torch.float64)
+        (x @ x + x).exp()
+        started.append(len(set(os.listdir("/proc/self/task")) - there))
+
+    try:
+        torch.set_num_threads(3)
+        for limited in (True, False):
+            thread = threading.Thread(target=work, args=(limited,))
+            thread.start()
+            thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert started == [0, 2]
+
+
 def test_threads_are_as_many_as_torch_has_but_not_more_than_can_be_kept_apart(monkeypatch):
     before = torch.get_num_threads()
     try:
