@@ -406,6 +406,7 @@ class GenerativeDetector(OutlierScores, BaseEstimator, metaclass=ABCMeta):
             ]
         self.best_iter_, self.n_iter_ = before + result.best_iter, before + result.n_iter
 
+    @_runtime.within_quota()
     def with_anomaly(self, anomaly: Any, X: Any, sample_weight: Any = None) -> Self:
         """Return a detector with the same model and another anomaly, without training again.
 

@@ -15,12 +15,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
-import joblib
 import torch
+from joblib.externals.loky import cpu_count
 from threadpoolctl import ThreadpoolController
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -289,7 +290,10 @@ def scoring_threads() -> int:
     Operations on a block are short, and threads that share each of them wait for one another at its end: where other
     work has one of the cores, for most of the time. Threads with blocks of their own wait for nobody.
     """
-    return min(torch.get_num_threads(), MOST_THREADS) if _can_keep_to_one_core() else 1
+    try:
+        return min(torch.get_num_threads(), MOST_THREADS) if _can_keep_to_one_core() else 1
+    except RuntimeError:  # there are no threads to be had, for now
+        return 1
 
 
 def in_threads(
@@ -297,20 +301,23 @@ def in_threads(
 ) -> Iterator[_Result]:
     """``function(item)`` of each item, in order, in threads whose operations run on one core each.
 
-    Items are asked for in the caller's thread, a few ahead. With one thread everything is done there.
+    Items are asked for in the caller's thread, a few ahead. With one thread everything is done there, as it is where
+    the system has no threads to give. Context variables, such as numpy's error state, are the caller's.
     """
     if n_threads == 1:
         yield from map(function, items)
         return
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="scoring", initializer=_keep_to_one_core)
     waiting: deque[Future[_Result]] = deque()
-    wait = True
+    threads_to_be_had = wait = True
     try:
         for item in items:
-            try:
-                waiting.append(pool.submit(function, item))
-            except RuntimeError:
-                # There are no threads to be had: the main one has ended, or the system is short of them.
+            if threads_to_be_had:
+                try:
+                    waiting.append(pool.submit(copy_context().run, function, item))
+                except RuntimeError:  # the main thread has ended, or the system is short of threads
+                    threads_to_be_had = False
+            if not threads_to_be_had:
                 waiting.append(Future())
                 waiting[-1].set_result(function(item))
             if len(waiting) > 2 * n_threads:
@@ -318,7 +325,8 @@ def in_threads(
         while waiting:
             yield waiting.popleft().result()
     except KeyboardInterrupt:
-        # What is being computed cannot be stopped, and may take minutes. Nobody waits for it any more.
+        # Blocks that were begun cannot be stopped, and may take minutes. A notebook goes on without them; a process
+        # that ends waits for them.
         wait = False
         raise
     finally:
@@ -334,11 +342,12 @@ def within_quota() -> Iterator[None]:
     ``OMP_NUM_THREADS``, where it is set, is the user's word and counts.
     """
     cores = _cores()
-    threads = torch.get_num_threads()
-    if threads <= cores or "OMP_NUM_THREADS" in os.environ or not _can_keep_to_one_core():
+    if torch.get_num_threads() <= cores or os.environ.get("OMP_NUM_THREADS"):
         yield
         return
     before = _set_threads([cores] * len(_thread_setters()))
+    # A library that had fewer keeps to them; 0 is MKL's word for no number of its own.
+    _set_threads([min(n, cores) if n else cores for n in before])
     try:
         yield
     finally:
@@ -348,7 +357,8 @@ def within_quota() -> Iterator[None]:
 @functools.cache
 def _cores() -> int:
     """Cores that the process may use: by its affinity, its container's quota, and ``LOKY_MAX_CPU_COUNT``."""
-    return int(joblib.cpu_count())
+    # loky's own: joblib's is 1 where it could start no processes.
+    return int(cpu_count())
 
 
 @functools.cache
@@ -392,7 +402,15 @@ def _keep_to_one_core() -> None:
 
 @functools.cache
 def _can_keep_to_one_core() -> bool:
-    """Whether `_keep_to_one_core` does what it says: torch may have been built with other threads than OpenMP's."""
+    """Whether `_keep_to_one_core` rules torch's threads: torch may have been built with others than OpenMP's.
+
+    It cannot tell whether the library behind matrix products has threads of its own besides, as Apple's has.
+
+    Raises
+    ------
+    RuntimeError
+        If there are no threads to be had.
+    """
     found: list[int] = []
 
     def look() -> None:
@@ -400,10 +418,7 @@ def _can_keep_to_one_core() -> bool:
         found.append(torch.get_num_threads())
 
     thread = threading.Thread(target=look)
-    try:
-        thread.start()
-    except RuntimeError:  # there are no threads to be had
-        return False
+    thread.start()
     thread.join()
     return found == [1]
 

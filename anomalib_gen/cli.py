@@ -297,7 +297,7 @@ def _parse_seeds(text: str) -> list[int]:
             if len(asked) > MOST_SEEDS:
                 raise typer.BadParameter(f"--seeds {text!r} has a range of more than {MOST_SEEDS:,}")
             seeds += asked
-    except ValueError:
+    except (ValueError, OverflowError):
         seeds = []
     if not seeds:
         raise typer.BadParameter(f"--seeds {text!r} is no list of seeds; write 0-4 or 0,1,2")

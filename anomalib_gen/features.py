@@ -157,6 +157,7 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             )
         return X
 
+    @_runtime.within_quota()
     def _extract(self, X: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         device = _runtime.resolve_device(self.device)
         network: Any = self.network

@@ -76,7 +76,7 @@ def bits_per_dimension(log_prob: Any, event_shape: Sequence[int]) -> npt.NDArray
     >>> bits_per_dimension([-64 * np.log(256)], (1, 8, 8))  # all values of 8 bits alike
     array([8.])
     """
-    if isinstance(event_shape, int):
+    if isinstance(event_shape, Integral):
         raise ValueError(f"event_shape must be a sequence such as (1, 28, 28), got {event_shape!r}.")
     n = math.prod(check_count(side, "Each number of event_shape") for side in event_shape)
     bits: npt.NDArray[np.float64] = -np.asarray(log_prob, dtype=np.float64) / (n * np.log(2))

@@ -53,7 +53,9 @@ def other_work(wanted: bool) -> Iterator[None]:
         yield
         return
     # In another session, as other jobs are: many systems share cores out among sessions, not processes.
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+    # It ends with this process, however that ends.
+    code = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     try:
         # It has to have its core before the first look at the clock.
         time.sleep(0.5)

@@ -511,6 +511,7 @@ class ComposedDetector(OutlierScores, _BaseComposition):
 
     # Sampling ---------------------------------------------------------------------------------------------
 
+    @_runtime.within_quota()
     @torch.inference_mode(False)  # chains follow gradients, also within a caller's inference_mode
     def sample(self, n_samples: int = 1, *, random_state: Any = None) -> npt.NDArray[Any]:
         """Draw new rows: from a mixture exactly, from a product by Langevin chains that start at members' samples.

@@ -256,6 +256,7 @@ class EnergyDetector(GenerativeDetector):
         self.device = device
         self.verbose = verbose
 
+    @_runtime.within_quota()
     @torch.inference_mode(False)  # chains follow gradients, also within a caller's inference_mode
     def normalize(self, *, n_chains: int = 256, n_levels: int = 200, random_state: Any = None) -> Self:
         """Estimate log Z by annealed importance sampling, so that `log_prob`, and a mixture, have its constant.

@@ -137,6 +137,7 @@ class FeatureContributions:
         ]
 
 
+@_runtime.within_quota()
 @torch.inference_mode(False)  # paths have gradients, also within a caller's inference_mode
 def feature_contributions(
     detector: Any,

@@ -14,6 +14,7 @@ from sklearn.exceptions import NotFittedError
 import anomalib_gen
 from anomalib_gen import _training
 from anomalib_gen._base import GenerativeDetector
+from anomalib_gen.explain import feature_contributions
 
 FAMILIES = sorted(
     (
@@ -138,6 +139,23 @@ def test_a_score_does_not_depend_on_the_threads(trained, family, name, X, monkey
     monkeypatch.setattr("anomalib_gen._scoring.LEAST_ROWS", 5)
     monkeypatch.setattr("anomalib_gen._scoring.ROWS_PER_BLOCK", 11)
     np.testing.assert_allclose(detector.score_samples(X), scores, rtol=1e-9, atol=1e-9)
+
+
+@each_family
+def test_what_is_computed_of_rows_does_not_depend_on_the_threads(trained, family, X, monkeypatch):
+    detector = trained(family, {})
+    ways = {name: getattr(detector, name) for name in ("transform", "reconstruct") if hasattr(detector, name)}
+    if hasattr(detector.model_, "score"):
+        ways["score"] = lambda X: (
+            feature_contributions(detector.with_anomaly("score_norm", X), X, method="score").values
+        )
+    ways["score_samples"] = detector.score_samples
+    found = {name: way(X) for name, way in ways.items()}
+    monkeypatch.setattr("anomalib_gen._runtime.scoring_threads", lambda: 4)
+    monkeypatch.setattr("anomalib_gen._scoring.LEAST_ROWS", 5)
+    monkeypatch.setattr("anomalib_gen._scoring.ROWS_PER_BLOCK", 11)
+    for name, way in ways.items():
+        np.testing.assert_allclose(way(X), found[name], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("contamination", ["auto", 0.1])

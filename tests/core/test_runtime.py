@@ -368,6 +368,12 @@ def test_blocks_are_bounded(device, event_size):
     assert rows == 1 or rows * event_size <= 2**22
 
 
+with_openmp = pytest.mark.skipif(
+    not _runtime._can_keep_to_one_core(), reason="torch has other threads than OpenMP's"
+)
+
+
+@with_openmp
 def test_threads_work_on_one_core_each_and_answer_in_order():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -390,6 +396,7 @@ def test_threads_work_on_one_core_each_and_answer_in_order():
         torch.set_num_threads(before)
 
 
+@with_openmp
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="the system does not list threads")
 def test_no_library_under_torch_starts_threads_where_one_core_is_enough():
     """Nor if the user has set their number by `torch.set_num_threads`, which tells MKL as well."""
@@ -415,6 +422,7 @@ def test_no_library_under_torch_starts_threads_where_one_core_is_enough():
     assert started == [0, 2]
 
 
+@with_openmp
 def test_threads_are_as_many_as_torch_has_but_not_more_than_can_be_kept_apart(monkeypatch):
     before = torch.get_num_threads()
     try:
@@ -448,7 +456,32 @@ def test_threads_ask_for_few_items_ahead_and_for_none_after_an_error():
         next(found)
     assert len(asked) < 20
     assert len(done) < 20
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("scoring")]
+
+
+def test_what_the_system_has_no_threads_for_is_done_once_by_the_caller(monkeypatch):
+    caller, done = threading.get_ident(), []
+
+    def submit(*_):
+        raise RuntimeError("can't start new thread")
+
+    def work(item):
+        done.append(item)
+        if item == 5:
+            raise ValueError("five")
+        return threading.get_ident()
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    assert list(_runtime.in_threads(work, range(4), 2)) == [caller] * 4
+    assert done == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="five") as caught:
+        list(_runtime.in_threads(work, range(4, 8), 2))
+    assert caught.value.__context__ is None
+
+
+def test_threads_have_the_callers_context():
+    with np.errstate(divide="raise"):
+        found = list(_runtime.in_threads(lambda _: np.geterr()["divide"], range(3), 2))
+    assert found == ["raise"] * 3
 
 
 def test_who_interrupts_does_not_wait_for_what_is_being_computed():
@@ -483,6 +516,26 @@ def test_a_thread_that_outlives_the_main_one_can_score():
     assert not done.stderr
 
 
+def test_a_quota_takes_no_limit_away(monkeypatch):
+    numbers = [5, 1, 0]  # the last is MKL's for no number of its own
+
+    def setter(k):
+        def set_threads(n):
+            before, numbers[k] = numbers[k], n
+            return before
+
+        return set_threads
+
+    monkeypatch.setattr(_runtime, "_thread_setters", lambda: [setter(k) for k in range(3)])
+    monkeypatch.setattr(_runtime, "_cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    with _runtime.within_quota():
+        assert numbers == [2, 1, 2]
+    assert numbers == [5, 1, 0]
+
+
+@with_openmp
 def test_a_quota_of_cores_is_kept_to(tiny, X, monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.setattr(_runtime, "_cores", lambda: 2)
