@@ -49,9 +49,9 @@ class Watched:
             self.look(self.part, model, x, generator)
         return self.part(model, x, generator)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Watched:
-        # The dry run works on a copy of the part; who looks stays the same.
-        return Watched(copy.deepcopy(self.part, memo), self.look, training=self.training, count=self.count)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # The dry run, which has gradients too, works on a copy of the part: nobody looks at that.
+        return copy.deepcopy(self.part, memo)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.part, name)
