@@ -1,4 +1,4 @@
-"""Where and how tensors live: device, precision, scoped randomness, row batches, shapes.
+"""Where and how tensors live and are computed: device, precision, threads, scoped randomness, row batches, shapes.
 
 Nothing here changes a global: no seed, no thread count, no backend flag.
 """
@@ -341,7 +341,7 @@ def within_quota() -> Iterator[None]:
     each of the machine's cores, and when they have used the quota up all stand still, also those that others wait for.
     ``OMP_NUM_THREADS``, where it is set, is the user's word and counts.
     """
-    cores = _cores()
+    cores = available_cores()
     if torch.get_num_threads() <= cores or os.environ.get("OMP_NUM_THREADS"):
         yield
         return
@@ -355,7 +355,7 @@ def within_quota() -> Iterator[None]:
 
 
 @functools.cache
-def _cores() -> int:
+def available_cores() -> int:
     """Cores that the process may use: by its affinity, its container's quota, and ``LOKY_MAX_CPU_COUNT``."""
     # loky's own: joblib's is 1 where it could start no processes.
     return int(cpu_count())

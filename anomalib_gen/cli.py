@@ -293,11 +293,10 @@ def _parse_seeds(text: str) -> list[int]:
     try:
         for part in text.split(","):
             first, dash, last = part.strip().partition("-")
-            asked = range(int(first), int(last) + 1) if dash else [int(first)]
-            if len(asked) > MOST_SEEDS:
+            if dash and int(last) - int(first) >= MOST_SEEDS:
                 raise typer.BadParameter(f"--seeds {text!r} has a range of more than {MOST_SEEDS:,}")
-            seeds += asked
-    except (ValueError, OverflowError):
+            seeds += range(int(first), int(last) + 1) if dash else [int(first)]
+    except ValueError:
         seeds = []
     if not seeds:
         raise typer.BadParameter(f"--seeds {text!r} is no list of seeds; write 0-4 or 0,1,2")

@@ -141,8 +141,10 @@ def test_missing_extra_says_how_to_install(monkeypatch, tmp_path):
 def test_seeds():
     assert _parse_seeds("0-4") == [0, 1, 2, 3, 4]
     assert _parse_seeds("0, 2,7-8") == [0, 2, 7, 8]
-    with pytest.raises(typer.BadParameter, match="more than 1,000"):
-        _parse_seeds("0-100000000")
+    assert len(_parse_seeds("1-1000")) == 1000
+    for text in ("0-1000", "0-100000000", "0-99999999999999999999"):
+        with pytest.raises(typer.BadParameter, match="more than 1,000"):
+            _parse_seeds(text)
 
 
 def test_importing_the_command_is_light():

@@ -18,10 +18,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+
+from anomalib_gen._runtime import available_cores
 
 from ._extra import require_benchmark_extra
 from .cells import Cell, Job, describe_failure
@@ -197,7 +198,7 @@ def _run(
 def _usable_threads() -> int:
     """Cores, or as many threads as OMP_NUM_THREADS allows: on cores that others use, two wait for each other."""
     allowed = os.environ.get("OMP_NUM_THREADS", "")
-    cores = joblib.cpu_count()
+    cores = available_cores()
     return min(cores, int(allowed)) if allowed.isdecimal() and int(allowed) else cores
 
 

@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from anomalib_gen import _runtime, _scoring
+from anomalib_gen import ComposedDetector, EnergyDetector, _runtime, _scoring
 from anomalib_gen._component import Component
 from anomalib_gen.anomaly import Typicality
+from anomalib_gen.explain import feature_contributions
+from anomalib_gen.features import FeatureExtractor
 from anomalib_gen.objectives import MaximumLikelihood
 
 TRANSFORMS = ["nsf-autoregressive", "nsf-coupling", "maf", "realnvp"]
@@ -485,23 +487,29 @@ def test_threads_have_the_callers_context():
 
 
 def test_who_interrupts_does_not_wait_for_what_is_being_computed():
-    free = threading.Event()
+    free, begun, done = threading.Event(), threading.Event(), []
+
+    def work(item):
+        begun.set()
+        free.wait(20)
+        done.append(item)
 
     def items():
         yield 0
+        assert begun.wait(20)
         raise KeyboardInterrupt
 
     try:
         with pytest.raises(KeyboardInterrupt):
-            list(_runtime.in_threads(lambda item: free.wait(60), items(), 2))
-        assert not free.is_set()
+            list(_runtime.in_threads(work, items(), 2))
+        assert not done
     finally:
         free.set()
 
 
 def test_a_thread_that_outlives_the_main_one_can_score():
     code = """if True:
-        import threading, time
+        import threading
         from anomalib_gen import _runtime
 
         def late():
@@ -527,7 +535,7 @@ def test_a_quota_takes_no_limit_away(monkeypatch):
         return set_threads
 
     monkeypatch.setattr(_runtime, "_thread_setters", lambda: [setter(k) for k in range(3)])
-    monkeypatch.setattr(_runtime, "_cores", lambda: 2)
+    monkeypatch.setattr(_runtime, "available_cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     with _runtime.within_quota():
@@ -538,7 +546,7 @@ def test_a_quota_takes_no_limit_away(monkeypatch):
 @with_openmp
 def test_a_quota_of_cores_is_kept_to(tiny, X, monkeypatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr(_runtime, "_cores", lambda: 2)
+    monkeypatch.setattr(_runtime, "available_cores", lambda: 2)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     seen = []
     forward = nn.Linear.forward
@@ -567,6 +575,44 @@ def test_a_quota_of_cores_is_kept_to(tiny, X, monkeypatch):
         monkeypatch.setenv("OMP_NUM_THREADS", "5")
         with _runtime.within_quota():
             assert torch.get_num_threads() == 5
+    finally:
+        torch.set_num_threads(before)
+
+
+@with_openmp
+@pytest.mark.filterwarnings("ignore:The weights of 4 chains:UserWarning")
+@pytest.mark.parametrize(
+    "call", ["contributions", "another anomaly", "constant", "sample of a product", "features"]
+)
+def test_other_heavy_calls_keep_to_the_quota_too(call, tiny, X, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    forward = nn.Linear.forward
+
+    class Flat(nn.Module):
+        def forward(self, images):
+            seen.append(torch.get_num_threads())
+            return images.flatten(1)
+
+    small = {"max_iter": 2, "hidden_features": 8, "random_state": 0, "device": "cpu"}
+    flow, energy = tiny(max_iter=2).fit(X), EnergyDetector(**small).fit(X)
+    product = ComposedDetector([("flow", flow), ("energy", energy)], n_steps=4, random_state=0).fit(X)
+    calls = {
+        "contributions": lambda: feature_contributions(flow, X[:3]),
+        "another anomaly": lambda: flow.with_anomaly("typicality", X),
+        "constant": lambda: energy.normalize(n_chains=4, n_levels=2),
+        "sample of a product": lambda: product.sample(2, random_state=0),
+        "features": lambda: FeatureExtractor(Flat(), device="cpu").fit_transform(np.zeros((3, 1, 8, 8))),
+    }
+    monkeypatch.setattr(_runtime, "available_cores", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(
+        nn.Linear, "forward", lambda layer, x: (seen.append(torch.get_num_threads()), forward(layer, x))[1]
+    )
+    try:
+        torch.set_num_threads(5)
+        calls[call]()
+        assert max(seen) == 2
+        assert torch.get_num_threads() == 5
     finally:
         torch.set_num_threads(before)
 
