@@ -71,7 +71,10 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -
     Raises
     ------
     FileExistsError
-        If there is something under the name already and `overwrite` is False, or it is no model folder.
+        If there is something under the name already and `overwrite` is False, or it is no model folder, or holds
+        anything else.
+    ModelFolderError
+        If it would be in another model folder.
     """
     folder = Path(os.path.abspath(folder))
     _refuse_existing(folder, overwrite=overwrite)
@@ -152,7 +155,7 @@ def check_place(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
     FileExistsError
         As `write_folder`.
     ModelFolderError
-        If it is no path of this machine.
+        If it is no path of this machine, or in another model folder.
     OSError
         If the folder that it would be in is none, or cannot be written to.
     """
@@ -166,6 +169,11 @@ def check_place(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
 
 
 def _refuse_existing(folder: Path, *, overwrite: bool) -> None:
+    if all((folder.parent / name).is_file() for name in (DOCUMENT, TENSORS)):
+        raise ModelFolderError(
+            f"{folder} would be in the model folder {folder.parent}, which holds nothing else: that could not be "
+            "loaded any more. Choose another place."
+        )
     if not os.path.lexists(folder):
         return
     if not overwrite:
@@ -176,6 +184,17 @@ def _refuse_existing(folder: Path, *, overwrite: bool) -> None:
         raise FileExistsError(
             f"{folder} is no model folder, so it is not replaced. Remove it yourself if it may go."
         )
+    # (Many programs call a file model.json; what lies beside it would be lost.)
+    if strangers := sorted(entry.name for entry in folder.iterdir() if not _belongs(entry.name)):
+        raise FileExistsError(
+            f"{folder} holds {strangers[0]!r}, which belongs to no model, so it is not replaced. Move that elsewhere, "
+            "or choose another folder."
+        )
+
+
+def _belongs(name: str) -> bool:
+    """Whether a model folder may have a file of that name."""
+    return name in (DOCUMENT, TENSORS, CARD, REFERENCE) or PART.fullmatch(name) is not None
 
 
 def swap(fresh: Path, folder: Path) -> None:
@@ -256,14 +275,14 @@ def list_folder(folder: Path) -> set[str]:
             raise ModelFolderError(
                 f"{folder} holds {entry.name!r}, which is no plain file. A model folder has neither links nor folders."
             )
-        if entry.name not in (DOCUMENT, TENSORS, CARD, REFERENCE) and not PART.fullmatch(entry.name):
+        if not _belongs(entry.name):
             what = (
                 "may be a pickle, and is never opened"
                 if entry.name.endswith(PICKLES)
                 else "does not belong there"
             )
             raise ModelFolderError(
-                f"{folder} holds {entry.name!r}, which {what}. Remove it, or save the model anew."
+                f"{folder} holds {entry.name!r}, which {what}. Remove it, or save the model to another folder."
             )
     names = {entry.name for entry in found}
     if DOCUMENT not in names:

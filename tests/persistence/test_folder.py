@@ -105,7 +105,24 @@ def test_saving_replaces_only_when_asked(tiny, X, tmp_path):
     (other / "thesis.txt").write_text("three years")
     with pytest.raises(FileExistsError, match="no model folder"):
         second.save(other, overwrite=True)
+    # Nor with a file of another program that has the same name as one of ours.
+    (other / "model.json").write_text("{}")
+    for refuse in (
+        lambda: second.save(other, overwrite=True),
+        lambda: persistence.check_place(other, overwrite=True),
+    ):
+        with pytest.raises(FileExistsError, match=r"holds 'thesis\.txt', which belongs to no model"):
+            refuse()
     assert (other / "thesis.txt").read_text() == "three years"
+
+
+def test_a_model_is_not_saved_into_another(fitted, tmp_path):
+    content = fitted.save(tmp_path / "model")
+    with pytest.raises(ModelFolderError, match="would be in the model folder"):
+        fitted.save(tmp_path / "model" / "another")
+    with pytest.raises(ModelFolderError, match="would be in the model folder"):
+        persistence.check_place(tmp_path / "model" / "another", overwrite=False)
+    assert persistence.verify(tmp_path / "model") == content
 
 
 @pytest.mark.parametrize(
