@@ -14,7 +14,7 @@ from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import EvaluateOptions
 from anomalib_gen.scoring.parts import to_json, write_output
 from anomalib_gen.scoring.rows import finite, load_model, score_rows, threshold_of
-from anomalib_gen.scoring.sources import Reader, check_output, find_inputs, rows_per_part
+from anomalib_gen.scoring.sources import Reader, check_beside_model, check_output, find_inputs, rows_per_part
 
 
 def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
@@ -41,6 +41,7 @@ def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
     inputs = find_inputs(options.input)
     if output is not None:
         check_output(str(options.output), "--output", inputs)
+        check_beside_model(str(options.output), "--output", options.model)
     scores, anomalous = [], []
     with log.progress("rows") as bar:
         for item in inputs:

@@ -25,7 +25,7 @@ from anomalib_gen.scoring.explaining import BLOCK_ROWS, Explainer, shown
 from anomalib_gen.scoring.parts import sole_run
 from anomalib_gen.scoring.rows import load_model, score_rows, threshold_of
 from anomalib_gen.scoring.sinks import check_schema, is_replaceable, kind_of_output, write_result
-from anomalib_gen.scoring.sources import Reader, check_output, find_inputs, rows_per_part
+from anomalib_gen.scoring.sources import Reader, check_beside_model, check_output, find_inputs, rows_per_part
 
 ADDED = {
     "file": pa.string(),
@@ -88,6 +88,7 @@ def explain_files(options: ExplainOptions, log: Log) -> int:
     wanted = wanted_by(facts["schema"], options.key, model)
     inputs = find_inputs(options.input)
     check_output(options.output, "--output", inputs)
+    check_beside_model(options.output, "--output", options.model)
     try:
         make_folder(output.parent)
         with sole_run(output):

@@ -38,7 +38,15 @@ from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import MonitorOptions
 from anomalib_gen.scoring.parts import digest, read_record, record_of, to_json, write_output
 from anomalib_gen.scoring.run import HASH_DIGITS
-from anomalib_gen.scoring.sources import Input, Reader, check_output, find_inputs, is_remote, rows_per_part
+from anomalib_gen.scoring.sources import (
+    Input,
+    Reader,
+    check_beside_model,
+    check_output,
+    find_inputs,
+    is_remote,
+    rows_per_part,
+)
 
 NO_REFERENCE = (
     "{folder} has no training reference to compare with. `anomalib-gen fit` writes one into the folder; to add one to "
@@ -375,10 +383,7 @@ def _check_outputs(options: MonitorOptions) -> None:
             raise UsageError(f"{flag} {place} is a folder. Name a file.")
         if path in taken:
             raise UsageError(f"{flag} {place} is {taken[path]}. Choose another file.")
-        if Path(options.model).resolve() in (path, *path.parents):
-            raise UsageError(
-                f"{flag} {place} is in the model folder, which holds nothing else. Choose another."
-            )
+        check_beside_model(place, flag, options.model)
         taken[path] = f"that of {flag}"
 
 

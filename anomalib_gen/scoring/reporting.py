@@ -52,6 +52,7 @@ from anomalib_gen.scoring.run import ADDED, HASH_DIGITS
 from anomalib_gen.scoring.sources import (
     Input,
     Reader,
+    check_beside_model,
     find_inputs,
     is_remote,
     named_values,
@@ -196,6 +197,7 @@ def report_run(options: ReportOptions, log: Log, judged: MonitorOptions | None =
         raise UsageError(f"--output {output} is a folder. Name a file.")
     if os.path.lexists(output) and not options.overwrite:
         raise UsageError(f"{output} exists already. Choose another output, or replace it with --overwrite.")
+    check_beside_model(output, "--output", options.model)
     from anomalib_gen.scoring.page import render
 
     found = gather(scores, options, log, judged)

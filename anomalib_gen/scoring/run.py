@@ -45,6 +45,7 @@ from anomalib_gen.scoring.sources import (
     Input,
     Part,
     Reader,
+    check_beside_model,
     check_output,
     find_inputs,
     is_remote,
@@ -165,7 +166,7 @@ def _kept(options: ScoreOptions, inputs: list[Input]) -> tuple[str, ...]:
 
 
 def _refuse_overlap(options: ScoreOptions, output: Path, inputs: list[Input]) -> None:
-    """Refuse to write over what is read, and a quarantine over the output.
+    """Refuse to write over what is read or into the model, and a quarantine over the output.
 
     Raises
     ------
@@ -174,8 +175,9 @@ def _refuse_overlap(options: ScoreOptions, output: Path, inputs: list[Input]) ->
     place, quarantine = output.resolve(), options.quarantine or quarantine_beside(output)
     if Path(quarantine).resolve() in (place, record_of(place)):
         raise UsageError(f"--quarantine {options.quarantine} is written by the run itself. Choose another.")
-    check_output(output, "--output", inputs)
-    check_output(quarantine, "--quarantine", inputs)
+    for written, flag in ((str(output), "--output"), (str(quarantine), "--quarantine")):
+        check_output(written, flag, inputs)
+        check_beside_model(written, flag, options.model)
     if options.quarantine is not None and not is_quarantine(Path(quarantine)):
         raise UsageError(
             f"--quarantine {options.quarantine} would replace something else. Choose another name."

@@ -165,6 +165,18 @@ def check_output(output: str | Path, flag: str, inputs: Sequence[Input]) -> None
             )
 
 
+def check_beside_model(output: str | Path, flag: str, model: str) -> None:
+    """Refuse to write into the model's folder, which could not be loaded any more.
+
+    Raises
+    ------
+    UsageError
+    """
+    place = Path(str(output).removeprefix("file://")).resolve()
+    if Path(model).resolve() in (place, *place.parents):
+        raise UsageError(f"{flag} {output} is in the model folder, which holds nothing else. Choose another.")
+
+
 def _find(pattern: str) -> list[Input]:
     if "://" in pattern:
         import fsspec

@@ -247,6 +247,30 @@ def test_evaluate_replaces_no_input(run, rows, model, tmp_path):
     assert path.read_bytes() == before
 
 
+def test_nothing_is_written_into_the_model_folder(run, rows, described, tmp_path):
+    """It would be refused from then on."""
+    source = rows(50, 0).to_parquet(tmp_path / "rows.parquet") or tmp_path / "rows.parquet"
+    assert run("score", source, "-m", described, "-o", tmp_path / "scores.parquet").exit_code == 0
+    for command, name in (
+        (("score", source), "scores.parquet"),
+        (("score", source), "folder"),
+        (("score", source, "-o", tmp_path / "more.parquet", "--quarantine"), "bad.jsonl"),
+        (("explain", source), "why.csv"),
+        (("evaluate", source, "--label", "n"), "found.json"),
+        (("report", tmp_path / "scores.parquet"), "page.html"),
+        (("calibrate", source), "calibrated"),
+        (("fit", source, "--exclude", "id"), "fitted"),
+    ):
+        if command[0] == "fit":
+            result = run(*command, "-m", described / name)
+        else:
+            place = (described / name,) if command[-1] == "--quarantine" else ("-o", described / name)
+            result = run(*command, *place, "-m", described)
+        assert result.exit_code == 1, (command, result.output)
+        assert "which holds nothing else" in result.stderr
+    persistence.verify(described)
+
+
 def test_numbers_of_things_are_in_words():
     assert [count(n, "row") for n in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]
     assert count(1, "anomaly", "anomalies") == "1 anomaly"
