@@ -78,7 +78,8 @@ def choose(wanted: Wanted, file_schema: pa.Schema, path: str) -> list[str]:
         if len(names) != wanted.count:
             raise DataError(
                 f"{path} has {len(names)} columns that are no keys, and the model takes {wanted.count}. It knows no "
-                "names, so all of them are meant: name the others with --key, or fit it on named columns."
+                "names, so all of them are meant: name the others with --key, where the command has it, or fit it on "
+                "named columns."
             )
     else:
         names = list(wanted.names)
@@ -104,6 +105,9 @@ def check_types(wanted: Wanted, names: list[str], file_schema: pa.Schema, path: 
     """
     for name, fitted in zip(names, wanted.types, strict=True):
         found = kind_of(file_schema.field(name).type)
+        if pa.types.is_null(file_schema.field(name).type):
+            # A column in which every value is missing, as pandas writes it: of whatever type.
+            continue
         if fitted is None or found is None:
             if found is None:
                 raise DataError(

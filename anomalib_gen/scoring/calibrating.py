@@ -38,7 +38,7 @@ from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import CalibrateOptions
 from anomalib_gen.scoring.rows import check_folder, finite, load_model, score_rows, threshold_of
-from anomalib_gen.scoring.sources import Reader, find_inputs, rows_per_part
+from anomalib_gen.scoring.sources import Alike, Reader, find_inputs, rows_per_part
 
 MAX_SCORES = 2**20
 """Scores that calibrate: 8 MB, p-values from one in a million on, and rates of 5 % to within 0.02 %."""
@@ -164,9 +164,10 @@ def scored_rows(
     DataError
         If a file cannot be read, or a row cannot be scored.
     """
+    alike = Alike(wanted)
     with log.progress("rows") as bar:
         for item in find_inputs(patterns):
-            reader = Reader(item, wanted)
+            reader = alike.check_names(Reader(item, wanted))
             for part in reader.parts(rows_per_part(wanted.count)):
                 frame, bad = part.frame(reader.names, wanted.types)
                 scores, refused = score_rows(model, frame, named=wanted.names is not None, limit=0)

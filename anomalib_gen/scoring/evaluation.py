@@ -14,7 +14,14 @@ from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import EvaluateOptions
 from anomalib_gen.scoring.parts import to_json, write_output
 from anomalib_gen.scoring.rows import finite, load_model, score_rows, threshold_of
-from anomalib_gen.scoring.sources import Reader, check_beside_model, check_output, find_inputs, rows_per_part
+from anomalib_gen.scoring.sources import (
+    Alike,
+    Reader,
+    check_beside_model,
+    check_output,
+    find_inputs,
+    rows_per_part,
+)
 
 
 def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
@@ -42,10 +49,10 @@ def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
     if output is not None:
         check_output(str(options.output), "--output", inputs)
         check_beside_model(str(options.output), "--output", options.model)
-    scores, anomalous = [], []
+    scores, anomalous, alike = [], [], Alike(wanted)
     with log.progress("rows") as bar:
         for item in inputs:
-            for part in Reader(item, wanted).parts(rows_per_part(wanted.count)):
+            for part in alike.check_names(Reader(item, wanted)).parts(rows_per_part(wanted.count)):
                 names = wanted.names or [name for name in part.table.column_names if name != options.label]
                 frame, bad = part.frame(names, wanted.types)
                 values = part.column(options.label).to_pylist()

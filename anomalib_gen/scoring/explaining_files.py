@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 
 from anomalib_gen.persistence import make_folder
-from anomalib_gen.scoring._columns import Wanted, plain_type, wanted_by
+from anomalib_gen.scoring._columns import Wanted, wanted_by
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.calibrating import scored_rows
@@ -25,7 +25,14 @@ from anomalib_gen.scoring.explaining import BLOCK_ROWS, Explainer, shown
 from anomalib_gen.scoring.parts import sole_run
 from anomalib_gen.scoring.rows import load_model, score_rows, threshold_of
 from anomalib_gen.scoring.sinks import check_schema, is_replaceable, kind_of_output, write_result
-from anomalib_gen.scoring.sources import Reader, check_beside_model, check_output, find_inputs, rows_per_part
+from anomalib_gen.scoring.sources import (
+    Alike,
+    Reader,
+    check_beside_model,
+    check_output,
+    find_inputs,
+    rows_per_part,
+)
 
 ADDED = {
     "file": pa.string(),
@@ -107,9 +114,9 @@ class _Explanation:
     def __init__(self, options: ExplainOptions, output: Path, model: Any, wanted: Wanted, log: Log) -> None:
         self.options, self.output, self.model, self.wanted, self.log = options, output, model, wanted, log
         self.threshold = threshold_of(model)
-        self.readers = [Reader(item, wanted) for item in find_inputs(options.input)]
-        first = self.readers[0]
-        self.key_types = {key: plain_type(first.schema.field(key).type) for key in wanted.keys}
+        alike = Alike(wanted)
+        self.readers = [alike.check(Reader(item, wanted)) for item in find_inputs(options.input)]
+        first, self.key_types = self.readers[0], alike.key_types or {}
         named = wanted.names is not None
         background = None
         if options.background:

@@ -24,7 +24,15 @@ from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log, count
 from anomalib_gen.scoring.config import FitOptions
 from anomalib_gen.scoring.rows import check_folder
-from anomalib_gen.scoring.sources import Input, add_partition, find_inputs, open_text, parse_text, unreadable
+from anomalib_gen.scoring.sources import (
+    Input,
+    add_partition,
+    find_inputs,
+    open_dataset,
+    open_text,
+    parse_text,
+    unreadable,
+)
 
 MIN_KEYS = 50
 """Rows from which on a text that is another in every row is taken for a key."""
@@ -151,11 +159,8 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _read(item: Input, needed: Callable[[str], bool]) -> pa.Table:
-    import pyarrow.dataset as pads
-
     if not item.is_text:
-        table = pads.dataset(item.place, format=item.kind, filesystem=item.filesystem).to_table()
-        return add_partition(table, item)
+        return add_partition(open_dataset(item).to_table(), item)
     # Types are guessed from the first block.
     convert = pacsv.ConvertOptions(strings_can_be_null=True)
     with open_text(item, needed, block_bytes=2**26) as text:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from anomalib_gen.calibration import SplitConformalDetector, conformal_p_values
 from anomalib_gen.persistence import make_folder
-from anomalib_gen.scoring._columns import Wanted, plain_type, wanted_by
+from anomalib_gen.scoring._columns import Wanted, wanted_by
 from anomalib_gen.scoring._errors import ALERT, DONE, PARTIAL, DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log
 from anomalib_gen.scoring.config import ScoreOptions
@@ -42,6 +42,7 @@ from anomalib_gen.scoring.remote import OTHER_SIZE, score_to_store
 from anomalib_gen.scoring.rows import finite, load_model, score_rows, threshold_of
 from anomalib_gen.scoring.sinks import check_schema, is_replaceable, kind_of_output, size_of, write_result
 from anomalib_gen.scoring.sources import (
+    Alike,
     Input,
     Part,
     Reader,
@@ -335,31 +336,20 @@ class _Run:
     def _open_all(self) -> list[Reader | str]:
         """Readers of all files, before anything is scored; the reason for a bad file that is left out."""
         readers: list[Reader | str] = []
+        alike = Alike(self.wanted)
         for item in self.inputs:
             try:
-                readers.append(self._checked(Reader(item, self.wanted)))
+                readers.append(alike.check(Reader(item, self.wanted)))
             except DataError as error:
                 self._count_bad_file(item, error)
                 readers.append(str(error))
-        if self.key_types is None:
+        if alike.key_types is None:
             raise DataError("None of the files can be read.")
+        self.key_types = alike.key_types
         check_schema(self.output, self._schema())
         if names := self.options.partition_by:
             self.partitioning = Partitioning(pa.schema([(name, self.key_types[name]) for name in names]))
         return readers
-
-    def _checked(self, reader: Reader) -> Reader:
-        """Keys must have one type over all files: the first one's."""
-        types = {key: plain_type(reader.schema.field(key).type) for key in self.wanted.keys}
-        if self.key_types is None:
-            self.key_types = types
-        for key, kind in types.items():
-            if kind != self.key_types[key]:
-                raise DataError(
-                    f"Key column {key!r} of {reader.item.path} has the type {kind}, and that of the first file "
-                    f"{self.key_types[key]}. Convert one of them."
-                )
-        return reader
 
     def _count_bad_file(self, item: Input, error: Exception) -> None:
         self.summary.bad_files += 1

@@ -20,8 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
+import pyarrow.parquet as papq
 
-from anomalib_gen.scoring._columns import Wanted, check_types, choose, to_frame
+from anomalib_gen.scoring._columns import Wanted, check_types, choose, plain_type, to_frame
 from anomalib_gen.scoring._errors import DataError, ScoringError, UsageError
 from anomalib_gen.scoring.text import SHOWN_CHARACTERS, CheckedText
 
@@ -236,6 +237,27 @@ def _find(pattern: str) -> list[Input]:
     return found
 
 
+def open_dataset(item: Input) -> Any:
+    """File of a format with types, as a data set.
+
+    Raises
+    ------
+    DataError
+        If columns have the same name, which Arrow's data sets do not know.
+    """
+    try:
+        return pads.dataset(item.place, format=item.kind, filesystem=item.filesystem)
+    except pa.ArrowInvalid as error:
+        if "duplicate field names" not in str(error):
+            raise
+    with item.filesystem.open_input_file(item.place) as file:
+        names = (papq.read_schema(file) if item.kind == "parquet" else pa.ipc.open_file(file).schema).names
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    raise DataError(
+        f"{item.path} has the column {', '.join(map(repr, doubled))} more than once. Rename one, or leave it out."
+    )
+
+
 def open_text(item: Input, needed: Callable[[str], bool], block_bytes: int | None = None) -> CheckedText:
     """Bytes of a text file, decompressed, of which what is no row is marked.
 
@@ -416,7 +438,7 @@ class Reader:
                 with open_text(item, lambda name: False) as text:
                     fields = [pa.field(name, pa.string()) for name in text.names]
             else:
-                self._dataset = pads.dataset(item.place, format=item.kind, filesystem=item.filesystem)
+                self._dataset = open_dataset(item)
                 fields = list(self._dataset.schema)
             fields = [field for field in fields if field.name not in item.partition]
             fields += [pa.field(name, value.type) for name, value in item.partition.items()]
@@ -506,6 +528,64 @@ class Reader:
         mine = lines[(before >= start) & ((before < start + count) | last)]
         malformed = {int(line): self._malformed[int(line)] for line in mine}
         return Part(table, rows, malformed, last, self.item.is_text)
+
+
+class Alike:
+    """What files of one run must have in common: types of keys, and names where a model goes by the order of columns.
+
+    Parameters
+    ----------
+    wanted : Wanted
+
+    Attributes
+    ----------
+    key_types : dict of str to pyarrow.DataType or None
+        Those of the first file, and of later ones where that has no values; None before there is one.
+    """
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.key_types: dict[str, pa.DataType] | None = None
+        self._wanted, self._first = wanted, ("", list[str]())
+
+    def check_names(self, reader: Reader) -> Reader:
+        """The reader of a file, if a model without names takes its columns for the right ones.
+
+        Raises
+        ------
+        DataError
+        """
+        path, names = self._first
+        if not path:
+            self._first = reader.item.path, reader.names
+        elif self._wanted.names is None and reader.names != names:
+            here, there = next(pair for pair in zip(reader.names, names, strict=True) if pair[0] != pair[1])
+            raise DataError(
+                f"{reader.item.path} has the column {here!r} where {path} has {there!r}. The model knows no names and "
+                "goes by the order of columns: give all files the same, or fit it on named columns."
+            )
+        return reader
+
+    def check(self, reader: Reader) -> Reader:
+        """The reader of a file, if it has the names and the types of keys that the others have.
+
+        Raises
+        ------
+        DataError
+        """
+        self.check_names(reader)
+        types = {key: plain_type(reader.schema.field(key).type) for key in self._wanted.keys}
+        if self.key_types is None:
+            self.key_types = dict(types)
+        for key, kind in types.items():
+            known = self.key_types[key]
+            if pa.types.is_null(known):
+                self.key_types[key] = kind
+            elif kind != known and not pa.types.is_null(kind):
+                raise DataError(
+                    f"Key column {key!r} of {reader.item.path} has the type {kind}, and that of the first file "
+                    f"{known}. Convert one of them."
+                )
+        return reader
 
 
 def first_line(error: Exception) -> str:

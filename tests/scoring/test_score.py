@@ -567,6 +567,61 @@ def test_an_empty_table_is_scored(run, rows, model, tmp_path):
         assert len(read(tmp_path / f"out{ending}")) == 0
 
 
+def test_a_model_without_names_takes_one_order_of_columns(run, fitted, X, tmp_path):
+    fitted.save(tmp_path / "model", X=X)
+    frame = pd.DataFrame(X, columns=["p", "q", "r"]).assign(key=range(len(X)))
+    first, second = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    frame.to_parquet(first)
+    frame[["key", "r", "q", "p"]].to_parquet(second)
+    out = tmp_path / "out.parquet"
+    base = ("-m", tmp_path / "model", "-k", "key", "-o", out)
+    for command in ("score", "explain"):
+        result = run(command, first, second, *base)
+        assert result.exit_code == 2, result.output
+        assert f"{second} has the column 'r' where {first} has 'p'" in result.stderr
+        assert not out.exists()
+    result = run("score", first, second, *base, "--max-bad-files", 1)
+    assert result.exit_code == 4, result.output
+    assert len(papq.read_table(out)) == len(X)
+    for path in (first, second):
+        pd.read_parquet(path).drop(columns="key").to_parquet(path)
+    result = run("calibrate", first, second, "-m", tmp_path / "model", "-o", tmp_path / "calibrated")
+    assert result.exit_code == 2, result.output
+    assert "goes by the order of columns" in result.stderr
+
+
+def test_a_column_of_missing_values_has_any_type(run, rows, model, tmp_path):
+    """As pandas writes it: of the type null."""
+    frame = rows(20, 0)
+    frame.to_parquet(tmp_path / "a.parquet")
+    for column in ("kind", "id"):
+        frame.assign(**{column: None}).to_parquet(tmp_path / "b.parquet")
+        assert pa.types.is_null(papq.read_schema(tmp_path / "b.parquet").field(column).type)
+        pair = tmp_path / "a.parquet", tmp_path / "b.parquet"
+        for files in (pair, pair[::-1]):
+            for command in ("score", "explain"):
+                out = tmp_path / "out.parquet"
+                result = run(command, *files, "-m", model, "-k", "id", "-o", out, "--overwrite")
+                assert result.exit_code == 0, result.output
+                found = papq.read_table(out)["id"]
+                assert found.type == pa.string()
+                assert found.null_count == (len(found) // 2 if column == "id" else 0)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "feather"])
+def test_columns_of_one_name_are_named(run, rows, model, tmp_path, ending):
+    table = pa.Table.from_pandas(rows(20, 0), preserve_index=False)
+    table = table.append_column("more", table["x"]).append_column("more", table["x"])
+    source = tmp_path / f"rows.{ending}"
+    (papq.write_table if ending == "parquet" else pyarrow.feather.write_feather)(table, source)
+    for result in (
+        run("score", source, "-m", model, "-o", tmp_path / "out.csv"),
+        run("fit", source, "-m", tmp_path / "fitted"),
+    ):
+        assert result.exit_code == 2
+        assert f"{source} has the column 'more' more than once" in result.stderr
+
+
 # Model, output, codes --------------------------------------------------------------------------------------
 
 
