@@ -192,9 +192,15 @@ def with_encoding(detector: Any, frame: pd.DataFrame, log: Log) -> Any:
                 f"Column {name!r} has another text in every row, like a key, and would become {different:,} columns. "
                 f"Leave it out with --exclude {name}."
             )
-    gaps = [name for name in kinds if name not in text and frame[name].isna().any()]
-    rest = [name for name in kinds if name not in text and name not in gaps]
-    if not text and not gaps:
+    # (Of which a median would be made every time, with a warning that nothing is there.)
+    empty = [name for name in kinds if name not in text and frame[name].isna().all()]
+    gaps = [name for name in kinds if name not in {*text, *empty} and frame[name].isna().any()]
+    rest = [name for name in kinds if name not in {*text, *empty, *gaps}]
+    if empty:
+        log.warning(f"no row has a value in {', '.join(empty)}: the detector does not see it", columns=empty)
+    if len(empty) == len(kinds):
+        raise DataError("No column has a value.")
+    if not text and not gaps and not empty:
         return detector
     steps: list[Any] = [("passthrough", rest)] if rest else []
     if gaps:

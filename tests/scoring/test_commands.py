@@ -190,6 +190,23 @@ def test_an_index_is_no_column(run, rows, tmp_path):
         assert [column["name"] for column in columns] == ["x", "n"]
 
 
+def test_a_column_without_values_is_none_to_the_detector(run, rows, tmp_path):
+    """A job with --quiet would print, every night, that nothing can be imputed."""
+    source, model = tmp_path / "rows.parquet", tmp_path / "model"
+    rows(60, 0).assign(nothing=np.nan).to_parquet(source)
+    detector = "anomalib_gen.FlowDetector(transform='realnvp', n_layers=1, hidden_features=4, max_iter=2)"
+    result = run("fit", source, "--exclude", "id", "-m", model, "--detector", detector, "-q")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("nothing") == 1
+    assert "no row has a value in nothing: the detector does not see it" in result.stderr
+    result = run("score", source, "-m", model, "-o", tmp_path / "out.csv", "--explain", 2, "-q")
+    assert (result.exit_code, result.output) == (0, "")
+    rows(60, 0)[["id"]].assign(nothing=np.nan).to_parquet(source)
+    result = run("fit", source, "--exclude", "id", "-m", tmp_path / "other")
+    assert result.exit_code == 2
+    assert "No column has a value" in result.stderr
+
+
 def test_fit_takes_no_keys_for_categories(run, rows, tmp_path):
     rows(60, 0).to_parquet(tmp_path / "a.parquet")
     arguments = ("fit", tmp_path / "a.parquet", "-m", tmp_path / "model", "--detector", FLOW)
