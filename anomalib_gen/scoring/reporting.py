@@ -427,10 +427,12 @@ def _read_scores(
                 odd = np.flatnonzero(labels == -1)
                 odd = odd[np.argsort(values[odd], kind="stable")][:n_top]
                 more = [name for name in ("score", "p_value") if name in table.column_names]
-                rows = table.select([*keys, *more]).take(pa.array(odd))
+                # (A key may be called "row".)
+                held = [f"key {name}" for name in keys]
+                rows = table.select([*keys, *more]).rename_columns([*held, *more]).take(pa.array(odd))
                 rows = rows.append_column("row", pa.array(odd + start))
                 # (Whole numbers beside a missing one would become floats.)
-                frame = rows.to_pandas(integer_object_nulls=True).astype(dict.fromkeys(keys, object))
+                frame = rows.to_pandas(integer_object_nulls=True).astype(dict.fromkeys(held, object))
                 top = frame if top is None else pd.concat([top, frame], ignore_index=True)
                 top = top.sort_values("score", kind="stable", ignore_index=True)[:n_top]
                 places.add(folder, start, start + len(values))
@@ -447,7 +449,7 @@ def _read_scores(
         kept = whole.sample()
         found.scores = Distribution.of(kept, len(kept) + 1)
     for entry in [] if top is None else top.to_dict("records"):
-        shown = {key: entry[key] for key in keys}
+        shown = {key: entry[f"key {key}"] for key in keys}
         found.anomalies.append(Anomaly(int(entry["row"]), float(entry["score"]), shown, entry.get("p_value")))
     return np.concatenate(normal) if normal else drawn, keys, places
 

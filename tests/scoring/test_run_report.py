@@ -581,12 +581,15 @@ def test_keys_are_shown_as_they_are(run, rows, scored, described, tmp_path, endi
     frame.loc[:3, "x"] = [30.0, 29.0, 28.0, 27.0]
     frame["id"] = [f"{k:05d}" for k in range(len(frame))]
     frame["big"] = pd.array([2**53 + 1, None, *range(len(frame) - 2)], dtype="Int64")
-    output = scored(frame, ending=ending, keys=("id", "big"))
+    # (What the program itself calls the place of a row.)
+    frame["row"] = [f"r{k}" for k in range(len(frame))]
+    output = scored(frame, ending=ending, keys=("id", "big", "row"))
     assert run("report", output, "-m", described, "-o", tmp_path / "page.html").exit_code == 0
     table = page_of(tmp_path / "page.html").tables["anomaly-table"]
     found = {row[1]: row[2] for row in table[1:]}
     assert found["00000"] == str(2**53 + 1)
     assert found["00001"] in ("None", "–", "")
+    assert {row[1]: row[3] for row in table[1:]}["00001"] == "r1"
 
 
 def test_lines_of_a_quarantine_end_where_json_says(run, rows, scored, described, tmp_path):
