@@ -20,6 +20,7 @@ from anomalib_gen.scoring.sources import (
     check_beside_model,
     check_output,
     find_inputs,
+    local_place,
     rows_per_part,
 )
 
@@ -38,7 +39,8 @@ def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
     UsageError, DataError
         As the exit codes say.
     """
-    output = None if options.output is None else Path(options.output)
+    place = local_place(options.output)
+    output = None if place is None else Path(place)
     if output is not None and output.is_dir():
         raise UsageError(f"--output {output} is a folder. Name a file.")
     if output is not None and output.exists() and not options.overwrite:

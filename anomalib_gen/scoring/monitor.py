@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from anomalib_gen.scoring.sources import (
     check_output,
     find_inputs,
     is_remote,
+    local_place,
     rows_per_part,
 )
 
@@ -291,6 +292,8 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
         As the exit codes say.
     """
     limits = thresholds_of(options)
+    places = {name: local_place(getattr(options, name)) for name in ("output", "prometheus", "history")}
+    options = replace(options, **places)  # type: ignore[type-var]
     try:
         if options.webhook is not None:
             where(options.webhook)

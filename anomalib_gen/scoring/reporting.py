@@ -55,6 +55,7 @@ from anomalib_gen.scoring.sources import (
     check_beside_model,
     find_inputs,
     is_remote,
+    local_place,
     named_values,
     open_text,
     parse_text,
@@ -292,8 +293,9 @@ def gather(scores: Path, options: ReportOptions, log: Log, judged: MonitorOption
 
 def _earlier(judged: MonitorOptions, record: dict[str, Any], found: RunReport) -> list[Past] | None:
     """Runs before this one in the history of `monitor`, which is left as it is; None, with a note, if it has none."""
-    assert judged.history is not None
-    history, job = History(judged.history), job_of(judged)
+    place = local_place(judged.history)
+    assert place is not None
+    history, job = History(place), job_of(judged)
     try:
         if not history.path.is_file():
             raise HistoryError(f"The history {history.path} is not there.")

@@ -50,6 +50,7 @@ from anomalib_gen.scoring.sources import (
     check_output,
     find_inputs,
     is_remote,
+    local_place,
     rows_per_part,
 )
 
@@ -96,6 +97,7 @@ def score_files(options: ScoreOptions, log: Log, *, shown: str | None = None) ->
     UsageError, DataError
         As the exit codes say. Earlier results are then untouched.
     """
+    options = dataclasses.replace(options, quarantine=local_place(options.quarantine))  # type: ignore[type-var]
     if is_remote(options.output):
         summary: Summary = score_to_store(
             options, log, lambda here: score_files(here, log, shown=options.output)

@@ -145,6 +145,11 @@ def is_remote(path: str) -> bool:
     return "://" in path and not path.startswith("file://")
 
 
+def local_place(path: str | None) -> str | None:
+    """Path of a file of this machine, which may be written as ``file://...``."""
+    return None if path is None else path.removeprefix("file://")
+
+
 def check_output(output: str | Path, flag: str, inputs: Sequence[Input]) -> None:
     """Refuse to write over what is read, and to what is no file of this machine.
 

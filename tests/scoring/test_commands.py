@@ -288,6 +288,33 @@ def test_nothing_is_written_into_the_model_folder(run, rows, described, tmp_path
     persistence.verify(described)
 
 
+def test_files_of_this_machine_may_be_addresses(run, rows, described, tmp_path, monkeypatch):
+    """As paths they would be those of a folder named ``file:`` right here."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    frame = rows(60, 0)
+    frame.loc[0, "n"] = np.nan
+    frame.to_parquet(tmp_path / "rows.parquet")
+    frame.drop(index=0).to_parquet(tmp_path / "labelled.parquet")
+
+    def place(name):
+        return f"file://{tmp_path / name}"
+
+    source, scores, history = place("rows.parquet"), place("s.parquet"), ("--history", place("h.sqlite"))
+    for code, *arguments in (
+        (4, "score", source, "-o", scores, "--max-bad-rows", 1, "--quarantine", place("bad.jsonl")),
+        (0, "evaluate", place("labelled.parquet"), "--label", "kind", "-o", place("found.json")),
+        (0, "explain", place("labelled.parquet"), "-o", place("why.csv")),
+        (None, "monitor", scores, "-o", place("m.json"), "--prometheus", place("m.prom"), *history),
+        (0, "report", scores, "-o", place("page.html"), *history),
+    ):
+        result = run(*arguments, "-m", described)
+        assert result.exit_code in ((0, 3) if code is None else (code,)), result.output
+    names = ("s.parquet", "bad.jsonl", "found.json", "why.csv", "m.json", "m.prom", "h.sqlite", "page.html")
+    assert [name for name in names if not (tmp_path / name).is_file()] == []
+    assert list((tmp_path / "here").iterdir()) == []
+
+
 def test_numbers_of_things_are_in_words():
     assert [count(n, "row") for n in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]
     assert count(1, "anomaly", "anomalies") == "1 anomaly"
