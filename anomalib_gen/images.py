@@ -40,8 +40,8 @@ SHOWN = 5
 """Files named in a message; the others are counted."""
 CHANNELS = {"L": 1, "RGB": 3}
 MODES = {channels: mode for mode, channels in CHANNELS.items()}
-UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, struct.error)
-"""What Pillow and its decoders raise for damaged files."""
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, MemoryError, struct.error)
+"""What Pillow and its decoders raise for damaged files; MemoryError for sizes that a header has made up."""
 
 
 def bits_per_dimension(log_prob: Any, event_shape: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -428,7 +428,7 @@ class ImageReader(_ImageTransformer):
                 images[n] = self._decode(path, self.event_shape_)
                 n += 1
             except UNREADABLE as error:
-                errors.append(f"{path} ({error})")
+                errors.append(f"{path} ({str(error) or type(error).__name__})")
                 skipped.append(path)
         self.skipped_ = skipped
         if errors and (self.on_error == "raise" or n == 0):
@@ -451,7 +451,7 @@ class ImageReader(_ImageTransformer):
                 _, height, width = self._decode(path, None).shape
                 return height, width
             except UNREADABLE as error:
-                errors.append(f"{path} ({error})")
+                errors.append(f"{path} ({str(error) or type(error).__name__})")
                 if self.on_error == "raise":
                     break
         raise ValueError(f"No size can be told from {_named(errors)}.")
@@ -554,9 +554,9 @@ def list_images(X: Any) -> list[str]:
     Raises
     ------
     ValueError
-        If there are none.
+        If there are none, or X is a table of several columns.
     TypeError
-        If X holds something else than paths.
+        If X is no sequence, such as a generator, or holds something else than paths.
     OSError
         If a folder below X may not be read.
     """
@@ -570,8 +570,13 @@ def list_images(X: Any) -> list[str]:
         if not paths:
             raise ValueError(f"There are no image files ({', '.join(SUFFIXES)}) in {folder}.")
         return paths
+    given = np.asarray(X, dtype=object)
+    if given.ndim == 0:
+        # (What can be gone through once would be empty in `transform` after `fit`; a set has no order.)
+        hint = " Give list(X)." if isinstance(X, Iterator) else ""
+        raise TypeError(f"X must be a folder or a sequence of paths of files, got {type(X).__name__}.{hint}")
     paths = []
-    for path in np.asarray(X, dtype=object).ravel():
+    for path in given.ravel():
         if not isinstance(path, str | os.PathLike):
             raise TypeError(
                 f"X must be a folder or paths of files, but holds {type(path).__name__} values. Arrays of images need "
@@ -580,6 +585,15 @@ def list_images(X: Any) -> list[str]:
         paths.append(os.fspath(path))
     if not paths:
         raise ValueError("X names no files.")
+    if len(paths) != len(given):
+        raise ValueError(
+            f"X must be paths of files, one an image, got a table of shape {given.shape}. Take the column of paths."
+        )
+    if len(paths) > 1 and all(len(path) == 1 for path in paths) and not any(map(os.path.isfile, paths)):
+        raise TypeError(
+            "X holds single letters, as of a folder's name that was split into parts. Whatever splits rows takes "
+            "files: anomalib_gen.images.list_images(folder)."
+        )
     return paths
 
 

@@ -97,9 +97,15 @@ def score_rows(estimator: Any, X: Any, direction: str) -> npt.NDArray[np.float64
     # (How many images a folder has, its reader knows.)
     n = scores.size if isinstance(X, str | os.PathLike) else _num_samples(X)
     if scores.shape != (n,):
+        steps = [step for _, step in getattr(estimator, "steps", ())]
+        hint = "".join(
+            f" {type(step).__name__} leaves files out that it cannot read: leave those in its skipped_ out of X."
+            for step in steps
+            if getattr(step, "skipped_", None)
+        )
         raise ValueError(
             f"{type(estimator).__name__}.{method} returned scores of shape {scores.shape} for {n} rows; one score a "
-            "row is needed."
+            f"row is needed.{hint}"
         )
     if np.isnan(scores).any():
         raise ValueError(

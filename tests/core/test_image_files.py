@@ -14,6 +14,7 @@ import pytest
 from joblib import Parallel, delayed
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
 from anomalib_gen import FlowDetector, VAEDetector
@@ -178,6 +179,30 @@ def test_what_is_no_folder_and_no_list_is_refused(tmp_path):
         ImageReader(mode="CMYK").fit([tmp_path])
 
 
+def test_what_is_no_row_of_paths_is_told(folder):
+    files = list_images(folder)
+    for once in (folder.glob("*/*.png"), map(str, files)):
+        with pytest.raises(TypeError, match=r"a sequence of paths of files, got \w+\. Give list\(X\)\."):
+            list_images(once)
+    with pytest.raises(TypeError, match=r"got set\.$"):
+        list_images(set(files))
+    with pytest.raises(ValueError, match=r"a table of shape \(12, 2\)\. Take the column of paths"):
+        list_images(np.array([files, files]).T)
+    assert list_images(np.array(files)[:, None]) == files
+    pipeline = make_pipeline(ImageReader(), FlowDetector(max_iter=1, hidden_features=8, device="cpu"))
+    with pytest.raises(TypeError, match=r"single letters, as of a folder's name .*list_images\(folder\)"):
+        GridSearchCV(pipeline, {}, cv=2, error_score="raise").fit(str(folder))
+
+
+def test_a_size_that_a_header_has_made_up_names_the_file(folder, monkeypatch):
+    def refuse(image, *args):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", refuse)
+    with pytest.raises(ValueError, match=r"01\.png \(MemoryError\)"):
+        ImageReader(size=8).fit_transform(folder)
+
+
 def test_a_reader_drops_into_a_pipeline(folder):
     flow = FlowDetector(max_iter=2, hidden_features=8, random_state=0, device="cpu")
     pipeline = make_pipeline(ImageReader(size=8, mode="L"), flow).fit(folder)
@@ -198,6 +223,21 @@ def test_calibration_takes_files_to_fit_and_folders_to_score(folder):
     for rule in ("contamination", "false-positive-rate", "cost"):
         with pytest.raises(TypeError, match="is a folder, of which no part"):
             ThresholdDetector(pipeline, threshold=rule).fit(str(folder), [1, -1])
+
+
+def test_calibration_says_what_to_do_about_files_that_are_left_out(folder):
+    flow = FlowDetector(max_iter=1, hidden_features=8, random_state=0, device="cpu")
+    pipeline = make_pipeline(ImageReader(size=8, mode="L", on_error="skip"), flow)
+    detector = SplitConformalDetector(pipeline, alpha=0.2, random_state=0).fit(list_images(folder))
+    (folder / "a" / "broken.png").write_bytes(b"not a picture")
+    files = list_images(folder)
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match=r"one score a row .* ImageReader leaves .* in its skipped_ out of X"),
+    ):
+        detector.p_values(files)
+    left_out = detector.estimator_[0].skipped_
+    assert detector.p_values([file for file in files if file not in left_out]).shape == (12,)
 
 
 def test_layouts():
