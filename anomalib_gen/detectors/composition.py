@@ -303,7 +303,9 @@ class ComposedDetector(OutlierScores, _BaseComposition):
             if self.prefit or frozen:
                 check_is_fitted(
                     member,
-                    msg=f"Member {name!r} (%(name)s) is not fitted. Fit it, or set prefit=False to fit clones.",
+                    msg=f"Member {name!r} (%(name)s) is not fitted. Fit it, or set prefit=False to fit clones. "
+                    "To be kept fitted by clone, as in cross-validation, it has to be in a "
+                    "sklearn.frozen.FrozenEstimator.",
                 )
                 try:
                     if hasattr(member, "_energy_anomaly"):

@@ -373,6 +373,8 @@ def test_frozen_members_stay_fitted_through_clone(tiny, fitted, X):
     assert composed.detectors_[0] is fitted
     frozen = ComposedDetector([("kept", FrozenEstimator(fitted))])
     np.testing.assert_array_equal(clone(frozen).fit(X).energy(X), fitted.energy(X))
+    with pytest.raises(NotFittedError, match=r"'kept' .* kept fitted by clone, .*FrozenEstimator"):
+        clone(ComposedDetector([("kept", fitted)])).fit(X)
 
 
 def test_parameters_of_members_are_nested(tiny, X):
