@@ -110,9 +110,9 @@ class LandscapeDisplay:
             If X has another number of columns than two, or the response is not finite everywhere.
         """
         check_is_fitted(estimator)
+        if np.ndim(X) != 2 or np.shape(X)[1] != 2:
+            raise ValueError(f"X must have two columns to be drawn in a plane, got shape {np.shape(X)}.")
         rows = np.asarray(X, dtype=np.float64)
-        if rows.ndim != 2 or rows.shape[1] != 2:
-            raise ValueError(f"X must have two columns to be drawn in a plane, got shape {rows.shape}.")
         check_count(resolution, "resolution", least=2)
         low, high = rows.min(axis=0), rows.max(axis=0)
         space = margin * np.where(high > low, high - low, 1.0)

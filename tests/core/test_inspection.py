@@ -173,6 +173,10 @@ def test_landscape_is_the_score_over_the_plane(tiny, plane):
     assert LandscapeDisplay.from_estimator(pipeline, plane, resolution=10).name == "FlowDetector"
     with pytest.raises(ValueError, match=r"two columns to be drawn in a plane, got shape \(3, 3\)"):
         LandscapeDisplay.from_estimator(detector, np.zeros((3, 3)))
+    with pytest.raises(ValueError, match=r"two columns to be drawn in a plane, got shape \(3, 3\)"):
+        LandscapeDisplay.from_estimator(
+            detector, pd.DataFrame(np.zeros((3, 3))).assign(kind="car").iloc[:, 1:]
+        )
 
 
 def test_landscape_of_a_constant(plane):
