@@ -12,11 +12,37 @@ from sklearn.base import OutlierMixin
 
 from anomalib_gen import persistence
 
+ROUNDING = 1e-12
+"""Share of a score by which another is the same up to rounding.
+
+The last digits of a score may depend on how many rows are scored at once. Where rows repeat, as in tables of flags and
+counts, many have the score of a threshold, and are not to fall on either side of it by these digits.
+"""
+
 
 def subtract_scores(a: Any, b: Any) -> npt.NDArray[np.float64]:
-    """Return ``a - b``, where two that are infinite alike, as outside the support of a density, are 0 apart."""
+    """Return ``a - b``; 0 for two that are the same up to rounding, or infinite alike.
+
+    (Minus infinity is a log-density outside the support.)
+    """
     a, b = np.broadcast_arrays(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
-    return np.subtract(a, b, out=np.zeros(a.shape), where=(a != b) | np.isfinite(a))
+    difference = np.subtract(a, b, out=np.zeros(a.shape), where=(a != b) | np.isfinite(a))
+    alike = np.isfinite(difference) & (np.abs(difference) <= ROUNDING * np.minimum(np.abs(a), np.abs(b)))
+    return np.where(alike, 0.0, difference)
+
+
+def is_below(scores: Any, threshold: Any) -> npt.NDArray[np.bool_]:
+    """Whether scores are below a threshold by more than rounding: the rows that `predict` labels as outliers."""
+    below: npt.NDArray[np.bool_] = subtract_scores(scores, threshold) < 0
+    return below
+
+
+def up_to_rounding(
+    scores: npt.NDArray[np.float64],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The lowest and the highest numbers that `subtract_scores` tells not apart from each score."""
+    width = np.where(np.isfinite(scores), ROUNDING * np.abs(scores), 0.0)
+    return scores - width, scores + width
 
 
 class OutlierScores(OutlierMixin):

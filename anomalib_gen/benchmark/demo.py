@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import joblib
 import numpy as np
 
+from anomalib_gen._outlier import is_below
 from anomalib_gen.inspection._inline import new_figure, to_svg
 
 from ._extra import require_benchmark_extra
@@ -145,7 +146,7 @@ def _histogram(dataset: str, detector: str, estimator: Any, split: Split, result
 
     caption = f"AUROC {result.auroc:.3f}, AP {result.average_precision:.3f}."
     if threshold is not None:
-        flagged = scores < threshold
+        flagged = is_below(scores, threshold)
         caption += (
             f" Below the detector's threshold (dashed): {np.sum(flagged & is_anomaly)} of "
             f"{np.sum(is_anomaly)} "

@@ -28,6 +28,7 @@ import numpy.typing as npt
 from scipy import special
 from sklearn.utils import check_random_state
 
+from anomalib_gen._outlier import up_to_rounding
 from anomalib_gen._runtime import check_share
 
 
@@ -47,7 +48,8 @@ def conformal_p_values(
     scores : array-like of shape (n_rows,)
         Scores of the rows in question, lower = more abnormal.
     calibration_scores : array-like of shape (n_calibration,)
-        Scores of normal rows that the detector was not fitted to.
+        Scores of normal rows that the detector was not fitted to. Those equal to a row's up to rounding, a part in
+        10^12, tie with it.
     weights, calibration_weights : array-like, default=None
         Likelihood ratios p_test(x) / p_calibration(x) of either set of rows, up to a constant, where normal rows of
         today are distributed otherwise than those of calibration (covariate shift, [3]_). Give both or neither.
@@ -93,10 +95,11 @@ def conformal_p_values(
     if calibration_weights is not None:
         v = _check_weights(calibration_weights, len(reference), "calibration_weights")[order]
     mass = np.concatenate([[0.0], np.cumsum(v)])
-    up_to = mass[np.searchsorted(reference, s, side="right")]
+    low, high = up_to_rounding(s)
+    up_to = mass[np.searchsorted(reference, high, side="right")]
     if not smoothed:
         return (up_to + w) / (mass[-1] + w)
-    below = mass[np.searchsorted(reference, s, side="left")]
+    below = mass[np.searchsorted(reference, low, side="left")]
     uniform = check_random_state(random_state).uniform(size=len(s))
     return (below + uniform * (up_to - below + w)) / (mass[-1] + w)
 

@@ -10,6 +10,7 @@ from scipy import stats
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 from sklearn.utils import check_random_state
 
+from anomalib_gen._outlier import is_below
 from anomalib_gen._runtime import check_count
 from anomalib_gen.calibration._wrapped import check_labels, innermost, score_rows, threshold_of
 from anomalib_gen.inspection._style import (
@@ -168,7 +169,7 @@ class ScoreHistogramDisplay:
                     label=f"{label} ({len(values)})",
                 )
         if self.threshold is not None and np.isfinite(self.threshold):
-            flagged = (self.scores < self.threshold).mean()
+            flagged = is_below(self.scores, self.threshold).mean()
             ax.axvline(self.threshold, color=ink(), ls="--", lw=1.2, label=f"threshold ({flagged:.1%} below)")
         outside = {"left": int((self.scores < left).sum()), "right": int((self.scores > right).sum())}
         counted = ", ".join(

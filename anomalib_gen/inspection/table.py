@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 from sklearn.utils import _safe_indexing
 
+from anomalib_gen._outlier import is_below
 from anomalib_gen._runtime import check_count
 from anomalib_gen.calibration._wrapped import check_labels, score_rows, threshold_of
 from anomalib_gen.explain import FeatureContributions, feature_contributions
@@ -379,7 +380,7 @@ def _table(
     if p_values is not None:
         columns["p_value"] = np.asarray(p_values, dtype=np.float64)[top]
     if threshold is not None:
-        columns["flagged"] = columns["score"] < threshold
+        columns["flagged"] = is_below(columns["score"], threshold)
     if y is not None:
         columns["label"] = check_labels(y, len(scores))[top]
     if contributions is not None:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from anomalib_gen import persistence
+from anomalib_gen._outlier import is_below
 from anomalib_gen.calibration._wrapped import innermost
 from anomalib_gen.monitoring.distribution import MAX_COUNT, Distribution
 from anomalib_gen.monitoring.summaries import Column, Summariser
@@ -192,7 +193,7 @@ def reference_of(
         columns=tuple(columns),
         scores=Distribution.of(kept, MAX_SCORES),
         n_scored=len(s),
-        n_flagged=int((s < threshold).sum()),
+        n_flagged=int(is_below(s, threshold).sum()),
         held_out=held_out,
         threshold=float(threshold) if np.isfinite(threshold) else None,
     )

@@ -23,6 +23,7 @@ import pandas as pd
 from sklearn.frozen import FrozenEstimator
 
 from anomalib_gen import persistence
+from anomalib_gen._outlier import is_below
 from anomalib_gen.calibration import (
     Contamination,
     FalsePositiveRate,
@@ -98,7 +99,7 @@ def calibrate_files(options: CalibrateOptions, log: Log) -> dict[str, Any]:
         raise UsageError(str(error).replace("overwrite=True", "--overwrite")) from None
     except OSError as error:
         raise explain_os_error(error, f"writing {folder}") from None
-    flagged = float((s < threshold).mean())
+    flagged = float(is_below(s, threshold).mean())
     log.info(
         f"saved {folder}, hash {content}: {flagged:.3%} of {count(len(s), 'row')} are below the threshold",
         model=folder,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from anomalib_gen._outlier import is_below
 from anomalib_gen.scoring._columns import wanted_by
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
 from anomalib_gen.scoring._log import Log
@@ -103,7 +104,7 @@ def _same(value: Any, text: str) -> bool:
 
 def figures(scores: Any, anomalous: Any, threshold: float) -> dict[str, Any]:
     """Figures of scores ``(n,)``, lower = more abnormal, against what is anomalous ``(n,)``."""
-    flagged = scores < threshold
+    flagged = is_below(scores, threshold)
     hits, n_flagged, n_anomalies = int((flagged & anomalous).sum()), int(flagged.sum()), int(anomalous.sum())
     both = 0 < n_anomalies < len(scores)
     precision = hits / n_flagged if n_flagged else None

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from anomalib_gen._outlier import is_below
 from anomalib_gen.persistence import make_folder
 from anomalib_gen.scoring._columns import Wanted, wanted_by
 from anomalib_gen.scoring._errors import DataError, UsageError, explain_os_error
@@ -160,7 +161,7 @@ class _Explanation:
 
     def _flagged(self) -> Iterator[_Rows]:
         for rows in self._all():
-            yield rows.take(np.flatnonzero(rows.facts["score"] < self.threshold))
+            yield rows.take(np.flatnonzero(is_below(rows.facts["score"], self.threshold)))
 
     def _lowest(self) -> Iterator[_Rows]:
         held: _Rows | None = None
@@ -191,7 +192,7 @@ class _Explanation:
             "file": rows.facts["file"].to_numpy()[at],
             "row": rows.facts["row"].to_numpy()[at],
             "score": scores[at],
-            "label": np.where(scores < self.threshold, -1, 1)[at],
+            "label": np.where(is_below(scores, self.threshold), -1, 1)[at],
             "anomaly": found.anomaly[at],
             "baseline": found.baseline[at],
             "rank": np.tile(np.arange(1, n + 1), len(rows)),

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
+from anomalib_gen._outlier import is_below
 from anomalib_gen.calibration import SplitConformalDetector, conformal_p_values
 from anomalib_gen.persistence import make_folder
 from anomalib_gen.scoring._columns import Wanted, wanted_by
@@ -467,7 +468,7 @@ class _Run:
         if self.partitioning is not None:
             # (What it refuses is found here, and not when everything has been scored.)
             self.partitioning.folders(table)
-        outliers = int((scores[good] < self.threshold).sum())
+        outliers = int(is_below(scores[good], self.threshold).sum())
         return table, {"rows": int(good.sum()), "outliers": outliers, "bad": entries, "last": part.last}
 
     def _bad_row(self, source: int, part: Part, row: int, reason: str) -> dict[str, Any]:
@@ -493,7 +494,7 @@ class _Run:
     ) -> pa.Table:
         keys = table.select(list(self.wanted.keys))
         keys = keys if len(rows) == table.num_rows else keys.take(pa.array(rows))
-        n, schema, flagged = len(rows), self._schema(), scores < self.threshold
+        n, schema, flagged = len(rows), self._schema(), is_below(scores, self.threshold)
         columns: dict[str, Any] = {
             **{key: keys.column(key).cast(schema.field(key).type) for key in self.wanted.keys},
             "score": pa.array(scores),

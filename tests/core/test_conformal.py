@@ -19,6 +19,7 @@ from sklearn.neighbors import KernelDensity, LocalOutlierFactor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
+from anomalib_gen._outlier import subtract_scores
 from anomalib_gen.calibration import (
     BootstrapConformalDetector,
     CrossConformalDetector,
@@ -43,8 +44,21 @@ class Distance(OutlierMixin, BaseEstimator):
         return -np.linalg.norm(np.asarray(X) - self.mean_, axis=1)
 
 
+class Rounded(Distance):
+    """The same up to the last digits, which depend on how many rows there are."""
+
+    def decision_function(self, X):
+        return super().decision_function(X) * (1 + np.finfo(float).eps * (len(X) % 7 - 3))
+
+
 def normals(n, seed, features=2):
     return np.random.default_rng(seed).normal(size=(n, features))
+
+
+@pytest.fixture
+def flags():
+    """Rows of three flags: eight kinds, of which the rarest is about one in forty."""
+    return (np.random.default_rng(0).uniform(size=(202, 3)) < 0.3).astype(float)
 
 
 # The functions --------------------------------------------------------------------------------------------
@@ -210,6 +224,31 @@ def test_predict_is_a_p_value_of_at_most_alpha(detector, alpha):
     # A row has the p-value and score it has alone.
     np.testing.assert_array_equal(fitted.p_values(rows[:1]), p[:1])
     np.testing.assert_array_equal(fitted.score_samples(rows[7:8]), fitted.score_samples(rows)[7:8])
+
+
+@pytest.mark.parametrize("detector", DETECTORS, ids=NAMES)
+def test_rows_that_repeat_tie_whatever_number_of_them_is_scored(detector, flags):
+    fitted = clone(detector).set_params(estimator=Rounded(), alpha=0.1).fit(flags)
+    exact = clone(detector).set_params(alpha=0.1).fit(flags)
+    for n in range(1, 8):
+        np.testing.assert_array_equal(fitted.p_values(flags[:n]), exact.p_values(flags[:n]))
+        np.testing.assert_array_equal(fitted.predict(flags[:n]), exact.predict(flags[:n]))
+    p = fitted.p_values(flags)
+    np.testing.assert_array_equal(fitted.predict(flags), np.where(p <= 0.1, -1, 1))
+
+
+def test_ties_up_to_rounding_by_hand():
+    nearly = np.array([-3.0, 1e-30, 2.0, 1e30]) * (1 + 1e-15)
+    reference = nearly / (1 + 1e-15)
+    np.testing.assert_allclose(conformal_p_values(nearly[::-1], reference), [1, 4 / 5, 3 / 5, 2 / 5])
+    np.testing.assert_allclose(
+        conformal_p_values(2 * reference - nearly, reference), [2 / 5, 3 / 5, 4 / 5, 1]
+    )
+    np.testing.assert_allclose(conformal_p_values([0.0, -3.0001, 2.0001], reference), [2 / 5, 1 / 5, 4 / 5])
+    infinite = np.array([-np.inf, np.inf])
+    np.testing.assert_array_equal(subtract_scores(infinite, infinite[::-1]), infinite)
+    np.testing.assert_array_equal(subtract_scores(infinite, infinite), [0, 0])
+    np.testing.assert_array_equal(subtract_scores(nearly, reference), np.zeros(4))
 
 
 @pytest.mark.parametrize("detector", DETECTORS, ids=NAMES)
