@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from anomalib_gen._inputs import as_kind_of, validate_rows
+from anomalib_gen._inputs import as_kind_of, describe_non_numeric, validate_rows
 from anomalib_gen._runtime import check_count
 from anomalib_gen.calibration._wrapped import check_labels, innermost, score_rows, threshold_of
 from anomalib_gen.explain._columns import names_of
@@ -107,14 +107,25 @@ class LandscapeDisplay:
         Raises
         ------
         ValueError
-            If X has another number of columns than two, or the response is not finite everywhere.
+            If X has another number of columns than two, or one of text or without a finite value, or if the response
+            is not finite everywhere.
         """
         check_is_fitted(estimator)
         if np.ndim(X) != 2 or np.shape(X)[1] != 2:
             raise ValueError(f"X must have two columns to be drawn in a plane, got shape {np.shape(X)}.")
-        rows = np.asarray(X, dtype=np.float64)
+        try:
+            rows = np.asarray(X, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{describe_non_numeric(X) or error} A plane is drawn of two columns of numbers."
+            ) from error
         check_count(resolution, "resolution", least=2)
-        low, high = rows.min(axis=0), rows.max(axis=0)
+        # A pipeline may fill values that are missing; these do not tell how far the others go.
+        known = np.isfinite(rows)
+        if not known.any(axis=0).all():
+            raise ValueError("X has a column without a finite value, so that it has no range to be drawn.")
+        low = rows.min(axis=0, initial=np.inf, where=known)
+        high = rows.max(axis=0, initial=-np.inf, where=known)
         space = margin * np.where(high > low, high - low, 1.0)
         u, v = (np.linspace(low[j] - space[j], high[j] + space[j], resolution) for j in (0, 1))
         points = np.column_stack([axis.ravel() for axis in np.meshgrid(u, v)])

@@ -12,6 +12,7 @@ from scipy import stats
 from sklearn.base import clone
 from sklearn.compose import make_column_transformer
 from sklearn.ensemble import IsolationForest
+from sklearn.impute import SimpleImputer
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import KernelDensity
 from sklearn.pipeline import make_pipeline
@@ -177,6 +178,15 @@ def test_landscape_is_the_score_over_the_plane(tiny, plane):
         LandscapeDisplay.from_estimator(
             detector, pd.DataFrame(np.zeros((3, 3))).assign(kind="car").iloc[:, 1:]
         )
+    with pytest.raises(ValueError, match=r"not real numbers in column 'fuel' \(e.g. 'oil'\)"):
+        LandscapeDisplay.from_estimator(detector, frame.assign(fuel="oil"))
+    gaps = np.vstack([plane, [np.nan, 0.0]])
+    filling = make_pipeline(SimpleImputer(), tiny()).fit(gaps)
+    shown = LandscapeDisplay.from_estimator(filling, gaps, resolution=10)
+    assert shown.x[0] < plane[:, 0].min()
+    assert shown.x[-1] > plane[:, 0].max()
+    with pytest.raises(ValueError, match="without a finite value"):
+        LandscapeDisplay.from_estimator(filling, gaps[-1:])
 
 
 def test_landscape_of_a_constant(plane):
