@@ -53,14 +53,18 @@ def score_in_blocks(
         # Blocks are padded to their full size, and one image is often all there is.
         block_rows = min(block_rows, IMAGES_PER_BLOCK)
     cell = float(getattr(model, "cell", 0.0)) if anomaly.in_nats else 0.0
+    # (What compares images in float64 has no rounding that would show; where the device has no float64, it has.)
+    padded = not getattr(anomaly, "in_float64", False) or _runtime.scoring_dtype(device) != torch.float64
 
     def score(rows: slice) -> npt.NDArray[np.float64]:
         z, log_dets = scaler.transform_with_log_dets(X[rows])
         n = len(z)
         if dtype == torch.float32:
             limit = float(np.finfo(np.float32).max)
-            # One shape for every block: in float32 a kernel's rounding depends on the shape.
-            z = np.clip(np.resize(z, (block_rows, *z.shape[1:])), -limit, limit)
+            if padded:
+                # One shape for every block: in float32 a kernel's rounding depends on the shape.
+                z = np.resize(z, (block_rows, *z.shape[1:]))
+            z = np.clip(z, -limit, limit)
         # An anomaly that takes gradients leaves inference mode by itself (samplers.score_of does).
         with torch.inference_mode():
             x = torch.from_numpy(z).to(device=device, dtype=dtype)

@@ -37,6 +37,8 @@ class ClosedFormResidual(Component):
     """
 
     in_nats = False
+    in_float64 = True
+    """Rows are compared in float64, where the device has it, whatever they are given in."""
 
     def __call__(self, model: Any, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Anomaly of each row of ``(B, *E)``, as ``(B,)``."""

@@ -304,6 +304,9 @@ class History:
     def forget(self, *, job: str, days: float, now: float | None = None) -> int:
         """Remove runs of a job that are older; others may keep theirs for longer.
 
+        Nothing is removed where only one run would be left: a clock that is far ahead looks like a long pause. After a
+        pause, the next run removes them.
+
         Parameters
         ----------
         job : str
@@ -317,5 +320,9 @@ class History:
         """
         moment = (time.time() if now is None else now) - 86_400 * days
         with self._open() as connection:
-            removed = connection.execute("DELETE FROM runs WHERE job = ? AND time < ?", (job, moment))
+            removed = connection.execute(
+                "DELETE FROM runs WHERE job = ? AND time < ? "
+                "AND (SELECT count(*) FROM runs WHERE job = ? AND time >= ?) > 1",
+                (job, moment, job, moment),
+            )
             return int(removed.rowcount)

@@ -156,8 +156,12 @@ def check_output(output: str | Path, flag: str, inputs: Sequence[Input]) -> None
     Raises
     ------
     UsageError
-        If the output is in an object store, is one of the inputs, or is a folder that holds one.
+        If the output is in an object store, is one of the inputs, or is a folder that holds one, or is ``-``.
     """
+    if str(output) == "-":
+        raise UsageError(
+            f"{flag} - would be a file of that name: nothing is written to standard output. Name a file."
+        )
     if is_remote(str(output)):
         raise UsageError(f"{flag} {output} must be a file of this machine.")
     place = Path(str(output).removeprefix("file://")).resolve()

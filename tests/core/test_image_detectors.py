@@ -18,7 +18,13 @@ from anomalib_gen._scaling import ArrayRows, Standardizer, column_grain
 from anomalib_gen.anomaly import IMAGE_ANOMALIES, DiffusionELBO, LikelihoodRegret, ODELikelihood
 from anomalib_gen.features import FeatureExtractor
 from anomalib_gen.images import ChannelsFirst
-from anomalib_gen.models import ClosedFormDenoiser, HybridDenoiser, NetworkDenoiser, ScoreDenoiser
+from anomalib_gen.models import (
+    ClosedFormDenoiser,
+    HybridDenoiser,
+    ImageMemory,
+    NetworkDenoiser,
+    ScoreDenoiser,
+)
 from anomalib_gen.objectives import Denoising, GradientPenalty, PersistentContrastiveDivergence
 from anomalib_gen.objectives._smoothing import dequantise
 
@@ -104,6 +110,17 @@ def test_scores_are_those_of_each_image_alone(trained, digits, family, parts):
     scale = np.abs(scores).max()
     np.testing.assert_allclose(detector.score_samples(digits[order]), scores[order], atol=1e-5 * scale)
     np.testing.assert_allclose(detector.score_samples(digits[7:8]), scores[7:8], atol=1e-5 * scale)
+
+
+def test_one_image_is_compared_alone_with_stored_ones(digits, monkeypatch):
+    """A block for networks, filled up, would take the time of all its images."""
+    detector = DiffusionDetector(random_state=0, device="cpu").fit(digits)
+    scores = detector.score_samples(digits)
+    sizes, anomaly = [], ImageMemory.anomaly
+    monkeypatch.setattr(ImageMemory, "anomaly", lambda self, x: sizes.append(len(x)) or anomaly(self, x))
+    for n in (1, 3):
+        np.testing.assert_array_equal(detector.score_samples(digits[5 : 5 + n]), scores[5 : 5 + n])
+    assert sizes == [1, 3]
 
 
 @each_family

@@ -105,6 +105,20 @@ def test_old_runs_are_forgotten_with_their_columns(history):
         assert connection.execute("SELECT count(*) FROM columns").fetchone() == (0,)
 
 
+def test_a_clock_far_ahead_takes_nothing(history):
+    day, later = 86_400.0, 86_400.0 * 10_000
+    for k in range(3):
+        history.add(f"r{k}", QUIET, **FACTS, now=day * k)
+    history.add("ahead", QUIET, **FACTS, now=later)
+    assert history.forget(job="nightly", days=400, now=later) == 0
+    history.add("right", QUIET, **FACTS, now=day * 3)
+    assert history.forget(job="nightly", days=400, now=day * 3) == 0
+    # After a pause, the second run says so.
+    history.add("after", QUIET, **FACTS, now=later + day)
+    assert history.forget(job="nightly", days=400, now=later + day) == 4
+    assert [entry.run for entry in history.entries(job="nightly")] == ["after", "ahead"]
+
+
 def test_files_that_are_no_history(tmp_path):
     (tmp_path / "text").write_text("no database at all " * 100)
     with pytest.raises(HistoryError, match="not a database"):

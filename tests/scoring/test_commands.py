@@ -264,6 +264,17 @@ def test_evaluate_replaces_no_input(run, rows, model, tmp_path):
     assert path.read_bytes() == before
 
 
+def test_a_dash_is_no_output(run, rows, described, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows(20, 0).to_csv("a.csv", index=False)
+    for command in (("score",), ("explain",), ("evaluate", "--label", "kind")):
+        result = run(*command, "a.csv", "-m", described, "-o", "-")
+        assert result.exit_code == 1
+        assert "nothing is written to standard output" in result.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["a.csv"]
+    assert not (tmp_path / "-").exists()
+
+
 def test_nothing_is_written_into_the_model_folder(run, rows, described, tmp_path):
     """It would be refused from then on."""
     source = rows(50, 0).to_parquet(tmp_path / "rows.parquet") or tmp_path / "rows.parquet"
