@@ -323,6 +323,40 @@ def test_image_defects_judges_maps(digits_home):
     assert out.read_text() == before
 
 
+def test_changes_of_images_are_judged_one_by_one(digits_home):
+    out = digits_home / "corruptions.json"
+    assert "blurred" in run("image_corruptions.py", "--output", out)
+    found = json.loads(out.read_text())["collections"]["mnist"]["figures"]
+    assert set(found["flow"]) == {"flow", "flow, input_complexity", "flow, typicality"}
+    for row in found["flow"].values():
+        assert len(row) == 11
+        assert all(0 <= value <= 1 for value in row.values())
+    # A second call finds all of it done.
+    before = out.read_text()
+    run("image_corruptions.py", "--output", out)
+    assert out.read_text() == before
+
+
+def test_changes_of_images_are_what_they_are_called(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import image_corruptions
+
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
+    after = {
+        name: image_corruptions.changed(images, change, 0)
+        for name, change in image_corruptions.CHANGES.items()
+    }
+    assert {(x.shape, x.dtype) for x in after.values()} == {(images.shape, images.dtype)}
+    assert not any(np.array_equal(x, images) for x in after.values())
+    np.testing.assert_array_equal(after["negative"], 255 - images)
+    np.testing.assert_array_equal(after["half as bright"], np.round(images / 2).astype(np.uint8))
+    np.testing.assert_array_equal(after["a quarter off"][..., 2:], images[..., :-2])
+    np.testing.assert_array_equal(after["turned by 90 degrees"][0, 0], np.rot90(images[0, 0]))
+    assert all(len(np.unique(x)) == 1 for x in after["one grey"])
+    assert after["a third of the contrast"].std() < 0.4 * images.std()
+    assert after["blurred (3 x 3)"].std() < 0.5 * images.std()
+
+
 @pytest.mark.slow
 def test_label_free_selection_resumes(tmp_path):
     pytest.importorskip("pyod")
