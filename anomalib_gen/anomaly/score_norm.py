@@ -48,9 +48,11 @@ class ScoreNorm(Component):
     """Norm of the gradient of the log-density (equations 1 and 2), or how unusual its norms are (equation 4).
 
     It helps where anomalies lie on slopes, off the ridges of the density: on tables, where it was ahead of the energy
-    itself after denoising score matching. It fails where they lie on ground as flat as normal ones do: images that show
-    something else with strokes that the model knows have norms like normal images (AUROC of held-out digits .38 to .62,
-    by energies and by diffusion networks), and simpler ones may have smaller norms (.08 and .50 on the digit 1).
+    itself after denoising score matching; and, with ``summary="mahalanobis"``, where images are darker, softer or
+    noisier than normal ones (AUROC .73 to 1.00 on CIFAR-10, 1.00 on MNIST). It fails where they lie on ground as flat
+    as normal ones do: images that show something else with strokes that the model knows have norms like normal images
+    (AUROC of held-out digits .38 to .62, by energies and by diffusion networks), and simpler ones may have smaller
+    norms (.08 and .50 on the digit 1).
 
     Parameters
     ----------
