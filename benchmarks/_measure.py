@@ -5,6 +5,7 @@ Needs numpy and torch alone; rich draws the tables where it is installed.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
@@ -149,6 +150,40 @@ def markdown(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -
     """Return a table as Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return f"## {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def image_options(
+    description: str | None, families: Sequence[str], *, n_test: int, quick: dict[str, Any]
+) -> argparse.Namespace:
+    """Options of a script that measures families on one collection of images, with `quick` ones where that is asked."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--collection", default="mnist", choices=["mnist", "cifar10"])
+    parser.add_argument("--train", type=int, default=2000)
+    parser.add_argument("--test", type=int, default=n_test)
+    parser.add_argument("--families", nargs="+", default=list(families), choices=list(families))
+    parser.add_argument("--max-iter", type=lambda text: text if text == "auto" else int(text), default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=None, help="a JSON file; the same one continues a run")
+    parser.add_argument("--quick", action="store_true", help="one family, next to no training; to see it run")
+    options = parser.parse_args()
+    if options.quick:
+        vars(options).update(quick)
+    return options
+
+
+def continued(
+    path: Path | None, collection: str, setting: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures of all collections that are in a file so far, and those of one, at this setting."""
+    found: dict[str, Any] = {"environment": environment(), "collections": {}}
+    if path is not None and path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    here = found["collections"].setdefault(collection, {**setting, "figures": {}})
+    if here | setting != here:
+        sys.exit(f"{path} has {collection} at another setting.")
+    return found, here
 
 
 def save(path: Path, figures: dict[str, Any], text: str | None = None) -> None:

@@ -12,14 +12,11 @@ measured again by the next call.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _measure import environment, markdown, save, show
+from _measure import continued, image_options, markdown, save, show
 from scipy.ndimage import uniform_filter
 from sklearn.metrics import roc_auc_score
 
@@ -105,20 +102,8 @@ def report(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--collection", default="mnist", choices=["mnist", "cifar10"])
-    parser.add_argument("--train", type=int, default=2000)
-    parser.add_argument("--test", type=int, default=400)
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
-    parser.add_argument("--max-iter", type=int, default=None)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=None, help="a JSON file; the same one continues a run")
-    parser.add_argument("--quick", action="store_true", help="one family, next to no training; to see it run")
-    options = parser.parse_args()
-    if options.quick:
-        options.train, options.test, options.families, options.max_iter = 50, 20, ["flow"], 2
+    quick = {"train": 50, "test": 20, "families": ["flow"], "max_iter": 2}
+    options = image_options(__doc__, list(FAMILIES), n_test=400, quick=quick)
     rng = np.random.default_rng(options.seed)
     X, other = (
         load_images(options.collection, normal=0, subset=subset, return_X_y=True)[0]
@@ -126,17 +111,11 @@ def main() -> None:
     )
     train = X[np.sort(rng.choice(len(X), options.train, replace=False))]
     test = other[rng.choice(len(other), options.test, replace=False)]
-    max_iter = "auto" if options.max_iter is None else options.max_iter
-    setting = {"n_train": len(train), "n_test": len(test), "max_iter": max_iter, "seed": options.seed}
-    found: dict[str, Any] = {"environment": environment(), "collections": {}}
-    if options.output is not None and options.output.exists():
-        found = json.loads(options.output.read_text(encoding="utf-8"))
-    here = found["collections"].setdefault(options.collection, {**setting, "figures": {}})
-    if here | setting != here:
-        parser.error(f"{options.output} has {options.collection} at another setting.")
+    setting = {"n_train": len(train), "n_test": len(test), "max_iter": options.max_iter, "seed": options.seed}
+    found, here = continued(options.output, options.collection, setting)
     for family in options.families:
         if family not in here["figures"]:
-            here["figures"][family] = measure(family, train, test, max_iter, options.seed)
+            here["figures"][family] = measure(family, train, test, options.max_iter, options.seed)
         if options.output is not None:
             save(options.output, found, report(found))
     if options.output is None:
