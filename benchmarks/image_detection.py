@@ -194,7 +194,7 @@ def tables(results: pd.DataFrame) -> str:
         ]
         lines += table(["collection", "detector", "cells", "bits per dimension", "fit s (median)"], body)
     failed = results[results["status"] != "ok"]
-    lines += ["## Failures", "", "None." if not len(failed) else ""]
+    lines += ["## Failures", "", *([] if len(failed) else ["None."])]
     lines += [f"- {row.detector} on {row.dataset}: {row.error}" for row in failed.itertuples()]
     return "\n".join(lines).rstrip() + "\n"
 

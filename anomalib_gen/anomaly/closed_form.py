@@ -32,7 +32,7 @@ class ClosedFormResidual(Component):
     It helps where anomalies differ from the stored rows in what they show, as a digit or a thing of another kind among
     images does: there it has told most so far, and on tables no anomaly here is ahead of it. It fails where an anomaly
     is made of what normal images are made of, as a one is of strokes that other digits have; and where an image shows
-    what normal ones show, but darker or softer: that looks more normal to it (AUROC .29 to .54; `ScoreNorm` with
+    what normal ones show, but darker or softer: that looks no odder to it (AUROC .29 to .54; `ScoreNorm` with
     ``summary="mahalanobis"`` sees it). It is less sure than a code length (`InputComplexity`) where anomalies are of
     another kind altogether, and simpler, as digits among photographs.
     """

@@ -40,8 +40,7 @@ def evaluate_files(options: EvaluateOptions, log: Log) -> dict[str, Any]:
     UsageError, DataError
         As the exit codes say.
     """
-    place = local_place(options.output)
-    output = None if place is None else Path(place)
+    output = None if options.output is None else Path(local_place(options.output))
     if output is not None and output.is_dir():
         raise UsageError(f"--output {output} is a folder. Name a file.")
     if output is not None and output.exists() and not options.overwrite:

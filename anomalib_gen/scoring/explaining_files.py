@@ -32,6 +32,7 @@ from anomalib_gen.scoring.sources import (
     check_beside_model,
     check_output,
     find_inputs,
+    local_place,
     rows_per_part,
 )
 
@@ -88,7 +89,7 @@ def explain_files(options: ExplainOptions, log: Log) -> int:
     UsageError, DataError
         As the exit codes say. Earlier results are then untouched.
     """
-    output = Path(options.output.removeprefix("file://"))
+    output = Path(local_place(options.output))
     kind_of_output(output)
     if clash := sorted(set(options.key) & set(ADDED)):
         raise UsageError(f"--key {clash[0]} has the name of a column that is added. Rename it in the input.")

@@ -164,7 +164,7 @@ def read_scored(path: str, model_hash: str, log: Log) -> Scored:
 
 def _record(path: str) -> dict[str, Any] | None:
     """What a run wrote beside its output, if it is there."""
-    place = f"{path}.run.json" if is_remote(path) else record_of(Path(path.removeprefix("file://")))
+    place = f"{path}.run.json" if is_remote(path) else record_of(Path(local_place(path)))
     try:
         if is_remote(path):
             import fsspec
@@ -292,8 +292,9 @@ def monitor_files(options: MonitorOptions, log: Log) -> tuple[dict[str, Any], in
         As the exit codes say.
     """
     limits = thresholds_of(options)
-    places = {name: local_place(getattr(options, name)) for name in ("output", "prometheus", "history")}
-    options = replace(options, **places)  # type: ignore[type-var]
+    written = {name: getattr(options, name) for name in ("output", "prometheus", "history")}
+    places = {name: local_place(place) for name, place in written.items() if place is not None}
+    options = replace(options, **places)  # type: ignore[type-var]  # made one by `command`
     try:
         if options.webhook is not None:
             where(options.webhook)

@@ -190,8 +190,8 @@ def report_run(options: ReportOptions, log: Log, judged: MonitorOptions | None =
         raise UsageError(
             "report reads and writes files of this machine. Copy the scores and what lies beside them."
         )
-    scores = Path(options.scores.removeprefix("file://"))
-    output = Path((options.output or f"{scores}.html").removeprefix("file://"))
+    scores = Path(local_place(options.scores))
+    output = Path(local_place(options.output or f"{scores}.html"))
     if output.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--output {output} must end in .html.")
     if output.is_dir():
@@ -293,9 +293,8 @@ def gather(scores: Path, options: ReportOptions, log: Log, judged: MonitorOption
 
 def _earlier(judged: MonitorOptions, record: dict[str, Any], found: RunReport) -> list[Past] | None:
     """Runs before this one in the history of `monitor`, which is left as it is; None, with a note, if it has none."""
-    place = local_place(judged.history)
-    assert place is not None
-    history, job = History(place), job_of(judged)
+    assert judged.history is not None
+    history, job = History(local_place(judged.history)), job_of(judged)
     try:
         if not history.path.is_file():
             raise HistoryError(f"The history {history.path} is not there.")

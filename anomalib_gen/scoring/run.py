@@ -98,13 +98,15 @@ def score_files(options: ScoreOptions, log: Log, *, shown: str | None = None) ->
     UsageError, DataError
         As the exit codes say. Earlier results are then untouched.
     """
-    options = dataclasses.replace(options, quarantine=local_place(options.quarantine))  # type: ignore[type-var]
+    if options.quarantine is not None:
+        place = local_place(options.quarantine)
+        options = dataclasses.replace(options, quarantine=place)  # type: ignore[type-var]  # made one by `command`
     if is_remote(options.output):
         summary: Summary = score_to_store(
             options, log, lambda here: score_files(here, log, shown=options.output)
         )
         return summary
-    output = Path(options.output.removeprefix("file://"))
+    output = Path(local_place(options.output))
     if kind_of_output(output) != "folder" and options.partition_by:
         raise UsageError(
             f"--partition-by makes folders, and --output {options.output} is one file. Name a folder, without an "

@@ -145,9 +145,9 @@ def is_remote(path: str) -> bool:
     return "://" in path and not path.startswith("file://")
 
 
-def local_place(path: str | None) -> str | None:
+def local_place(path: str) -> str:
     """Path of a file of this machine, which may be written as ``file://...``."""
-    return None if path is None else path.removeprefix("file://")
+    return path.removeprefix("file://")
 
 
 def check_output(output: str | Path, flag: str, inputs: Sequence[Input]) -> None:
@@ -164,9 +164,9 @@ def check_output(output: str | Path, flag: str, inputs: Sequence[Input]) -> None
         )
     if is_remote(str(output)):
         raise UsageError(f"{flag} {output} must be a file of this machine.")
-    place = Path(str(output).removeprefix("file://")).resolve()
+    place = Path(local_place(str(output))).resolve()
     for item in inputs:
-        read = Path(item.path.removeprefix("file://")).resolve()
+        read = Path(local_place(item.path)).resolve()
         # (An output that is a folder has the files that were written before.)
         if place in (read, *read.parents):
             raise UsageError(
@@ -182,7 +182,7 @@ def check_beside_model(output: str | Path, flag: str, model: str) -> None:
     ------
     UsageError
     """
-    place = Path(str(output).removeprefix("file://")).resolve()
+    place = Path(local_place(str(output))).resolve()
     if Path(model).resolve() in (place, *place.parents):
         raise UsageError(f"{flag} {output} is in the model folder, which holds nothing else. Choose another.")
 
